@@ -1,0 +1,3 @@
+from swift.cli.main import swift_main
+
+swift_main()

@@ -1,0 +1,52 @@
+"""`Batch`: the one tensor layout. Flat tokens with segment ids; padding is an engine's detail.
+
+Shapes: T = tokens of the micro-batch, S = sequences (segments) in it.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch as flat tokens."""
+
+    input_ids: Tensor  # [T] int64
+    labels: Tensor  # [T] int64, already shifted: the token to predict at t; IGNORED = not trained
+    segment_ids: Tensor  # [T] int64 in [0, S), non-decreasing
+    num_segments: int
+    token: dict[str, Tensor] = field(default_factory=dict)  # each [T]: loss_scale, old_logps, advantages, ...
+    segment: dict[str, Tensor] = field(default_factory=dict)  # each [S]: ref_logps, desirable, reward, ...
+
+    @property
+    def trained(self) -> Tensor:
+        """[T] bool: positions whose next token is predicted in the loss."""
+        return self.labels != IGNORED
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.numel()
+
+    def segment_lengths(self) -> Tensor:
+        """[S] int64: tokens of each segment."""
+        return torch.bincount(self.segment_ids, minlength=self.num_segments)
+
+    def positions(self) -> Tensor:
+        """[T] int64: position of each token inside its segment."""
+        lengths = self.segment_lengths()
+        starts = torch.cumsum(lengths, 0) - lengths
+        return torch.arange(self.num_tokens, device=self.input_ids.device) - starts[self.segment_ids]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            labels=self.labels.to(device),
+            segment_ids=self.segment_ids.to(device),
+            token={k: v.to(device) for k, v in self.token.items()},
+            segment={k: v.to(device) for k, v in self.segment.items()},
+        )

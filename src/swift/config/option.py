@@ -1,0 +1,123 @@
+"""One knob, declared once.
+
+Owns: `option()` (a dataclass field with help, unit, choices and bounds), `ConfigError` (a user's mistake), and
+the walk over nested config dataclasses. Not here: parsing of the command line (cli/flags.py).
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import MISSING, Field
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A mistake of the user: one line that names the flag, file or row, and a hint that says what to do."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+def option(
+    default: Any = MISSING,
+    *,
+    help: str,
+    unit: str | None = None,
+    choices: tuple[Any, ...] | None = None,
+    range: tuple[float | None, float | None] | None = None,
+) -> Any:
+    """A config field. `range` is inclusive on both ends; None leaves an end open."""
+    metadata = {"help": help, "unit": unit, "choices": choices, "range": range}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """One leaf of a run config: where it lives and what may be put in it."""
+
+    name: str
+    group: str
+    owner: type
+    type: Any
+    default: Any
+    help: str
+    unit: str | None
+    choices: tuple[Any, ...] | None
+    range: tuple[float | None, float | None] | None
+
+    @property
+    def optional(self) -> bool:
+        return type(None) in typing.get_args(self.type)
+
+    @property
+    def base_type(self) -> Any:
+        """The type without None: `int | None` -> int."""
+        args = [a for a in typing.get_args(self.type) if a is not type(None)]
+        is_union = typing.get_origin(self.type) in (typing.Union, types.UnionType)
+        return args[0] if is_union and len(args) == 1 else self.type
+
+
+def default_of(field: "Field[Any]") -> Any:
+    """The default of a dataclass field, MISSING when there is none."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def iterate_knobs(config_class: type) -> Iterator[Knob]:
+    """Every knob of a run config, in order of declaration; nested dataclasses are groups."""
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            yield from (dataclasses.replace(k, group=field.name) for k in iterate_knobs(kind))
+            continue
+        m = field.metadata
+        yield Knob(
+            field.name, "", config_class, kind, default_of(field), m["help"], m["unit"], m["choices"], m["range"]
+        )
+
+
+def build(config_class: type, values: dict[str, Any]) -> Any:
+    """A nested config from flat values; absent names keep their defaults. Values are checked, not converted."""
+    hints = typing.get_type_hints(config_class)
+    arguments: dict[str, Any] = {}
+    for field in dataclasses.fields(config_class):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            arguments[field.name] = build(kind, values)
+        elif field.name in values:
+            check_value(field, values[field.name])
+            arguments[field.name] = values[field.name]
+    return config_class(**arguments)
+
+
+def check_value(field: "Field[Any]", value: Any) -> None:
+    """Raises ConfigError when `value` is outside the field's choices or bounds."""
+    choices, bounds = field.metadata["choices"], field.metadata["range"]
+    if value is None:
+        return
+    if choices:
+        wrong = [v for v in (value if isinstance(value, tuple) else (value,)) if v not in choices]
+        if wrong:
+            raise ConfigError(f"--{field.name} must be one of {', '.join(map(str, choices))}, got {wrong[0]}")
+    if bounds and isinstance(value, int | float):
+        low, high = bounds
+        if (low is not None and value < low) or (high is not None and value > high):
+            wanted = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise ConfigError(f"--{field.name} must be {wanted}, got {value}")
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Flat {flag: value} of a nested config; the inverse of `build`."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat.update(flatten(value))
+        else:
+            flat[field.name] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -1,0 +1,40 @@
+"""Every environment variable that the project reads, with what it means. Nobody else touches os.environ."""
+
+import os
+from pathlib import Path
+
+VARIABLES = {
+    "SWIFT_CACHE": "root of our own cache (built-in models); default ~/.cache/swift",
+    "XDG_CACHE_HOME": "parent of the cache where SWIFT_CACHE is not set",
+    "SWIFT_OFFLINE": "1 = never download; a missing model is an error at once",
+    "HF_HUB_OFFLINE": "1 = as SWIFT_OFFLINE, for HuggingFace ids",
+    "USE_HF": "1 = hub ids mean HuggingFace, as --use_hf true",
+    "MODELSCOPE_CACHE": "root of ModelScope's downloads",
+    "NPROC_PER_NODE": "processes on this node; set = run under torchrun",
+    "NNODES": "nodes of the job; set = run under torchrun",
+    "NODE_RANK": "index of this node",
+    "MASTER_ADDR": "address of node 0",
+    "MASTER_PORT": "port of node 0",
+    "RANK": "global rank, set by torchrun",
+    "WORLD_SIZE": "number of processes, set by torchrun",
+    "LOCAL_RANK": "rank on this node, set by torchrun",
+    "SWIFT_DEBUG": "1 = show the traceback behind an error line",
+    "OMP_NUM_THREADS": "CPU threads of torch",
+}
+
+
+def read(name: str, default: str | None = None) -> str | None:
+    """The value of a declared variable; an empty one counts as unset."""
+    assert name in VARIABLES, f"{name} is not declared in swift/utils/env.py"
+    return os.environ.get(name) or default
+
+
+def is_on(name: str) -> bool:
+    """True for 1, true, yes and on."""
+    return (read(name) or "").lower() in ("1", "true", "yes", "on")
+
+
+def cache_root() -> Path:
+    """Directory of our own cache; not made here."""
+    own = read("SWIFT_CACHE")
+    return Path(own) if own else Path(read("XDG_CACHE_HOME") or Path.home() / ".cache") / "swift"
