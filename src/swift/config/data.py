@@ -8,20 +8,29 @@ from swift.config.option import option
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    dataset: tuple[str, ...] = option((), help="training data: FILE, FILE#N or ID:SUBSET#N; several by spaces")
-    val_dataset: tuple[str, ...] = option((), help="evaluation data, same syntax; none = split from the training data")
-    split_dataset_ratio: float = option(0.0, help="share of the training rows held out for evaluation", range=(0, 1))
+    dataset: tuple[str, ...] = option(
+        (), help="training data: FILE, FILE#N or ID:SUBSET#N; several by spaces"
+    )
+    val_dataset: tuple[str, ...] = option(
+        (), help="evaluation data, same syntax; none = split from the training data"
+    )
+    split_dataset_ratio: float = option(
+        0.0, help="share of the training rows held out for evaluation", range=(0, 1)
+    )
     data_seed: int | None = option(None, help="seed of sampling, split and order; none = --seed")
     dataset_num_proc: int = option(1, help="processes that encode rows", range=(1, None))
     dataset_shuffle: bool = option(True, help="shuffle the rows before #N takes its share")
     val_dataset_shuffle: bool = option(False, help="shuffle the evaluation rows as well")
     train_dataloader_shuffle: bool = option(True, help="new order of the rows in every epoch")
     dataloader_num_workers: int | None = option(
-        None, help="accepted for compatibility: rows are encoded before training, so there is nothing to prefetch"
+        None,
+        help="accepted for compatibility: rows are encoded before training, so there is nothing to prefetch",
     )
     columns: dict[str, Any] = option({}, help='renames columns before anything else, as JSON: {"old": "new"}')
     strict: bool = option(False, help="stop at the first row that cannot be used")
     max_drop_ratio: float = option(0.2, help="stop when a larger share of the rows is dropped", range=(0, 1))
     allow_unsupervised: bool = option(False, help="drop rows without a trained token instead of stopping")
-    model_name: tuple[str, ...] = option((), help="name that the model learns (self-cognition): one, or zh and en")
+    model_name: tuple[str, ...] = option(
+        (), help="name that the model learns (self-cognition): one, or zh and en"
+    )
     model_author: tuple[str, ...] = option((), help="author that the model learns: one, or zh and en")

@@ -7,19 +7,27 @@ from swift.config.option import option
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationConfig:
-    max_new_tokens: int | None = option(None, help="longest answer; none = what the context leaves", unit="tokens", range=(1, None))
-    temperature: float | None = option(None, help="0 = greedy; none = generation_config.json", range=(0, None))
+    max_new_tokens: int | None = option(
+        None, help="longest answer; none = what the context leaves", unit="tokens", range=(1, None)
+    )
+    temperature: float | None = option(
+        None, help="0 = greedy; none = generation_config.json", range=(0, None)
+    )
     top_p: float | None = option(None, help="nucleus; none = generation_config.json", range=(0, 1))
     top_k: int | None = option(None, help="most likely tokens kept; none = generation_config.json")
     repetition_penalty: float | None = option(None, help="none = generation_config.json", range=(0, None))
-    stream: bool | None = option(None, help="show tokens as they come; none = in a chat yes, for a dataset no")
+    stream: bool | None = option(
+        None, help="show tokens as they come; none = in a chat yes, for a dataset no"
+    )
     seed: int = option(42, help="seed of sampling")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InferOptions:
     adapters: tuple[str, ...] = option((), help="checkpoint with adapters; its args.json names the model")
-    load_args: bool = option(True, help="take model, system prompt and template from the checkpoint's args.json")
+    load_args: bool = option(
+        True, help="take model, system prompt and template from the checkpoint's args.json"
+    )
     load_data_args: bool = option(False, help="answer the rows that the training run held out")
     infer_backend: str = option("transformers", help="engine", choices=("transformers", "pt"))
     val_dataset: tuple[str, ...] = option((), help="answer these rows instead of opening a chat")
@@ -28,7 +36,9 @@ class InferOptions:
     strict: bool = option(False, help="stop at the first row that cannot be used")
     dataset_shuffle: bool = option(True, help="shuffle the rows before #N takes its share")
     data_seed: int | None = option(None, help="seed of #N; none = --seed")
-    result_path: str | None = option(None, help="JSONL of the answers; none = infer_result/ beside the checkpoint")
+    result_path: str | None = option(
+        None, help="JSONL of the answers; none = infer_result/ beside the checkpoint"
+    )
     write_batch_size: int = option(1000, help="rows between writes; -1 = only at the end", unit="rows")
     max_batch_size: int = option(1, help="rows generated together", unit="rows", range=(1, None))
     metric: str | None = option(None, help="compares answers with the rows' own", choices=("acc",))
@@ -39,6 +49,8 @@ class ExportOptions:
     adapters: tuple[str, ...] = option((), help="checkpoint with adapters; its args.json names the model")
     load_args: bool = option(True, help="take the model from the checkpoint's args.json")
     merge_lora: bool = option(False, help="fold the adapters into the weights")
-    output_dir: str | None = option(None, help="where the result goes; none = beside the source, with a suffix")
+    output_dir: str | None = option(
+        None, help="where the result goes; none = beside the source, with a suffix"
+    )
     exist_ok: bool = option(False, help="write into an existing directory")
     max_shard_size: str = option("5GB", help="largest weight file")

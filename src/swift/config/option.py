@@ -1,6 +1,6 @@
 """One knob, declared once.
 
-Owns: `option()` (a dataclass field with help, unit, choices and bounds), `ConfigError` (a user's mistake), and
+Owns: `option()` (a dataclass field with help, unit, choices, bounds), `ConfigError` (a user's mistake), and
 the walk over nested config dataclasses. Not here: parsing of the command line (cli/flags.py).
 """
 
@@ -77,12 +77,20 @@ def iterate_knobs(config_class: type) -> Iterator[Knob]:
             continue
         m = field.metadata
         yield Knob(
-            field.name, "", config_class, kind, default_of(field), m["help"], m["unit"], m["choices"], m["range"]
+            field.name,
+            "",
+            config_class,
+            kind,
+            default_of(field),
+            m["help"],
+            m["unit"],
+            m["choices"],
+            m["range"],
         )
 
 
 def build(config_class: type, values: dict[str, Any]) -> Any:
-    """A nested config from flat values; absent names keep their defaults. Values are checked, not converted."""
+    """A nested config from flat values; absent names keep their defaults. Values are checked as they are."""
     hints = typing.get_type_hints(config_class)
     arguments: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):

@@ -26,13 +26,20 @@ class SftRun:
 
     def check(self) -> None:
         """Raises ConfigError where flags contradict each other or one is missing."""
-        if not self.model.model and not self.schedule.resume_from_checkpoint:
+        if self.schedule.resume_from_checkpoint:
+            return  # what is missing comes from the checkpoint's args.json; train/resume.py checks again
+        self.check_complete()
+
+    def check_complete(self) -> None:
+        """`check` for a run whose values are all known."""
+        if not self.model.model:
             raise ConfigError("--model is missing", hint="name a model, for example --model smollm2-135m")
         if not self.data.dataset:
             raise ConfigError("--dataset is missing", hint="name a file, for example --dataset data.jsonl")
         if self.data.val_dataset and self.data.split_dataset_ratio:
             raise ConfigError(
-                "--val_dataset and --split_dataset_ratio both name evaluation rows", hint="leave one of them out"
+                "--val_dataset and --split_dataset_ratio both name evaluation rows",
+                hint="leave one of them out",
             )
         if self.schedule.max_steps < 0 and self.schedule.num_train_epochs == 0:
             raise ConfigError("--num_train_epochs 0 trains nothing", hint="give epochs or --max_steps")
@@ -51,7 +58,8 @@ class InferRun:
         """Raises ConfigError where flags contradict each other or one is missing."""
         if not self.model.model and not self.infer.adapters:
             raise ConfigError(
-                "--model or --adapters is missing", hint="for example --model smollm2-135m, or --adapters CHECKPOINT"
+                "--model or --adapters is missing",
+                hint="for example --model smollm2-135m, or --adapters CHECKPOINT",
             )
 
 
@@ -67,4 +75,6 @@ class ExportRun:
         if not self.export.merge_lora:
             raise ConfigError("nothing to export", hint="say what: --merge_lora true")
         if not self.export.adapters:
-            raise ConfigError("--merge_lora needs --adapters", hint="name a checkpoint directory with adapters")
+            raise ConfigError(
+                "--merge_lora needs --adapters", hint="name a checkpoint directory with adapters"
+            )

@@ -12,7 +12,9 @@ class ScheduleConfig:
     num_train_epochs: float = option(3.0, help="passes over the training rows", range=(0, None))
     max_steps: int = option(-1, help="stop after this many steps; -1 = by epochs", unit="steps")
     per_device_train_batch_size: int = option(1, help="rows in one micro-batch", unit="rows", range=(1, None))
-    per_device_eval_batch_size: int = option(1, help="rows in one evaluation batch", unit="rows", range=(1, None))
+    per_device_eval_batch_size: int = option(
+        1, help="rows in one evaluation batch", unit="rows", range=(1, None)
+    )
     gradient_accumulation_steps: int | None = option(
         None, help="micro-batches in a step; none = as many as make 16 rows", range=(1, None)
     )
@@ -22,13 +24,25 @@ class ScheduleConfig:
     padding_free: bool | None = option(
         None, help="rows as one flat sequence without padding; none = wherever the model allows it"
     )
-    logging_steps: int = option(5, help="steps between lines of the log (the first step is always logged)", range=(1, None))
-    eval_strategy: str | None = option(None, help="when to evaluate; none = as --save_strategy", choices=STRATEGIES)
-    eval_steps: float | None = option(None, help="steps between evaluations, or a share of all; none = --save_steps")
-    save_strategy: str = option("steps", help="when to save (the last step is always saved unless 'no')", choices=STRATEGIES)
+    logging_steps: int = option(
+        5, help="steps between lines of the log (the first step is always logged)", range=(1, None)
+    )
+    eval_strategy: str | None = option(
+        None, help="when to evaluate; none = as --save_strategy", choices=STRATEGIES
+    )
+    eval_steps: float | None = option(
+        None, help="steps between evaluations, or a share of all; none = --save_steps"
+    )
+    save_strategy: str = option(
+        "steps", help="when to save (the last step is always saved unless 'no')", choices=STRATEGIES
+    )
     save_steps: float = option(500, help="steps between checkpoints, or a share of all steps below 1")
-    save_total_limit: int | None = option(None, help="checkpoints kept; the best and the last always are", range=(1, None))
-    save_only_model: bool = option(False, help="leave out optimizer and random states: smaller, cannot be resumed")
+    save_total_limit: int | None = option(
+        None, help="checkpoints kept; the best and the last always are", range=(1, None)
+    )
+    save_only_model: bool = option(
+        False, help="leave out optimizer and random states: smaller, cannot be resumed"
+    )
     metric_for_best_model: str = option("loss", help="evaluation metric that names the best checkpoint")
     greater_is_better: bool | None = option(None, help="direction of that metric; none = lower for losses")
     resume_from_checkpoint: str | None = option(

@@ -1,6 +1,7 @@
 """Every environment variable that the project reads, with what it means. Nobody else touches os.environ."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 VARIABLES = {
@@ -32,6 +33,12 @@ def read(name: str, default: str | None = None) -> str | None:
 def is_on(name: str) -> bool:
     """True for 1, true, yes and on."""
     return (read(name) or "").lower() in ("1", "true", "yes", "on")
+
+
+def set_defaults(variables: Mapping[str, str]) -> None:
+    """Sets what is not set yet: the ENV block of a config file, any names."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
 
 
 def cache_root() -> Path:

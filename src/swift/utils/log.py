@@ -1,12 +1,12 @@
 """What a person reads while a command runs: plain lines on stderr through one rich console."""
 
-from functools import lru_cache
+from functools import cache
 
 from rich.console import Console
 from rich.text import Text
 
 
-@lru_cache(maxsize=1)
+@cache
 def console() -> Console:
     """The one console. stderr, so that a command's result on stdout can be piped."""
     return Console(stderr=True, highlight=False, soft_wrap=True)
@@ -21,6 +21,6 @@ def warn(message: str) -> None:
     say(f"warning: {message}", style="yellow")
 
 
-@lru_cache(maxsize=None)
+@cache
 def warn_once(message: str) -> None:
     warn(message)

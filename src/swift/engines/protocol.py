@@ -1,0 +1,71 @@
+"""The seam between training loops and parallel machinery. Loops know these methods and nothing below them."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from swift.batch import Batch
+from swift.objectives.types import Objective, TokenStats
+
+
+@dataclass
+class Sums:
+    """Metrics as (sum, count) pairs. They add up over micro-batches, steps and ranks; means do not."""
+
+    pairs: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def add(self, name: str, total: float, count: float) -> None:
+        before = self.pairs.get(name, (0.0, 0.0))
+        self.pairs[name] = (before[0] + total, before[1] + count)
+
+    def merge(self, other: "Sums") -> None:
+        for name, (total, count) in other.pairs.items():
+            self.add(name, total, count)
+
+    def means(self) -> dict[str, float]:
+        return {name: total / count for name, (total, count) in self.pairs.items() if count}
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What one optimizer step did."""
+
+    grad_norm: float  # before clipping
+    learning_rate: float  # that this step used
+
+
+class Engine(Protocol):
+    """A model that can be scored, trained and saved, whatever it is spread over."""
+
+    data_rank: int
+    data_world: int
+
+    def forward(self, batches: Sequence[Batch], needs: frozenset[str]) -> list[TokenStats]:
+        """Stats without gradients, one for each batch."""
+        ...
+
+    def forward_backward(self, batches: Sequence[Batch], objective: Objective) -> Sums:
+        """Gradients of all micro-batches of one optimizer step, over the step's global unit counts."""
+        ...
+
+    def measure(self, batches: Sequence[Batch], objective: Objective) -> Sums:
+        """The objective's loss and metrics without gradients, dropout off."""
+        ...
+
+    def optim_step(self) -> StepInfo:
+        """Clips, steps, advances the schedule and clears the gradients."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside it `forward` answers as the model did before training."""
+        ...
+
+    def save(self, path: Path, *, resumable: bool) -> None:
+        """Weights in HF format into `path`; with `resumable` also optimizer, schedule and random states."""
+        ...
+
+    def load(self, path: Path) -> None:
+        """Restores all that `save(resumable=True)` wrote."""
+        ...

@@ -1,0 +1,101 @@
+"""Attention over flat tokens, registered with transformers: segments never see each other, no mask is built.
+
+Shapes: T = flat tokens, H = query heads, K = key-value heads, D = head width.
+Not here: the choice between this and padding (forward.py).
+"""
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+try:  # torch's own variable-length flash kernel, the fast path on a GPU
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch < 2.10
+    varlen_attn = None
+
+FLAT_ATTENTION = "swift_flat"
+HAS_VARLEN = varlen_attn is not None and "window_size" in inspect.signature(varlen_attn).parameters
+
+
+def window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """[L, L] bool: token i sees the last `window` tokens up to and including itself."""
+    i = torch.arange(length, device=device)
+    distance = i[:, None] - i[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+def segmented_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: list[int],
+    scaling: float | None,
+    window: int | None,
+    dropout: float,
+) -> Tensor:
+    """[1, H, T, D] causal attention, one SDPA call a segment: exact, linear in the number of segments."""
+    outputs = []
+    for q, k, v in zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True):
+        length = q.shape[2]
+        mask = window_mask(length, window, q.device) if window and length > window else None
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scaling,
+                dropout_p=dropout,
+                enable_gqa=True,
+            )
+        )
+    return torch.cat(outputs, dim=2)
+
+
+def flat_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    segment_lengths: list[int] | None = None,
+    segment_bounds: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature. query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, D].
+
+    `segment_lengths` (ints) and `segment_bounds` (int32 [S + 1], cumulative) arrive through the model.
+    """
+    assert attention_mask is None and segment_lengths is not None, "flat attention needs segments and no mask"
+    assert softcap is None and s_aux is None, (
+        f"{type(module).__name__}: soft caps and sinks need the padded layout"
+    )
+    if (
+        HAS_VARLEN
+        and segment_bounds is not None
+        and query.is_cuda
+        and dropout == 0
+        and query.element_size() == 2
+    ):
+        longest = max(segment_lengths)
+        left = -1 if sliding_window is None else sliding_window - 1
+        q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
+        output = varlen_attn(
+            q, k, v, segment_bounds, segment_bounds, longest, longest,
+            scale=scaling, window_size=(left, 0), enable_gqa=True,
+        )  # fmt: skip
+        return output.unsqueeze(0), None
+    output = segmented_sdpa(query, key, value, segment_lengths, scaling, sliding_window, dropout)
+    return output.transpose(1, 2), None
+
+
+AttentionInterface.register(FLAT_ATTENTION, flat_attention)

@@ -1,0 +1,82 @@
+"""Batch -> model arguments -> LogitsView -> TokenStats. The choice of layout lives here, and only here.
+
+Flat: one row of T tokens, segments kept apart by the attention. Padded: [B, L] with padding on the right, for
+models whose attention cannot be replaced. Both give the same stats.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from swift.batch import Batch
+from swift.engines.transformers.attention import FLAT_ATTENTION
+from swift.objectives.logits import DenseLogits
+from swift.objectives.types import TokenStats
+
+PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+NEEDS_OWN_ATTENTION = ("attn_logit_softcapping", "linear_conv_kernel_dim", "mamba_d_state")
+
+
+def refusal_of_flat(model: nn.Module, config: PretrainedConfig) -> str | None:
+    """Why this model needs padding, None when flat batches are exact for it."""
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention cannot be replaced"
+    strange = set(getattr(config, "layer_types", None) or ()) - PLAIN_LAYERS
+    if strange:
+        return f"it has layers of type {', '.join(sorted(strange))}"
+    for name in NEEDS_OWN_ATTENTION:
+        if getattr(config, name, None):
+            return f"its config sets {name}"
+    return None
+
+
+def flat_arguments(batch: Batch, device: torch.device, *, own_attention: bool) -> dict[str, object]:
+    """Model arguments of one flat row; `segment_*` travel through the model to our attention function.
+
+    The kernels of transformers keep segments apart by themselves, wherever position ids start again at 0.
+    """
+    arguments: dict[str, object] = {
+        "input_ids": batch.input_ids[None].to(device),
+        "position_ids": batch.positions()[None].to(device),
+    }
+    if own_attention:
+        lengths = batch.segment_lengths()
+        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        arguments |= {"segment_lengths": lengths.tolist(), "segment_bounds": bounds.to(device)}
+    return arguments
+
+
+def padded_arguments(batch: Batch, device: torch.device) -> tuple[dict[str, object], Tensor]:
+    """Model arguments of a [B, L] batch padded on the right, and [T] where each flat token stands in [B * L]."""
+    longest = int(batch.segment_lengths().max())
+    index_T = batch.segment_ids * longest + batch.positions()
+    shape = (batch.num_segments, longest)
+    ids = batch.input_ids.new_zeros(shape).flatten().index_copy(0, index_T, batch.input_ids).view(shape)
+    mask = torch.zeros_like(ids).flatten().index_fill(0, index_T, 1).view(shape)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}, index_T
+
+
+def score(
+    model: nn.Module, batch: Batch, needs: frozenset[str], *, flat: bool, device: torch.device
+) -> TokenStats:
+    """Runs the model once and fills the stats in `needs`, each [T] on `device`.
+
+    `batch` is on the host: shapes that depend on its values are worked out there, so a GPU is never waited for.
+    """
+    trained_N = batch.trained.nonzero().squeeze(1)
+    positions_N = trained_N.to(device)
+    if flat:
+        own_attention = model.config._attn_implementation == FLAT_ATTENTION
+        arguments = flat_arguments(batch, device, own_attention=own_attention)
+        output = model(**arguments, logits_to_keep=positions_N, use_cache=False)
+        logits_NV = output.logits[0]
+    else:
+        arguments, index_T = padded_arguments(batch, device)
+        output = model(**arguments, use_cache=False)
+        logits_NV = output.logits.flatten(0, 1)[index_T[trained_N].to(device)]
+    view = DenseLogits(logits_NV, positions_N)
+    labels_T = batch.labels.to(device)
+    return TokenStats(
+        logps=view.logps(labels_T) if "logps" in needs else None,
+        correct=view.correct(labels_T) if "correct" in needs else None,
+    )

@@ -1,0 +1,43 @@
+"""Per-token quantities from logits. Nobody else touches a tensor of vocabulary width.
+
+Shapes: T = tokens of the batch, N = the trained ones among them, V = vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class LogitsView(Protocol):
+    """The vocabulary seen through what objectives ask of it; engines implement it over shards too."""
+
+    def logps(self, labels_T: Tensor) -> Tensor:
+        """[T] log p(labels[t]), 0 at positions without logits."""
+        ...
+
+    def correct(self, labels_T: Tensor) -> Tensor:
+        """[T] bool: labels[t] has the highest logit."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DenseLogits:
+    """Logits of the trained positions only: the output layer is never run on a prompt.
+
+    The reference that every other view is tested against; sums run in float32 at least.
+    """
+
+    logits_NV: Tensor
+    positions_N: Tensor  # int64 indices into [0, T)
+
+    def logps(self, labels_T: Tensor) -> Tensor:
+        wide_NV = self.logits_NV if self.logits_NV.dtype == torch.float64 else self.logits_NV.float()
+        logps_N = -F.cross_entropy(wide_NV, labels_T[self.positions_N], reduction="none")
+        return logps_N.new_zeros(labels_T.shape).index_copy(0, self.positions_N, logps_N)
+
+    def correct(self, labels_T: Tensor) -> Tensor:
+        hit_N = self.logits_NV.detach().argmax(-1) == labels_T[self.positions_N]
+        return torch.zeros_like(labels_T, dtype=torch.bool).index_copy(0, self.positions_N, hit_N)

@@ -1,0 +1,39 @@
+"""What an engine hands to an objective, and what it gets back.
+
+Shapes: T = tokens of the micro-batch, S = segments. Not here: any formula, any normalisation over ranks.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from swift.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStats:
+    """What the model said about each token of a batch. Only the fields an objective needs are filled."""
+
+    logps: Tensor | None = None  # [T] natural log p(labels[t]); 0 where the token is not trained
+    correct: Tensor | None = None  # [T] bool: labels[t] is the most likely token; False where not trained
+
+
+@dataclass(frozen=True, slots=True)
+class LossSum:
+    """Un-normalised sums of one micro-batch. The engine divides by global counts; nobody else does."""
+
+    terms: dict[str, Tensor]  # unit name -> scalar sum
+    metrics: dict[str, tuple[Tensor, Tensor]]  # name -> (sum, count), on the device
+
+
+class Objective(Protocol):
+    """A pure function of (stats, batch). It sees no process group and no global count."""
+
+    needs: frozenset[str]  # fields of TokenStats
+
+    def units(self, batch: Batch) -> dict[str, int]:
+        """How many tokens, pairs or sequences of `batch` each term is averaged over."""
+        ...
+
+    def __call__(self, stats: TokenStats, batch: Batch) -> LossSum: ...

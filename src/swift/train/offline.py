@@ -1,0 +1,221 @@
+"""The loop of every method that learns from rows that exist: batch, gradients, step, log, evaluate, save."""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swift.config.schedule import ScheduleConfig
+from swift.data.collate import collate
+from swift.data.encode import EncodedDataset
+from swift.data.loader import StepPlan
+from swift.engines.protocol import Engine, StepInfo, Sums
+from swift.objectives.types import Objective
+from swift.train.callbacks import Callback, EndEvent, EvalEvent, SaveEvent, StartEvent, StepEvent
+from swift.train.saving import Saver
+from swift.train.state import TrainState, format_seconds, loss_and_metrics
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """At which steps something is due."""
+
+    strategy: str
+    every: int
+    steps_per_epoch: int
+    total_steps: int
+
+    @classmethod
+    def of(cls, strategy: str, every: float, steps_per_epoch: int, total_steps: int) -> "Cadence":
+        """`every` below 1 is a share of all steps."""
+        count = math.ceil(every * total_steps) if 0 < every < 1 else int(every)
+        return cls(strategy, max(count, 1), steps_per_epoch, total_steps)
+
+    def due(self, step: int) -> bool:
+        """The last step is always due, unless the strategy is `no`."""
+        if self.strategy == "no":
+            return False
+        every = self.steps_per_epoch if self.strategy == "epoch" else self.every
+        return step % every == 0 or step == self.total_steps
+
+
+@dataclass(frozen=True)
+class Offline:
+    """Everything that one offline run needs, composed by the caller."""
+
+    engine: Engine
+    objective: Objective
+    rows: EncodedDataset
+    eval_rows: EncodedDataset | None
+    plan: StepPlan
+    total_steps: int
+    schedule: ScheduleConfig
+    saver: Saver
+    callbacks: Sequence[Callback]
+    run_directory: Path
+
+    def run(self, state: TrainState) -> None:
+        """Trains from `state` to the end. An interrupt is told to the callbacks and passed on."""
+        clock = Clock(state)
+        self._tell("on_start", StartEvent(self.run_directory, state.step, self.total_steps))
+        finished = False
+        try:
+            while state.step < self.total_steps:
+                self._train_step(state, clock)
+            finished = True
+        finally:
+            self._tell("on_end", EndEvent(state.step, self._summary(state, clock), finished))
+
+    def _tell(self, hook: str, event: object) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook)(event)
+
+    def _train_step(self, state: TrainState, clock: "Clock") -> None:
+        micro_batches = self.plan.micro_batches(state.step, self.engine.data_rank)
+        batches = [collate([self.rows[i] for i in rows]) for rows in micro_batches]
+        sums = self.engine.forward_backward(batches, self.objective)
+        info = self.engine.optim_step()
+        state.step += 1
+        state.tokens += sum(b.num_tokens for b in batches)
+        state.window.merge(sums)
+        state.whole.merge(sums)
+        state.elapsed_seconds = clock.elapsed()
+        row = self._log_row(state, info, clock) if self._log_due(state.step) else None
+        self._tell("on_step", StepEvent(state.step, loss_and_metrics(sums)["loss"], row))
+        metric = self._evaluate(state) if self._cadence("eval").due(state.step) else None
+        if self._cadence("save").due(state.step):
+            state.elapsed_seconds = clock.elapsed()
+            path = self.saver.save(self.engine, state, metric, self._lower_is_better())
+            self._tell("on_save", SaveEvent(state.step, path))
+
+    def _log_due(self, step: int) -> bool:
+        return step == 1 or step % self.schedule.logging_steps == 0 or step == self.total_steps
+
+    def _cadence(self, what: str) -> Cadence:
+        s = self.schedule
+        if what == "save":
+            return Cadence.of(s.save_strategy, s.save_steps, self.plan.steps_per_epoch, self.total_steps)
+        strategy = s.eval_strategy or ("steps" if s.eval_steps else s.save_strategy)
+        every = s.eval_steps or s.save_steps
+        return Cadence.of(
+            strategy if self.eval_rows else "no", every, self.plan.steps_per_epoch, self.total_steps
+        )
+
+    def _lower_is_better(self) -> bool:
+        if self.schedule.greater_is_better is not None:
+            return not self.schedule.greater_is_better
+        return self.schedule.metric_for_best_model.removeprefix("eval_").endswith("loss")
+
+    def _position(self, state: TrainState) -> dict[str, Any]:
+        return {
+            "epoch": round(state.step / self.plan.steps_per_epoch, 6),
+            "global_step/max_steps": f"{state.step}/{self.total_steps}",
+            "percentage": f"{100 * state.step / self.total_steps:.2f}%",
+        }
+
+    def _log_row(self, state: TrainState, info: StepInfo, clock: "Clock") -> dict[str, Any]:
+        row = {
+            **loss_and_metrics(state.window),
+            "grad_norm": info.grad_norm,
+            "learning_rate": info.learning_rate,
+        }
+        state.window = Sums()
+        return {
+            **row,
+            **self._position(state),
+            "elapsed_time": format_seconds(clock.elapsed()),
+            "remaining_time": format_seconds(clock.remaining(state.step, self.total_steps)),
+            "memory(GiB)": round(peak_memory_gib(), 2),
+            "train_speed(iter/s)": round(clock.steps_per_second(state.step), 6),
+            "tokens/s": round(clock.tokens_per_second(state.tokens), 1),
+        }
+
+    def _evaluate(self, state: TrainState) -> float:
+        """Scores the held-out rows, tells the callbacks, returns the metric that names the best checkpoint."""
+        assert self.eval_rows is not None
+        started, size, count = (
+            time.perf_counter(),
+            self.schedule.per_device_eval_batch_size,
+            len(self.eval_rows),
+        )
+        sums = Sums()
+        for start in range(0, count, size):
+            batch = collate([self.eval_rows[i] for i in range(start, min(start + size, count))])
+            sums.merge(self.engine.measure([batch], self.objective))
+        seconds = time.perf_counter() - started
+        metrics = {f"eval_{k}": v for k, v in loss_and_metrics(sums).items()}
+        speed = {
+            "eval_runtime": round(seconds, 4),
+            "eval_samples_per_second": round(count / seconds, 3),
+            "eval_steps_per_second": round(math.ceil(count / size) / seconds, 3),
+        }
+        self._tell("on_eval", EvalEvent(state.step, {**metrics, **speed, **self._position(state)}))
+        return metrics[f"eval_{self.schedule.metric_for_best_model.removeprefix('eval_')}"]
+
+    def _summary(self, state: TrainState, clock: "Clock") -> dict[str, Any]:
+        seconds = clock.elapsed()
+
+        def path(step: int | None) -> str | None:
+            return None if step is None else str(self.run_directory / f"checkpoint-{step}")
+
+        return {
+            "train_loss": loss_and_metrics(state.whole)["loss"],
+            "train_runtime": round(seconds, 2),
+            "train_steps_per_second": round(state.step / seconds, 4) if seconds else 0.0,
+            "train_samples_per_second": round(state.step * self.plan.rows_per_step / seconds, 3)
+            if seconds
+            else 0.0,
+            "train_dataset": describe_lengths(self.rows),
+            "val_dataset": describe_lengths(self.eval_rows) if self.eval_rows else None,
+            "last_model_checkpoint": path(state.last_saved_step),
+            "best_model_checkpoint": path(state.best_step),
+            "best_metric": state.best_metric,
+            "global_step": state.step,
+            "memory": round(peak_memory_gib(), 2),
+        }
+
+
+class Clock:
+    """Training time across resumes, and rates of this process alone."""
+
+    def __init__(self, state: TrainState) -> None:
+        self.elapsed_before = state.elapsed_seconds
+        self.first_step = state.step
+        self.started = time.perf_counter()
+        self.last_row = (self.started, state.tokens)
+
+    def elapsed(self) -> float:
+        return self.elapsed_before + time.perf_counter() - self.started
+
+    def steps_per_second(self, step: int) -> float:
+        return (step - self.first_step) / max(time.perf_counter() - self.started, 1e-9)
+
+    def remaining(self, step: int, total: int) -> float:
+        return (total - step) / max(self.steps_per_second(step), 1e-9)
+
+    def tokens_per_second(self, tokens: int) -> float:
+        """Since the log row before this one."""
+        now = time.perf_counter()
+        since, before = self.last_row
+        self.last_row = (now, tokens)
+        return (tokens - before) / max(now - since, 1e-9)
+
+
+def peak_memory_gib() -> float:
+    """Of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def describe_lengths(rows: EncodedDataset) -> str:
+    """`193.38±32.78, min=141.00, max=270.00, size=26`: tokens a row."""
+    lengths = rows.lengths
+    return f"{lengths.mean():.2f}±{lengths.std():.2f}, min={lengths.min():.2f}, max={lengths.max():.2f}, size={len(rows)}"

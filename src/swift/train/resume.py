@@ -1,0 +1,80 @@
+"""Going on from a checkpoint: the flags it was trained with, and the checks that it is the same run."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swift.config.option import ConfigError, build, flatten, iterate_knobs
+from swift.config.runs import SftRun
+from swift.train.saving import ARGS, STATE, find_checkpoint
+from swift.train.state import TrainState
+from swift.utils.log import say
+
+# Flags whose change would make the run another run; the others may differ (how often to log, where to report).
+FIXED = (
+    "model", "dataset", "train_type", "lora_rank", "lora_alpha", "target_modules", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "max_length", "seed", "data_seed", "loss_scale", "system", "lr_scheduler_type",
+    "learning_rate", "train_dataloader_shuffle",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """Where to go on."""
+
+    checkpoint: Path
+    state: TrainState
+    data: dict[str, Any]
+
+    @property
+    def run_directory(self) -> Path:
+        return self.checkpoint.parent
+
+
+def load_resumption(run: SftRun) -> tuple[SftRun, Resumption | None]:
+    """Finds and verifies --resume_from_checkpoint. Flags left at their defaults take the checkpoint's values."""
+    if not run.schedule.resume_from_checkpoint:
+        return run, None
+    checkpoint = find_checkpoint(Path(run.schedule.resume_from_checkpoint).expanduser())
+    saved = json.loads((checkpoint / ARGS).read_text(encoding="utf-8"))
+    content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    given = flatten(run)
+    values: dict[str, Any] = {}
+    for knob in iterate_knobs(SftRun):
+        default = list(knob.default) if isinstance(knob.default, tuple) else knob.default
+        inherits = given[knob.name] == default and knob.name in saved
+        value = saved[knob.name] if inherits else given[knob.name]
+        values[knob.name] = tuple(value) if isinstance(knob.default, tuple) else value
+        if knob.name in FIXED and knob.name in saved and value != saved[knob.name]:
+            raise ConfigError(
+                f"--{knob.name} {value} differs from the checkpoint's {saved[knob.name]}",
+                hint="leave the flag out to go on with that run, or start a new one without --resume_from_checkpoint",
+            )
+    values["resume_from_checkpoint"] = str(checkpoint)
+    resumed = build(SftRun, values)
+    resumed.check_complete()
+    state = TrainState.from_dict(content["state"])
+    say(f"resuming from {checkpoint} after step {state.step}; flags that were not given are taken from it")
+    return resumed, Resumption(checkpoint, state, content["data"])
+
+
+def check_same_data(resumption: Resumption, data: dict[str, Any]) -> None:
+    """Raises ConfigError when the rows, once encoded, are not those of the checkpoint."""
+    for name, before in resumption.data.items():
+        if data.get(name) != before:
+            raise ConfigError(
+                f"the training data differs from the checkpoint's: {name} was {before}, now {data.get(name)}",
+                hint="restore the dataset files, --model and the flags that choose or cut rows",
+            )
+
+
+def hide_secrets(flat: dict[str, Any]) -> dict[str, Any]:
+    """Flags as they may be written to a file."""
+    return {k: (None if k.endswith("token") else v) for k, v in flat.items()}
+
+
+def with_model(run: SftRun, model: str) -> SftRun:
+    """The run with another --model, for a path made absolute."""
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, model=model))

@@ -1,0 +1,48 @@
+"""Where a run stands: all of the loop's own state, small enough for a JSON file."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from swift.engines.protocol import Sums
+
+
+@dataclass
+class TrainState:
+    """Mutated by the loop alone. `window` holds the sums since the last logged line, so a resumed log is the same."""
+
+    step: int = 0
+    window: Sums = field(default_factory=Sums)
+    whole: Sums = field(default_factory=Sums)  # of the whole run, for the closing summary
+    tokens: int = 0
+    elapsed_seconds: float = 0.0  # training time of all processes that worked on this run
+    best_metric: float | None = None
+    best_step: int | None = None
+    last_saved_step: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainState":
+        def sums(name: str) -> Sums:
+            return Sums({k: (float(v[0]), float(v[1])) for k, v in values[name]["pairs"].items()})
+
+        return cls(**{**values, "window": sums("window"), "whole": sums("whole")})
+
+
+def loss_and_metrics(sums: Sums) -> dict[str, float]:
+    """Means ready for a log line: `loss` is the sum of its terms' means, the rest goes by its own name."""
+    means = sums.means()
+    terms = [v for k, v in means.items() if k.startswith("loss/")]
+    return {"loss": sum(terms), **{k: v for k, v in means.items() if not k.startswith("loss/")}}
+
+
+def format_seconds(seconds: float) -> str:
+    """`1d 5h 4m 23s`, leading zeros left out."""
+    rest = round(seconds)
+    parts = []
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        count, rest = divmod(rest, size)
+        if count or parts:
+            parts.append(f"{count}{unit}")
+    return " ".join([*parts, f"{rest}s"])

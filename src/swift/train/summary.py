@@ -1,0 +1,64 @@
+"""What is about to be trained, told before the first step: rows, drops by reason, steps, weights, one sample."""
+
+from collections.abc import Sequence
+
+from rich.panel import Panel
+from rich.text import Text
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from swift.data.encode import EncodedDataset, EncodeReport
+from swift.data.loader import StepPlan
+from swift.template.preview import trained_segments
+from swift.utils.log import console, say, warn
+
+SHOWN_TOKENS = 600
+
+
+def tell_drops(report: EncodeReport, what: str) -> None:
+    """Every dropped row is counted under its reason, with where to find the first few."""
+    for reason, places in report.dropped.items():
+        where = ", ".join(f"{file}:{line}" for file, line in places[:3])
+        more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+        warn(f"{len(places)} of {report.total} {what} rows dropped: {reason} ({where}{more})")
+
+
+def tell_rows(rows: EncodedDataset, what: str) -> None:
+    share = 100 * rows.num_trained / max(rows.num_tokens, 1)
+    say(
+        f"{what}: {len(rows):,} rows, {rows.num_tokens:,} tokens, {rows.num_trained:,} of them trained ({share:.0f} %), "
+        f"longest {rows.lengths.max():,}"
+    )
+
+
+def tell_weights(model: nn.Module, description: str) -> None:
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    share = 100 * trained / total
+    say(
+        f"model: {description}: {total / 1e6:,.1f} M parameters, {trained / 1e6:,.2f} M trained ({share:.2f} %)"
+    )
+
+
+def tell_steps(plan: StepPlan, total_steps: int, rows: EncodedDataset) -> None:
+    say(
+        f"steps: {plan.rows_per_step} rows a step ({plan.micro_batch_size} rows x {plan.accumulation} accumulated x "
+        f"{plan.data_world} processes), {plan.steps_per_epoch} steps an epoch, {total_steps} in all, "
+        f"about {rows.num_tokens / plan.steps_per_epoch:,.0f} tokens a step"
+    )
+
+
+def sample_text(pieces: Sequence[tuple[str, float]]) -> Text:
+    """Trained text in bold green, the rest dim."""
+    text = Text()
+    for piece, weight in pieces:
+        text.append(piece, style="bold green" if weight > 0 else "dim")
+    return text
+
+
+def tell_sample(tokenizer: PreTrainedTokenizerBase, rows: EncodedDataset) -> None:
+    """One row as the model sees it."""
+    text = sample_text(trained_segments(tokenizer, rows[0]))
+    if len(rows[0].input_ids) > SHOWN_TOKENS:
+        text.truncate(4 * SHOWN_TOKENS, overflow="ellipsis")
+    console().print(Panel(text, title="one row as the model sees it: green is trained", title_align="left"))

@@ -1,0 +1,140 @@
+"""What a run leaves for later: logging.jsonl, TensorBoard events, and a picture of every curve."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+
+from swift.train.callbacks import Callback, EndEvent, EvalEvent, SaveEvent, StartEvent, StepEvent
+from swift.utils.files import append_jsonl, read_jsonl
+
+LOG = "logging.jsonl"
+SMOOTHING = 0.9
+STEP = "global_step/max_steps"
+
+
+def step_of(row: dict[str, Any]) -> int | None:
+    """The step of a log row; None for the closing summary."""
+    return int(row[STEP].split("/")[0]) if STEP in row else None
+
+
+def tagged(row: dict[str, Any]) -> dict[str, float]:
+    """{"train/loss": 1.2, "eval/loss": 1.3}: the numbers of a row by TensorBoard tag."""
+    return {
+        f"eval/{k.removeprefix('eval_')}" if k.startswith("eval_") else f"train/{k}": v
+        for k, v in row.items()
+        if isinstance(v, int | float) and not isinstance(v, bool)
+    }
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Drops the rows after `step`, so that a resumed run writes them again. Atomic."""
+    if not path.exists():
+        return
+    kept = [r for r in read_jsonl(path) if (at := step_of(r)) is not None and at <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+class JsonlTracker(Callback):
+    """One JSON object a log or eval event; the last line is the summary."""
+
+    def __init__(self, run_directory: Path) -> None:
+        self.path = run_directory / LOG
+
+    def on_start(self, event: StartEvent) -> None:
+        cut_log(self.path, event.step)
+
+    def on_step(self, event: StepEvent) -> None:
+        if event.row:
+            append_jsonl(self.path, [event.row])
+
+    def on_eval(self, event: EvalEvent) -> None:
+        append_jsonl(self.path, [event.row])
+
+    def on_end(self, event: EndEvent) -> None:
+        append_jsonl(self.path, [event.row] if event.finished else [])
+
+
+class TensorBoardTracker(Callback):
+    """The same numbers as TensorBoard scalars. `purge_step` hides what a killed run wrote past its checkpoint."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.writer: SummaryWriter | None = None
+
+    def on_start(self, event: StartEvent) -> None:
+        purge = event.step + 1 if event.step else None
+        self.writer = SummaryWriter(str(self.directory), purge_step=purge)
+
+    def _write(self, step: int, row: dict[str, Any]) -> None:
+        assert self.writer is not None
+        for tag, value in tagged(row).items():
+            self.writer.add_scalar(tag, value, step)
+
+    def on_step(self, event: StepEvent) -> None:
+        if event.row:
+            self._write(event.step, event.row)
+
+    def on_eval(self, event: EvalEvent) -> None:
+        self._write(event.step, event.row)
+
+    def on_save(self, _: SaveEvent) -> None:
+        assert self.writer is not None
+        self.writer.flush()
+
+    def on_end(self, _: EndEvent) -> None:
+        assert self.writer is not None
+        self.writer.close()
+
+
+class Plotter(Callback):
+    """images/<tag>.png from logging.jsonl when the run ends, interrupted or not."""
+
+    def __init__(self, run_directory: Path) -> None:
+        self.run_directory = run_directory
+
+    def on_end(self, _: EndEvent) -> None:
+        plot_log(self.run_directory / LOG, self.run_directory / "images")
+
+
+def plot_log(log: Path, images: Path) -> None:
+    """One PNG a tag; losses also smoothed (exponential, factor 0.9, without start-up bias)."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in read_jsonl(log) if log.exists() else []:
+        step = step_of(row)
+        if step is not None:
+            for tag, value in tagged(row).items():
+                curves.setdefault(tag, []).append((step, value))
+    images.mkdir(exist_ok=True)
+    for tag, points in curves.items():
+        save_plot(images / f"{tag.replace('/', '_').replace('(', '_').replace(')', '')}.png", tag, points)
+
+
+def save_plot(path: Path, tag: str, points: list[tuple[int, float]]) -> None:
+    """Draws one curve with the Agg renderer, so no display is needed."""
+    steps, values = zip(*points, strict=True)
+    with mpl.rc_context({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3}):
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        smoothed = "loss" in tag and len(points) > 2
+        style = {"alpha": 0.35 if smoothed else 1.0, "marker": "." if len(points) < 50 else ""}
+        axes.plot(steps, values, color="tab:blue", **style)
+        if smoothed:
+            axes.plot(steps, smooth(values, SMOOTHING), color="tab:blue", label=f"smoothed {SMOOTHING}")
+            axes.legend()
+        axes.set(title=tag, xlabel="step")
+        figure.savefig(path, dpi=100)
+
+
+def smooth(values: tuple[float, ...], factor: float) -> list[float]:
+    """Exponential moving average divided by its accumulated weight (as Adam corrects its moments)."""
+    average, smoothed = 0.0, []
+    for i, value in enumerate(values, start=1):
+        average = factor * average + (1 - factor) * value
+        smoothed.append(average / (1 - factor**i))
+    return smoothed
