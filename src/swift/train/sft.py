@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from swift import __version__
 from swift.config.option import ConfigError, flatten
@@ -19,7 +19,7 @@ from swift.data.types import Row
 from swift.engines.transformers.engine import TransformersEngine
 from swift.models.adapters import add_lora
 from swift.models.hub import resolve_model
-from swift.models.load import context_length, load_model, load_tokenizer, pick_device
+from swift.models.load import context_length, load_config, load_model, load_tokenizer, pick_device
 from swift.objectives.sft import Sft
 from swift.template.chat import ChatTemplate
 from swift.train import summary
@@ -51,7 +51,7 @@ def run_sft(run: SftRun) -> int:
         run = with_model(run, str(model_path))
     tokenizer = load_tokenizer(model_path)
     train_rows, eval_source = load_sources(run)
-    longest = run.template.max_length or context_length(AutoConfig.from_pretrained(model_path)) or 2048
+    longest = run.template.max_length or context_length(load_config(model_path)) or 2048
     rows, eval_rows = encode(run, tokenizer, train_rows, eval_source, longest)
     data = {"rows": len(rows), "tokens": rows.num_tokens, "fingerprint": rows.fingerprint}
     if resumption:

@@ -17,7 +17,9 @@ except ImportError:  # torch < 2.10
     varlen_attn = None
 
 FLAT_ATTENTION = "swift_flat"
-HAS_VARLEN = varlen_attn is not None and "window_size" in inspect.signature(varlen_attn).parameters
+VARLEN_PARAMETERS = set(inspect.signature(varlen_attn).parameters) if varlen_attn else set()
+HAS_VARLEN = "window_size" in VARLEN_PARAMETERS  # 2.10 has another signature
+VARLEN_GROUPS = {"enable_gqa": True} if "enable_gqa" in VARLEN_PARAMETERS else {}  # 2.11 groups heads unasked
 
 
 def window_mask(length: int, window: int, device: torch.device) -> Tensor:
@@ -79,20 +81,11 @@ def flat_attention(
     assert softcap is None and s_aux is None, (
         f"{type(module).__name__}: soft caps and sinks need the padded layout"
     )
-    if (
-        HAS_VARLEN
-        and segment_bounds is not None
-        and query.is_cuda
-        and dropout == 0
-        and query.element_size() == 2
-    ):
-        longest = max(segment_lengths)
-        left = -1 if sliding_window is None else sliding_window - 1
+    if HAS_VARLEN and query.is_cuda and dropout == 0 and query.element_size() == 2:
+        longest, left = max(segment_lengths), -1 if sliding_window is None else sliding_window - 1
         q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
-        output = varlen_attn(
-            q, k, v, segment_bounds, segment_bounds, longest, longest,
-            scale=scaling, window_size=(left, 0), enable_gqa=True,
-        )  # fmt: skip
+        shape = (segment_bounds, segment_bounds, longest, longest)
+        output = varlen_attn(q, k, v, *shape, scale=scaling, window_size=(left, 0), **VARLEN_GROUPS)
         return output.unsqueeze(0), None
     output = segmented_sdpa(query, key, value, segment_lengths, scaling, sliding_window, dropout)
     return output.transpose(1, 2), None

@@ -1,6 +1,7 @@
 """The engine over a transformers model in one process.
 
-Owns: the micro-batch loop, the scaling rule, clipping, the step. Not here: layouts (forward.py), files (checkpoint.py).
+Owns: the micro-batch loop, the scaling rule, clipping, the step.
+Not here: layouts (forward.py), files (checkpoint.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -56,7 +57,8 @@ class TransformersEngine:
 
     def _score(self, batch: Batch, needs: frozenset[str]) -> TokenStats:
         # Adapters are kept in float32 beside a half-precision model: autocast runs both in the model's dtype.
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16)):
+        is_half = self.dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(self.device.type, self.dtype, enabled=is_half):
             return score(self.model, batch, needs, flat=self.flat, device=self.device)
 
     def forward(self, batches: Sequence[Batch], needs: frozenset[str]) -> list[TokenStats]:

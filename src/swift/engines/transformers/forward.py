@@ -47,7 +47,7 @@ def flat_arguments(batch: Batch, device: torch.device, *, own_attention: bool) -
 
 
 def padded_arguments(batch: Batch, device: torch.device) -> tuple[dict[str, object], Tensor]:
-    """Model arguments of a [B, L] batch padded on the right, and [T] where each flat token stands in [B * L]."""
+    """Arguments of a [B, L] batch padded on the right, and [T]: where each flat token stands in [B * L]."""
     longest = int(batch.segment_lengths().max())
     index_T = batch.segment_ids * longest + batch.positions()
     shape = (batch.num_segments, longest)
@@ -61,7 +61,7 @@ def score(
 ) -> TokenStats:
     """Runs the model once and fills the stats in `needs`, each [T] on `device`.
 
-    `batch` is on the host: shapes that depend on its values are worked out there, so a GPU is never waited for.
+    `batch` is on the host: shapes that depend on its values are worked out there, without waiting for a GPU.
     """
     trained_N = batch.trained.nonzero().squeeze(1)
     positions_N = trained_N.to(device)

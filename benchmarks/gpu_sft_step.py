@@ -1,0 +1,115 @@
+"""Training throughput of the transformers engine on one GPU, random weights of a true shape.
+
+    python benchmarks/gpu_sft_step.py --shape qwen3-8b --tokens 8192 --tuner lora
+
+Rows have lognormal lengths; one flat micro-batch of about --tokens tokens is a step. Prints one JSON line a layout:
+tokens/s (real tokens, padding not counted), MFU and peak memory. MFU counts 6 FLOPs a parameter and token for full
+training, 4 for LoRA (no gradients of frozen weights), plus attention, over the card's dense bf16 peak; recomputation
+is not counted as useful.
+"""
+
+import argparse
+import json
+import time
+
+import numpy as np
+import torch
+from swift.config.optim import OptimConfig
+from swift.config.tuner import TunerConfig
+from swift.data.collate import collate
+from swift.engines.transformers.attention import FLAT_ATTENTION
+from swift.engines.transformers.engine import TransformersEngine
+from swift.models.adapters import add_lora
+from swift.objectives.sft import Sft
+from swift.template.tokenize import Encoded
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+SHAPES = {
+    "qwen3-8b": {
+        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False,
+    },
+    "qwen3-1.7b": {
+        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
+
+
+def make_rows(tokens: int, vocabulary: int, seed: int) -> list[Encoded]:
+    """Rows of lognormal length (median 400 tokens) that together have exactly `tokens` tokens; 70 % are trained."""
+    random = np.random.RandomState(seed)
+    rows = []
+    while tokens > 0:
+        length = int(min(tokens, max(16, random.lognormal(6.0, 0.9))))
+        ids = random.randint(3, vocabulary, length).astype(np.int32)
+        labels = np.where(np.arange(length) < 0.3 * length, -100, ids).astype(np.int32)
+        rows.append(Encoded(ids, labels, None))
+        tokens -= length
+    return rows
+
+
+def useful_flops(model: torch.nn.Module, rows: list[Encoded], shape: dict, full: bool) -> float:
+    """Of one step, in FLOPs."""
+    factor = 6 if full else 4
+    tokens = sum(len(r.input_ids) for r in rows)
+    trained = sum(int((r.labels != -100).sum()) for r in rows)
+    head = shape["hidden_size"] * shape["vocab_size"]
+    embeddings = head * (1 if shape["tie_word_embeddings"] else 2)
+    body = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n) - embeddings
+    width = shape["num_attention_heads"] * shape["head_dim"] * shape["num_hidden_layers"]
+    attention = sum(2 * 2 * width * len(r.input_ids) ** 2 / 2 for r in rows) * 3
+    return factor * body * tokens + factor * head * trained + attention
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-8b")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tuner", choices=("lora", "full"), default="lora")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--layouts", nargs="+", default=["flat", "flat-sdpa-mask", "padded"])
+    options = parser.parse_args()
+    shape = SHAPES[options.shape]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Qwen3ForCausalLM(Qwen3Config(**shape, max_position_embeddings=40960)).to(torch.bfloat16)
+    if options.tuner == "lora":
+        model = add_lora(model, TunerConfig(), seed=0)
+    engine = TransformersEngine(
+        model, OptimConfig(), learning_rate=1e-5, total_steps=100, gradient_checkpointing=True
+    )
+    base = model.get_base_model() if options.tuner == "lora" else model
+    rows = make_rows(options.tokens, shape["vocab_size"], 0)
+    flops = useful_flops(model, rows, shape, options.tuner == "full")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    peak = next((v for k, v in PEAK_FLOPS.items() if k in name), float("nan"))
+    for layout in options.layouts:
+        engine.flat = layout != "padded"
+        base.set_attn_implementation(FLAT_ATTENTION if layout == "flat" else "sdpa")
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = []
+        for _ in range(options.steps):
+            started = time.perf_counter()
+            sums = engine.forward_backward([collate(rows)], Sft())
+            engine.optim_step()  # reads the gradient norm, so it waits for the device
+            seconds.append(time.perf_counter() - started)
+        best = sorted(seconds[2:])[len(seconds[2:]) // 2] if len(seconds) > 2 else seconds[-1]
+        result = {
+            "device": name, "shape": options.shape, "tuner": options.tuner, "layout": layout, "rows": len(rows),
+            "tokens": options.tokens, "seconds": round(best, 4), "tokens_per_second": round(options.tokens / best),
+            "mfu": round(flops / best / peak, 4), "loss": sums.means()["loss/tokens"],
+            "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else None,
+        }  # fmt: skip
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""`swift sft` as a user runs it, on a tiny model: what it leaves, what it learns, how it is killed and goes on."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from swift.cli.main import run as run_command
+
+QUESTIONS = ("Who are you?", "What is your name?", "Who made you?", "What is the capital of France?")
+
+
+def write_rows(path: Path, count: int = 24) -> Path:
+    rows = [
+        {"query": f"{QUESTIONS[i % 4]} ({i})", "response": f"Answer {i % 4} of swift-robot."}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def sft_command(model: Path, data: Path, output: Path, *flags: str) -> list[str]:
+    return [
+        "sft", "--model", str(model), "--dataset", str(data), "--output_dir", str(output),
+        "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", "--learning_rate", "5e-3",
+        "--logging_steps", "1", *flags,
+    ]  # fmt: skip
+
+
+def only_run(output: Path) -> Path:
+    (run,) = output.glob("v*-*")
+    return run
+
+
+def read_log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "logging.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[tuple[str, float, float]]:
+    return [(r["global_step/max_steps"], r["loss"], r["grad_norm"]) for r in read_log(run) if "loss" in r]
+
+
+@pytest.mark.parametrize("train_type", ["lora", "full"])
+def test_a_run_learns_and_leaves_what_users_expect(tiny_llama_dir, tmp_path, train_type):
+    data = write_rows(tmp_path / "rows.jsonl")
+    flags = (
+        "--train_type",
+        train_type,
+        "--num_train_epochs",
+        "4",
+        "--split_dataset_ratio",
+        "0.2",
+        "--save_steps",
+        "5",
+    )
+    assert run_command(sft_command(tiny_llama_dir, data, tmp_path / "out", *flags)) == 0
+    run = only_run(tmp_path / "out")
+    log = read_log(run)
+    train = [r for r in log if "loss" in r]
+    assert train[-1]["loss"] < 0.8 * train[0]["loss"]
+    assert set(train[0]) >= {
+        "loss", "token_acc", "grad_norm", "learning_rate", "epoch", "global_step/max_steps", "percentage",
+        "elapsed_time", "remaining_time", "memory(GiB)", "train_speed(iter/s)", "tokens/s",
+    }  # fmt: skip
+    evaluations = [r["eval_loss"] for r in log if "eval_loss" in r]
+    assert evaluations[-1] < evaluations[0]
+    assert log[-1]["last_model_checkpoint"] == str(run / "checkpoint-20")
+    assert json.loads((run / "args.json").read_text())["train_type"] == train_type
+    assert {p.name for p in run.iterdir()} >= {
+        "args.json",
+        "logging.jsonl",
+        "runs",
+        "images",
+        "val_dataset.jsonl",
+    }
+    assert (run / "images" / "train_loss.png").stat().st_size > 1000
+    assert list((run / "runs").glob("events.out.tfevents*"))
+    weights = "adapter_model.safetensors" if train_type == "lora" else "model.safetensors"
+    assert load_file(run / "last" / weights)
+    held_out = (run / "val_dataset.jsonl").read_text().splitlines()
+    assert len(held_out) == 5 and "query" in json.loads(held_out[0])
+
+
+def test_accumulation_does_not_change_the_curve(tiny_llama_dir, tmp_path):
+    """1x8 and 4x2 through the command line; without dropout, since its noise depends on shapes."""
+    data = write_rows(tmp_path / "rows.jsonl")
+    curves = []
+    for name, batch, accumulation in (("a", "8", "1"), ("b", "2", "4")):
+        command = [
+            *sft_command(tiny_llama_dir, data, tmp_path / name, "--lora_dropout", "0", "--num_train_epochs", "2"),
+            "--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation,
+            "--save_strategy", "no",
+        ]  # fmt: skip
+        assert run_command(command) == 0
+        curves.append([loss for _, loss, _ in losses(only_run(tmp_path / name))])
+    assert curves[0] == pytest.approx(curves[1], rel=2e-5)
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "swift", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def kill_after(process: subprocess.Popen, output: Path, rows: int) -> None:
+    """SIGKILL once the log has so many rows."""
+    for _ in range(6000):
+        logs = list(output.glob("v*-*/logging.jsonl"))
+        if logs and len(logs[0].read_text().splitlines()) >= rows:
+            process.send_signal(signal.SIGKILL)
+            break
+        assert process.poll() is None, process.stdout.read().decode()
+        time.sleep(0.01)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny_llama_dir, tmp_path):
+    """With LoRA dropout, evaluation and a window of three steps a log row; compared to the bit."""
+    data = write_rows(tmp_path / "rows.jsonl", 60)
+    flags = (
+        "--num_train_epochs", "8", "--save_steps", "7", "--logging_steps", "3", "--split_dataset_ratio", "0.1",
+        "--eval_steps", "20", "--save_total_limit", "3",
+    )  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(sft_command(tiny_llama_dir, data, whole, *flags)).wait() == 0
+    kill_after(start(sft_command(tiny_llama_dir, data, killed, *flags)), killed, random.randint(4, 25))
+    run = only_run(killed)
+    assert start(["sft", "--resume_from_checkpoint", str(run)]).wait() == 0
+    assert only_run(killed) == run
+    assert losses(run) == losses(only_run(whole)) and len(losses(run)) == 38
+    evaluated = [[r["eval_loss"] for r in read_log(r_) if "eval_loss" in r] for r_ in (run, only_run(whole))]
+    assert evaluated[0] == evaluated[1]
+    ours, theirs = (load_file(r / "last" / "adapter_model.safetensors") for r in (run, only_run(whole)))
+    assert ours.keys() == theirs.keys() and all((ours[k] == theirs[k]).all() for k in ours)
+
+
+def test_resuming_refuses_another_run(tiny_llama_dir, tmp_path, capsys):
+    data = write_rows(tmp_path / "rows.jsonl")
+    command = sft_command(tiny_llama_dir, data, tmp_path / "out", "--max_steps", "4", "--save_steps", "2")
+    assert run_command(command) == 0
+    run = only_run(tmp_path / "out")
+    resume = ["sft", "--resume_from_checkpoint", str(run / "checkpoint-2")]
+    assert run_command([*resume, "--lora_rank", "4"]) == 2
+    assert "--lora_rank 4 differs from the checkpoint's 8" in capsys.readouterr().err
+    write_rows(data, 23)
+    assert run_command(resume) == 2
+    assert "the training data differs from the checkpoint's: rows was 24, now 23" in capsys.readouterr().err
+    optimizer = run / "checkpoint-4" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:1000])
+    assert run_command(["sft", "--resume_from_checkpoint", str(run / "checkpoint-4")]) == 2
+    errors = capsys.readouterr().err
+    assert "optimizer.pt has 1000 bytes" in errors and f"resume from {run / 'checkpoint-2'}" in errors

@@ -1,0 +1,129 @@
+"""Checkpoints are whole or refused; what is kept and what is linked."""
+
+from pathlib import Path
+
+import pytest
+from swift.config.option import ConfigError
+from swift.engines.protocol import Sums
+from swift.train.saving import (
+    MANIFEST,
+    Saver,
+    find_checkpoint,
+    find_damage,
+    is_better,
+    list_checkpoints,
+    remove_partial,
+    write_manifest,
+)
+from swift.train.state import TrainState
+
+
+class FileEngine:
+    """Stands where an engine stands: writes two files, as real engines write theirs."""
+
+    def save(self, path: Path, *, resumable: bool) -> None:
+        (path / "adapter_model.safetensors").write_bytes(b"weights" * 100)
+        if resumable:
+            (path / "optimizer.pt").write_bytes(b"moments" * 100)
+
+
+def make_saver(directory: Path, tokenizer, **options) -> Saver:
+    defaults = {"only_model": False, "total_limit": None, "symlinks": True}
+    return Saver(directory, tokenizer, {"model": "m"}, {"rows": 3}, **(defaults | options))
+
+
+def save_steps(saver: Saver, metrics: dict[int, float | None]) -> TrainState:
+    state = TrainState()
+    for step, metric in metrics.items():
+        state.step = step
+        saver.save(FileEngine(), state, metric, lower_is_better=True)
+    return state
+
+
+def test_a_saved_checkpoint_is_whole_and_found(tmp_path, tiny_tokenizer):
+    save_steps(make_saver(tmp_path, tiny_tokenizer), {5: None, 10: None})
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [5, 10]
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert find_checkpoint(tmp_path / "checkpoint-5") == tmp_path / "checkpoint-5"
+    assert (tmp_path / "last").resolve() == tmp_path / "checkpoint-10"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_limit_keeps_best_and_last(tmp_path, tiny_tokenizer):
+    saver = make_saver(tmp_path, tiny_tokenizer, total_limit=2)
+    state = save_steps(saver, {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5})
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 4]
+    assert (tmp_path / "best").resolve().name == "checkpoint-2"
+    assert (state.best_metric, state.best_step, state.last_saved_step) == (1.0, 2, 4)
+
+
+def test_saving_a_step_again_replaces_it(tmp_path, tiny_tokenizer):
+    saver = make_saver(tmp_path, tiny_tokenizer)
+    save_steps(saver, {2: None})
+    (tmp_path / "checkpoint-2" / "stale").touch()
+    save_steps(saver, {2: None})
+    assert not (tmp_path / "checkpoint-2" / "stale").exists()
+    assert find_damage(tmp_path / "checkpoint-2") is None
+
+
+def checkpoint_files(directory: Path) -> list[str]:
+    return [str(p.relative_to(directory)) for p in sorted(directory.rglob("*")) if p.is_file()]
+
+
+def test_every_truncated_file_is_named_and_the_one_before_is_offered(tmp_path, tiny_tokenizer):
+    save_steps(make_saver(tmp_path, tiny_tokenizer), {1: None, 2: None})
+    checkpoint = tmp_path / "checkpoint-2"
+    for name in checkpoint_files(checkpoint):
+        path = checkpoint / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ConfigError, match="is damaged") as caught:
+            find_checkpoint(checkpoint)
+        assert name in caught.value.message
+        assert caught.value.hint == f"resume from {tmp_path / 'checkpoint-1'}"
+        assert find_checkpoint(tmp_path).name == "checkpoint-1"
+        path.write_bytes(whole)
+    assert find_damage(checkpoint) is None
+
+
+def test_same_size_but_other_contents_is_damage(tmp_path):
+    (tmp_path / "a").write_bytes(b"12345")
+    write_manifest(tmp_path)
+    assert find_damage(tmp_path) is None
+    (tmp_path / "a").write_bytes(b"12346")
+    assert find_damage(tmp_path) == "the contents of a have changed"
+    (tmp_path / "a").unlink()
+    assert find_damage(tmp_path) == "a is missing"
+    (tmp_path / MANIFEST).unlink()
+    assert find_damage(tmp_path) == f"it has no {MANIFEST}"
+
+
+def test_a_checkpoint_without_optimizer_cannot_be_resumed(tmp_path, tiny_tokenizer):
+    save_steps(make_saver(tmp_path, tiny_tokenizer, only_model=True), {1: None})
+    with pytest.raises(ConfigError, match="no optimizer state"):
+        find_checkpoint(tmp_path / "checkpoint-1")
+
+
+def test_nothing_to_resume_from(tmp_path):
+    with pytest.raises(ConfigError, match="holds no whole checkpoint"):
+        find_checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match="is not a directory"):
+        find_checkpoint(tmp_path / "missing")
+
+
+def test_half_written_checkpoints_are_removed(tmp_path):
+    (tmp_path / ".checkpoint-7.tmp").mkdir()
+    assert remove_partial(tmp_path) == [".checkpoint-7.tmp"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_direction_of_the_best_metric():
+    assert is_better(1.0, None, True) and is_better(1.0, 2.0, True) and not is_better(2.0, 2.0, True)
+    assert is_better(3.0, 2.0, False) and not is_better(1.0, 2.0, False)
+
+
+def test_state_survives_json(tmp_path):
+    state = TrainState(step=3, tokens=17, elapsed_seconds=1.5, best_metric=0.1 + 0.2, best_step=2)
+    state.window.add("loss/tokens", 1 / 3, 7)
+    assert TrainState.from_dict(state.to_dict()) == state
+    assert state.window == Sums({"loss/tokens": (1 / 3, 7.0)})
