@@ -63,7 +63,7 @@ def test_a_run_learns_and_leaves_what_users_expect(tiny_llama_dir, tmp_path, tra
     run = only_run(tmp_path / "out")
     log = read_log(run)
     train = [r for r in log if "loss" in r]
-    assert train[-1]["loss"] < 0.8 * train[0]["loss"]
+    assert train[-1]["loss"] < train[0]["loss"] - 0.5 and train[-1]["token_acc"] > 0.8
     assert set(train[0]) >= {
         "loss", "token_acc", "grad_norm", "learning_rate", "epoch", "global_step/max_steps", "percentage",
         "elapsed_time", "remaining_time", "memory(GiB)", "train_speed(iter/s)", "tokens/s",
@@ -137,7 +137,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny_llama_dir, tmp_pat
     run = only_run(killed)
     assert start(["sft", "--resume_from_checkpoint", str(run)]).wait() == 0
     assert only_run(killed) == run
-    assert losses(run) == losses(only_run(whole)) and len(losses(run)) == 38
+    assert losses(run) == losses(only_run(whole)) and len(losses(run)) == 39
     evaluated = [[r["eval_loss"] for r in read_log(r_) if "eval_loss" in r] for r_ in (run, only_run(whole))]
     assert evaluated[0] == evaluated[1]
     ours, theirs = (load_file(r / "last" / "adapter_model.safetensors") for r in (run, only_run(whole)))

@@ -1,4 +1,4 @@
-"""Events of a run, and the screen that shows them. A callback sees frozen events and cannot touch the loop."""
+"""Events of a run, and the screen that shows them. Callbacks see frozen events and cannot touch the loop."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +106,9 @@ class Screen(Callback):
 
     def on_eval(self, event: EvalEvent) -> None:
         numbers = "  ".join(
-            f"{k} {v:.4f}" for k, v in event.row.items() if k.startswith("eval_") and "_s" not in k
+            f"{k} {v:.4f}"
+            for k, v in event.row.items()
+            if k.startswith("eval_") and "_per_second" not in k and k != "eval_runtime"
         )
         say(f"eval at step {event.step}: {numbers}", style="cyan")
 

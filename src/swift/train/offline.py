@@ -4,7 +4,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,9 @@ class Offline:
     def _train_step(self, state: TrainState, clock: "Clock") -> None:
         micro_batches = self.plan.micro_batches(state.step, self.engine.data_rank)
         batches = [collate([self.rows[i] for i in rows]) for rows in micro_batches]
-        sums = self.engine.forward_backward(batches, self.objective)
-        info = self.engine.optim_step()
+        with clock.training():
+            sums = self.engine.forward_backward(batches, self.objective)
+            info = self.engine.optim_step()
         state.step += 1
         state.tokens += sum(b.num_tokens for b in batches)
         state.window.merge(sums)
@@ -137,7 +139,7 @@ class Offline:
         }
 
     def _evaluate(self, state: TrainState) -> float:
-        """Scores the held-out rows, tells the callbacks, returns the metric that names the best checkpoint."""
+        """Scores the held-out rows and tells the callbacks; the metric that names the best checkpoint."""
         assert self.eval_rows is not None
         started, size, count = (
             time.perf_counter(),
@@ -188,10 +190,18 @@ class Clock:
         self.elapsed_before = state.elapsed_seconds
         self.first_step = state.step
         self.started = time.perf_counter()
-        self.last_row = (self.started, state.tokens)
+        self.row_tokens = state.tokens
+        self.row_seconds = 0.0
 
     def elapsed(self) -> float:
         return self.elapsed_before + time.perf_counter() - self.started
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Around the part of a step that is training."""
+        started = time.perf_counter()
+        yield
+        self.row_seconds += time.perf_counter() - started
 
     def steps_per_second(self, step: int) -> float:
         return (step - self.first_step) / max(time.perf_counter() - self.started, 1e-9)
@@ -200,11 +210,10 @@ class Clock:
         return (total - step) / max(self.steps_per_second(step), 1e-9)
 
     def tokens_per_second(self, tokens: int) -> float:
-        """Since the log row before this one."""
-        now = time.perf_counter()
-        since, before = self.last_row
-        self.last_row = (now, tokens)
-        return (tokens - before) / max(now - since, 1e-9)
+        """Of the steps since the log row before this one; evaluation and saving do not count."""
+        rate = (tokens - self.row_tokens) / max(self.row_seconds, 1e-9)
+        self.row_tokens, self.row_seconds = tokens, 0.0
+        return rate
 
 
 def peak_memory_gib() -> float:
@@ -218,4 +227,5 @@ def peak_memory_gib() -> float:
 def describe_lengths(rows: EncodedDataset) -> str:
     """`193.38±32.78, min=141.00, max=270.00, size=26`: tokens a row."""
     lengths = rows.lengths
-    return f"{lengths.mean():.2f}±{lengths.std():.2f}, min={lengths.min():.2f}, max={lengths.max():.2f}, size={len(rows)}"
+    spread = f"{lengths.mean():.2f}±{lengths.std():.2f}, min={lengths.min():.2f}, max={lengths.max():.2f}"
+    return f"{spread}, size={len(rows)}"

@@ -12,11 +12,11 @@ from swift.train.saving import ARGS, STATE, find_checkpoint
 from swift.train.state import TrainState
 from swift.utils.log import say
 
-# Flags whose change would make the run another run; the others may differ (how often to log, where to report).
+# Flags whose change would make the run another run; the others may differ (how often to log).
 FIXED = (
-    "model", "dataset", "train_type", "lora_rank", "lora_alpha", "target_modules", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "max_length", "seed", "data_seed", "loss_scale", "system", "lr_scheduler_type",
-    "learning_rate", "train_dataloader_shuffle",
+    "model", "dataset", "train_type", "lora_rank", "lora_alpha", "target_modules", "max_length", "system",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "loss_scale",
+    "lr_scheduler_type", "learning_rate", "train_dataloader_shuffle",
 )  # fmt: skip
 
 
@@ -34,7 +34,7 @@ class Resumption:
 
 
 def load_resumption(run: SftRun) -> tuple[SftRun, Resumption | None]:
-    """Finds and verifies --resume_from_checkpoint. Flags left at their defaults take the checkpoint's values."""
+    """Finds and verifies --resume_from_checkpoint. Flags left at their defaults take its values."""
     if not run.schedule.resume_from_checkpoint:
         return run, None
     checkpoint = find_checkpoint(Path(run.schedule.resume_from_checkpoint).expanduser())
@@ -50,7 +50,7 @@ def load_resumption(run: SftRun) -> tuple[SftRun, Resumption | None]:
         if knob.name in FIXED and knob.name in saved and value != saved[knob.name]:
             raise ConfigError(
                 f"--{knob.name} {value} differs from the checkpoint's {saved[knob.name]}",
-                hint="leave the flag out to go on with that run, or start a new one without --resume_from_checkpoint",
+                hint="leave the flag out to go on, or start a new run without --resume_from_checkpoint",
             )
     values["resume_from_checkpoint"] = str(checkpoint)
     resumed = build(SftRun, values)

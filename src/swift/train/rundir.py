@@ -1,4 +1,4 @@
-"""The directory of a run: output/vN-date, made once and only after everything that can be refused was refused."""
+"""The directory of a run: output/vN-date, made once, after everything that can be refused."""
 
 import re
 import time
@@ -31,7 +31,7 @@ def check_writable(directory: Path) -> None:
 
 
 def new_run_directory(root: Path, add_version: bool) -> Path:
-    """Makes and returns `root/vN-YYYYmmdd-HHMMSS`, N one above the highest there; `root` itself without versions."""
+    """Makes `root/vN-YYYYmmdd-HHMMSS`, N one above the highest there; `root` itself without versions."""
     if not add_version:
         root.mkdir(parents=True, exist_ok=True)
         return root

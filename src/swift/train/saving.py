@@ -1,7 +1,7 @@
 """Checkpoints: when, where, whole or not at all, and which ones stay.
 
-A checkpoint is written under a temporary name, described by a manifest, synced, then renamed: a directory called
-`checkpoint-N` is complete.
+A checkpoint is written under a temporary name, described by a manifest, synced, then renamed: a directory
+called `checkpoint-N` is complete.
 """
 
 import hashlib
@@ -168,7 +168,7 @@ def find_checkpoint(path: Path) -> Path:
         path = whole_paths[-1]
     if not (path / "optimizer.pt").exists():
         raise ConfigError(
-            f"--resume_from_checkpoint {path} has no optimizer state: it was saved with --save_only_model true",
+            f"--resume_from_checkpoint {path} has no optimizer state (saved with --save_only_model true)",
             hint="train from its weights instead",
         )
     return path

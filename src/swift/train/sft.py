@@ -1,4 +1,4 @@
-"""`swift sft`: config -> rows -> engine -> loop. Everything that can be refused is refused before weights load."""
+"""`swift sft`: config -> rows -> engine -> loop. What can be refused is, before weights load."""
 
 import math
 import random
@@ -79,7 +79,8 @@ def run_sft(run: SftRun) -> int:
         engine.load(resumption.checkpoint)
     loop = Offline(
         engine=engine, objective=Sft(), rows=rows, eval_rows=eval_rows, plan=plan, total_steps=total_steps,
-        schedule=run.schedule, saver=saver, callbacks=build_callbacks(run, directory), run_directory=directory,
+        schedule=run.schedule, saver=saver, callbacks=build_callbacks(run, directory),
+        run_directory=directory,
     )  # fmt: skip
     return run_loop(loop, state)
 
@@ -91,9 +92,7 @@ def run_loop(loop: Offline, state: TrainState) -> int:
         loop.run(state)
     except KeyboardInterrupt:
         if state.last_saved_step is None:
-            say(
-                f"interrupted at step {state.step}; nothing was saved yet (--save_steps {loop.schedule.save_steps:g})"
-            )
+            say(f"interrupted at step {state.step}; no checkpoint was due yet (--save_steps)")
         else:
             say(f"interrupted at step {state.step}; go on with --resume_from_checkpoint {directory}")
         return 130
@@ -112,8 +111,13 @@ def load_sources(run: SftRun) -> tuple[list[Row], list[Row]]:
     data = run.data
     seed = run.schedule.seed if data.data_seed is None else data.data_seed
     options: dict[str, Any] = {
-        "seed": seed, "columns": data.columns, "model_name": data.model_name, "model_author": data.model_author,
-    }  # fmt: skip
+        "seed": seed,
+        "columns": data.columns,
+        "model_name": data.model_name,
+        "model_author": data.model_author,
+        "use_hf": run.model.use_hf,
+        "token": run.model.hub_token,
+    }
     rows = load_rows(data.dataset, shuffle=data.dataset_shuffle, **options)
     if data.val_dataset:
         return rows, load_rows(data.val_dataset, shuffle=data.val_dataset_shuffle, **options)

@@ -8,7 +8,7 @@ from swift.engines.protocol import Sums
 
 @dataclass
 class TrainState:
-    """Mutated by the loop alone. `window` holds the sums since the last logged line, so a resumed log is the same."""
+    """Changed by the loop only. `window` holds the sums since the last log row, so a resumed log is equal."""
 
     step: int = 0
     window: Sums = field(default_factory=Sums)

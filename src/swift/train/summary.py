@@ -1,4 +1,4 @@
-"""What is about to be trained, told before the first step: rows, drops by reason, steps, weights, one sample."""
+"""What is about to be trained, told before the first step: rows, drops, steps, weights, one sample."""
 
 from collections.abc import Sequence
 
@@ -26,8 +26,8 @@ def tell_drops(report: EncodeReport, what: str) -> None:
 def tell_rows(rows: EncodedDataset, what: str) -> None:
     share = 100 * rows.num_trained / max(rows.num_tokens, 1)
     say(
-        f"{what}: {len(rows):,} rows, {rows.num_tokens:,} tokens, {rows.num_trained:,} of them trained ({share:.0f} %), "
-        f"longest {rows.lengths.max():,}"
+        f"{what}: {len(rows):,} rows, {rows.num_tokens:,} tokens, {rows.num_trained:,} of them trained "
+        f"({share:.0f} %), longest {rows.lengths.max():,}"
     )
 
 
@@ -36,16 +36,17 @@ def tell_weights(model: nn.Module, description: str) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = 100 * trained / total
     say(
-        f"model: {description}: {total / 1e6:,.1f} M parameters, {trained / 1e6:,.2f} M trained ({share:.2f} %)"
+        f"model: {description}: {total / 1e6:,.1f} M parameters, "
+        f"{trained / 1e6:,.2f} M trained ({share:.2f} %)"
     )
 
 
 def tell_steps(plan: StepPlan, total_steps: int, rows: EncodedDataset) -> None:
     say(
-        f"steps: {plan.rows_per_step} rows a step ({plan.micro_batch_size} rows x {plan.accumulation} accumulated x "
-        f"{plan.data_world} processes), {plan.steps_per_epoch} steps an epoch, {total_steps} in all, "
-        f"about {rows.num_tokens / plan.steps_per_epoch:,.0f} tokens a step"
+        f"steps: {plan.rows_per_step} rows a step ({plan.micro_batch_size} x {plan.accumulation} accumulated "
+        f"x {plan.data_world} processes), {plan.steps_per_epoch} steps an epoch, {total_steps} in all"
     )
+    say(f"tokens: about {rows.num_tokens / plan.steps_per_epoch:,.0f} a step")
 
 
 def sample_text(pieces: Sequence[tuple[str, float]]) -> Text:

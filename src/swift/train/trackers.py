@@ -61,7 +61,7 @@ class JsonlTracker(Callback):
 
 
 class TensorBoardTracker(Callback):
-    """The same numbers as TensorBoard scalars. `purge_step` hides what a killed run wrote past its checkpoint."""
+    """The same numbers as TensorBoard scalars; what a killed run wrote past its checkpoint is purged."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
