@@ -19,6 +19,7 @@ VARIABLES = {
     "RANK": "global rank, set by torchrun",
     "WORLD_SIZE": "number of processes, set by torchrun",
     "LOCAL_RANK": "rank on this node, set by torchrun",
+    "MEGATRON_LM_PATH": "no effect: megatron-core is an installed package, not a checkout",
     "SWIFT_DEBUG": "1 = show the traceback behind an error line",
     "OMP_NUM_THREADS": "CPU threads of torch",
 }

@@ -1,0 +1,95 @@
+"""The one table of sub-commands. It holds import strings; what is behind them is imported when needed."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from swift.config.option import ConfigError
+
+GROUPS = {"train": ("pt", "sft", "rlhf"), "serve": ("infer", "deploy", "rollout", "eval", "app")}
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A sub-command as typed, the import strings behind it, and defaults that differ from its config's."""
+
+    program: str
+    name: str
+    config: str
+    run: str | None
+    help: str
+    distributed: bool = False
+    defaults: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def title(self) -> str:
+        return f"{self.program} {self.name}"
+
+    @property
+    def scopes(self) -> frozenset[str]:
+        """Every scope of fates.tsv that it is in, such as both, swift, sft, train, swift:sft, swift:train."""
+        own = "export" if self.name == "merge-lora" else self.name
+        words = {own} | {group for group, names in GROUPS.items() if own in names}
+        return frozenset({"both", self.program} | words | {f"{self.program}:{word}" for word in words})
+
+
+SFT, INFER, EXPORT = (f"swift.config.runs:{name}Run" for name in ("Sft", "Infer", "Export"))
+RLHF, MEGATRON, MEGATRON_EXPORT, WEB_UI = (
+    f"swift.cli.pending:{name}Run" for name in ("Rlhf", "Megatron", "MegatronExport", "WebUi")
+)
+RUN_SFT, RUN_INFER = "swift.train.sft:run_sft", "swift.infer.run:run_infer"
+RUN_EXPORT = "swift.export.run:run_export"
+WHOLE, ALL_TOKENS, LAST_ROUND = ("train_type", "full"), ("loss_scale", "all"), ("loss_scale", "last_round")
+
+COMMANDS = (
+    Command("swift", "pt", SFT, None, "continue pre-training on plain text", True, (ALL_TOKENS,)),
+    Command("swift", "sft", SFT, RUN_SFT, "fine-tune on conversations", True),
+    Command(
+        "swift", "rlhf", RLHF, None, "learn from preferences and rewards: DPO, KTO, GRPO", True, (LAST_ROUND,)
+    ),
+    Command("swift", "infer", INFER, RUN_INFER, "chat with a model, or answer a dataset", True),
+    Command("swift", "deploy", INFER, None, "serve a model over an OpenAI-compatible API"),
+    Command("swift", "rollout", INFER, None, "serve rollouts to a GRPO run"),
+    Command("swift", "sample", INFER, None, "sample many answers and keep the best"),
+    Command("swift", "export", EXPORT, RUN_EXPORT, "merge adapters, convert, quantise, upload"),
+    Command("swift", "eval", INFER, None, "measure a model on benchmarks"),
+    Command("swift", "app", INFER, None, "chat in the browser"),
+    Command("swift", "web-ui", WEB_UI, None, "train from the browser"),
+    Command(
+        "swift", "merge-lora", EXPORT, RUN_EXPORT, "export --merge_lora true", False, (("merge_lora", True),)
+    ),
+    Command("megatron", "pt", MEGATRON, None, "continue pre-training in parallel", True, (WHOLE, ALL_TOKENS)),
+    Command("megatron", "sft", MEGATRON, None, "fine-tune in parallel", True, (WHOLE,)),
+    Command(
+        "megatron", "rlhf", MEGATRON, None, "preferences and rewards in parallel", True, (WHOLE, LAST_ROUND)
+    ),
+    Command("megatron", "export", MEGATRON_EXPORT, None, "convert weights in parallel", True),
+)
+
+
+def commands_of(program: str) -> tuple[Command, ...]:
+    return tuple(command for command in COMMANDS if command.program == program)
+
+
+def find_command(program: str, name: str) -> Command:
+    """The sub-command called `name`; `_` and `-` are the same."""
+    table = {command.name: command for command in commands_of(program)}
+    wanted = name.replace("_", "-")
+    if wanted in table:
+        return table[wanted]
+    near = closest(wanted, table)
+    hint = f"did you mean `{program} {near}`?" if near else f"`{program} --help` lists the commands"
+    raise ConfigError(f"{program} has no command {name!r}", hint=hint)
+
+
+def closest(name: str, names: Iterable[str]) -> str | None:
+    """The most similar of `names`, None when nothing is near. Only mistakes pay for importing difflib."""
+    matches = import_module("difflib").get_close_matches(name, list(names), n=1)
+    return matches[0] if matches else None
+
+
+def load(path: str) -> Any:
+    """The object behind an import string `package.module:name`."""
+    module, name = path.split(":")
+    return getattr(import_module(module), name)

@@ -1,0 +1,127 @@
+"""The console entries `swift` and `megatron`: what to print, what to run, and how a mistake is told.
+
+Order of checks: shell accidents, names of flags, values, flags that are not there yet, flags that contradict
+each other. Only then is the code of the command imported, and torch with it.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from swift import __version__
+from swift.cli.commands import Command, find_command, load
+from swift.cli.flags import Given, Resolved, knobs_of, resolve, split_arguments
+from swift.cli.shell import repair_arguments
+from swift.cli.values import kind_of, parse_value
+from swift.config.option import ConfigError, build
+from swift.utils import env
+
+HELP = ("-h", "--help")
+
+
+def swift_main() -> None:
+    """Console entry of `swift`."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def megatron_main() -> None:
+    """Console entry of `megatron`."""
+    sys.exit(run(sys.argv[1:], program="megatron"))
+
+
+def run(argv: Sequence[str], *, program: str = "swift") -> int:
+    """Does what the arguments say; the exit code. 2 = a mistake of the user, told in words."""
+    try:
+        return dispatch(list(argv), program)
+    except ConfigError as error:
+        if env.is_on("SWIFT_DEBUG"):
+            raise
+        for line in error.message.splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def dispatch(argv: list[str], program: str) -> int:
+    """As `run`, but raises."""
+    argv, warnings = repair_arguments(argv)
+    for warning in warnings:
+        note(f"warning: {warning}")
+    if not argv or argv[0] in (*HELP, "help"):
+        return show(load("swift.cli.helptext:program_help")(program))
+    if argv[0] == "--version":
+        return show(__version__)
+    command = find_command(program, argv[0])
+    if any(word in HELP for word in argv[1:]):
+        return show(load("swift.cli.helptext:command_help")(command))
+    if env.read("MEGATRON_LM_PATH"):
+        note(f"note: MEGATRON_LM_PATH has {env.VARIABLES['MEGATRON_LM_PATH']}")
+    given = read_given(argv[1:])
+    wants_print = [item for item in given if item.name == "print_config"]
+    resolved = resolve(command, [item for item in given if item.name != "print_config"])
+    for line in resolved.notes:
+        note(line if line.startswith("warning") else f"note: {line}")
+    if wants_print and parse_value("--print_config", "bool", wants_print[-1].words):
+        return show(load("swift.cli.configfile:dump_config")(resolved), end="")
+    return execute(command, resolved)
+
+
+def read_given(argv: list[str]) -> list[Given]:
+    """Flags of the file in front, if there is one, then those of the command line, which win."""
+    if not argv or not argv[0].endswith((".yaml", ".yml", ".json")):
+        return split_arguments(argv)
+    from_file, variables = load("swift.cli.configfile:read_config")(Path(argv[0]))
+    env.set_defaults(variables)
+    return [*from_file, *split_arguments(argv[1:])]
+
+
+def execute(command: Command, resolved: Resolved) -> int:
+    """Builds the config, then imports and calls the command."""
+    if command.run is None:
+        raise ConfigError(
+            f"{command.title}: not yet in this version", hint="--print_config shows what it would be given"
+        )
+    if resolved.stops:
+        many = len(resolved.stops) > 1
+        raise ConfigError(
+            f"{', '.join(resolved.stops)} {'are' if many else 'is'} not yet supported in this version; "
+            f"remove {'them' if many else 'it'}"
+        )
+    values: dict[str, Any] = dict(command.defaults) | resolved.values
+    for name, knob in knobs_of(command).items():
+        if kind_of(knob) == "dict" and isinstance(values.get(name), str):
+            values[name] = load("swift.cli.configfile:read_json_object")(name, Path(values[name]))
+    config = build(load(command.config), values)
+    config.check()
+    if command.distributed:
+        check_processes()
+    code: int = load(command.run)(config)
+    return code
+
+
+def check_processes() -> None:
+    """ConfigError when the environment asks for more than one process."""
+    for name in ("NPROC_PER_NODE", "NNODES"):
+        text = env.read(name, "1")
+        if text != "1":
+            raise ConfigError(
+                f"several processes are not yet supported ({name}={text})", hint=f"unset {name}"
+            )
+
+
+def note(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def show(text: str, end: str = "\n") -> int:
+    """Prints a result. A reader that has seen enough, such as head, is no error."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
