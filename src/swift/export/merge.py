@@ -1,0 +1,179 @@
+"""Folds LoRA adapters into the weights and writes a model directory that needs nothing of ours.
+
+Owns: the files of the merged directory and the proof that it gives the adapters' logits. The merge is done in
+float32, with one float32 copy of the model in memory at a time.
+Not here: what is asked for (run.py), the comparison (compare.py).
+"""
+
+import gc
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from swift import __version__
+from swift.config.option import ConfigError
+from swift.export.compare import TOLERANCES, Comparison, compare_logits, compute_logits, render_texts
+from swift.models.adapters import RUN_ARGS, load_adapter, merge
+from swift.models.directory import INDEX_FILES, read_json, weight_files
+from swift.models.load import TOKENIZER_FILES, load_model, load_tokenizer
+from swift.utils.files import write_json
+from swift.utils.log import say, warn
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+TOKENIZER_PARTS = (
+    *TOKENIZER_FILES,
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """What is merged, and where it goes; all paths exist except `output`."""
+
+    adapter: Path
+    base: Path
+    base_name: str  # as the user or the checkpoint named it
+    output: Path
+    dtype: str  # of the written weights
+    device: torch.device
+    max_shard_bytes: int
+    exist_ok: bool
+    run_args: dict[str, Any]  # args.json of the training run
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What the merged model has to reproduce."""
+
+    tokenizer: PreTrainedTokenizerBase
+    texts: list[str]
+    logits: list[torch.Tensor]  # of base and adapters in float32
+    effect: Comparison  # of those with the base alone
+
+
+def merge_adapter(plan: MergePlan) -> int:
+    """Merges, writes beside the output, checks, and only then gives the directory its name. Exit code."""
+    try:
+        plan.output.parent.mkdir(parents=True, exist_ok=True)
+        work = tempfile.TemporaryDirectory(dir=plan.output.parent, prefix=f".{plan.output.name}.")
+    except OSError as error:
+        raise ConfigError(f"--output_dir {plan.output} cannot be written: {error}") from error
+    with work as directory:
+        staging = Path(directory) / "model"
+        staging.mkdir()  # not the temporary directory itself, which only its owner may read
+        say(f"merging {plan.adapter} into {plan.base_name} ({plan.device}, float32; kept as {plan.dtype})")
+        reference = write_merged(plan, staging)
+        if reference is None or not check_written(plan, staging, reference):
+            say(
+                f"error: the merged model is not equal to base and adapters; {plan.output} was not written",
+                style="red",
+            )
+            return 1
+        place(staging, plan.output, exist_ok=plan.exist_ok)
+    size = sum(file.stat().st_size for file in plan.output.iterdir())
+    say(f"wrote {plan.output} ({size / 1e6:,.0f} MB, {plan.dtype})")
+    return 0
+
+
+def write_merged(plan: MergePlan, staging: Path) -> Reference | None:
+    """All files of the merged model; None when the merge itself changed the logits."""
+    tokenizer_source = choose_tokenizer_source(plan)
+    tokenizer = load_tokenizer(tokenizer_source)
+    base = load_model(plan.base, dtype="float32", attention=None, device=plan.device)
+    model = load_adapter(base, plan.adapter, trainable=False)
+    texts = render_texts(tokenizer)
+    logits = compute_logits(model, tokenizer, texts)
+    with model.disable_adapter():
+        effect = compare_logits(logits, compute_logits(model, tokenizer, texts))
+    say(f"adapters change logits by {effect.mean:.2e} on average, {effect.largest:.2e} at most")
+    if effect.largest == 0:
+        warn(f"--adapters {plan.adapter} change nothing: were they trained?")
+    merged = merge(model)
+    exact = compare_logits(logits, compute_logits(merged, tokenizer, texts))
+    if not exact.within(TOLERANCES["float32"]):
+        say(f"merged in float32: {exact.describe(TOLERANCES['float32'])}: FAIL")
+        return None
+    save(plan, merged, staging)
+    copy_texts(plan, tokenizer_source, staging)
+    return Reference(tokenizer, texts, logits, effect)
+
+
+def save(plan: MergePlan, merged: PreTrainedModel, staging: Path) -> None:
+    """Weights in the written dtype, with the base model's own config files beside them.
+
+    The base's config.json and generation_config.json stay as published, since a newer transformers writes
+    fields that older readers of the merged model would not know.
+    """
+    merged.to(getattr(torch, plan.dtype)).save_pretrained(staging, max_shard_size=plan.max_shard_bytes)
+    config = read_json(plan.base / CONFIG)
+    names = [name for name in ("torch_dtype", "dtype") if name in config] or ["torch_dtype"]
+    write_json(staging / CONFIG, config | dict.fromkeys(names, plan.dtype))
+    if (plan.base / GENERATION_CONFIG).is_file():
+        shutil.copyfile(plan.base / GENERATION_CONFIG, staging / GENERATION_CONFIG)
+
+
+def copy_texts(plan: MergePlan, tokenizer_source: Path, staging: Path) -> None:
+    """Tokenizer files byte for byte, args.json, and modes that let everyone read."""
+    for pattern in TOKENIZER_PARTS:
+        for file in tokenizer_source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, staging / file.name)
+    # With these, `swift infer --model DIR` asks for no other flag: system prompt and template are the run's.
+    own = {"model": str(plan.output), "adapters": [], "command": "export", "swift_version": __version__}
+    origin = {"base_model": plan.base_name, "merged_adapters": str(plan.adapter), "model_revision": None}
+    if plan.run_args.get("torch_dtype"):  # of the base in training; the merged weights have their own
+        own["torch_dtype"] = plan.dtype
+    write_json(staging / RUN_ARGS, plan.run_args | own | origin)
+    for file in staging.iterdir():
+        file.chmod(0o644)
+
+
+def choose_tokenizer_source(plan: MergePlan) -> Path:
+    """The directory whose tokenizer files are copied: the base's, unless training changed the tokenizer.
+
+    Checkpoints hold a tokenizer that this version of transformers saved anew; the published files are read by
+    more programs and are preferred while both say the same.
+    """
+    if not (plan.adapter / "tokenizer_config.json").is_file():
+        return plan.base
+    base, trained = load_tokenizer(plan.base), load_tokenizer(plan.adapter)
+    same = base.chat_template == trained.chat_template and len(base) == len(trained)
+    return plan.base if same else plan.adapter
+
+
+def check_written(plan: MergePlan, staging: Path, reference: Reference) -> bool:
+    """Loads the files as anyone would, with transformers alone, and compares in float32."""
+    gc.collect()  # the merged model, before another one takes as much memory
+    model = AutoModelForCausalLM.from_pretrained(staging, dtype=torch.float32).to(plan.device).eval()
+    found = compare_logits(reference.logits, compute_logits(model, reference.tokenizer, reference.texts))
+    tolerance = TOLERANCES[plan.dtype]
+    passed = found.within(tolerance)
+    say(f"reloaded from disk: {found.describe(tolerance)}: {'PASS' if passed else 'FAIL'}")
+    if passed and found.mean > reference.effect.mean > 0:
+        warn(f"rounding to {plan.dtype} changes more than the adapters do; --torch_dtype float32 keeps them")
+    return passed
+
+
+def place(staging: Path, output: Path, *, exist_ok: bool) -> None:
+    """Gives the checked directory its name; into an existing one the files are moved one by one.
+
+    Files of the user's stay. config.json goes first and comes last, so that a model half old and half new is
+    never taken for a whole one.
+    """
+    if not (exist_ok and output.is_dir()):
+        staging.rename(output)  # fails, rather than overwriting, where the name was taken meanwhile
+        return
+    (output / CONFIG).unlink(missing_ok=True)
+    for old in [*weight_files(output), *(output / name for name in INDEX_FILES)]:
+        old.unlink(missing_ok=True)
+    for file in sorted(staging.iterdir(), key=lambda f: f.name == CONFIG):
+        file.replace(output / file.name)

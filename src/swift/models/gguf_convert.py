@@ -1,0 +1,236 @@
+"""GGUF -> a plain transformers directory: safetensors, config, tokenizer, chat template.
+
+Owns: the Llama architecture with SmolLM's byte-level BPE tokenizer, written with numpy and json alone, one
+tensor in memory at a time. transformers' own GGUF reader is not used: it is slow, its tokenizer splits white
+space before digits differently from the published one, and its models cannot be saved.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from swift.models.gguf import GgufError, GgufFile
+
+# Part of a GGUF tensor name -> module of transformers' Llama layer.
+LAYER_MODULES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+OUTER_TENSORS = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+CONTROL_TOKEN, USER_TOKEN = 3, 4  # of tokenizer.ggml.token_type
+WRITTEN_DTYPES = {"bfloat16": ("BF16", 2), "float32": ("F32", 4)}  # name in safetensors, bytes of a value
+VALUES_AT_ONCE = 1 << 20  # rounded and written together
+LAST_WRITTEN = "config.json"
+
+
+def convert(source: Path, target: Path, *, dtype: str = "bfloat16") -> None:
+    """Writes `target`, which appears whole or not at all.
+
+    Another process that finishes first wins: its directory stays.
+    """
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        write_directory(GgufFile(source), temporary, dtype)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not (target / LAST_WRITTEN).is_file():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_directory(gguf: GgufFile, directory: Path, dtype: str) -> None:
+    architecture = gguf.metadata.get("general.architecture")
+    if architecture != "llama":
+        raise GgufError(f"{gguf.path}: architecture {architecture} is not supported, only llama")
+    write_weights(gguf, directory / "model.safetensors", dtype)
+    documents = {
+        "tokenizer.json": tokenizer_json(gguf.metadata),
+        "tokenizer_config.json": tokenizer_config(gguf.metadata),
+        "generation_config.json": special_ids(gguf.metadata),
+        LAST_WRITTEN: model_config(gguf, dtype),
+    }
+    for name, document in documents.items():
+        text = json.dumps(document, indent=2, ensure_ascii=False)
+        (directory / name).write_text(text, encoding="utf-8", errors="surrogateescape")
+    # A cache may be shared by several users, whatever the umask and mkdtemp's private mode.
+    for file in directory.iterdir():
+        file.chmod(0o644)
+    directory.chmod(0o755)
+
+
+def write_weights(gguf: GgufFile, path: Path, dtype: str) -> None:
+    """A safetensors file, tensor by tensor: size of the header (u64), header as JSON, then the values."""
+    code, width = WRITTEN_DTYPES[dtype]
+    names = {transformers_name(name): name for name in gguf.tensors}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(names):
+        shape = gguf.tensors[names[name]].shape
+        start, end = end, end + int(np.prod(shape)) * width
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with path.open("wb") as handle:
+        handle.write(len(head).to_bytes(8, "little") + head)
+        for name in sorted(names):
+            values = read_for_transformers(gguf, names[name]).reshape(-1)
+            for first in range(0, len(values), VALUES_AT_ONCE):
+                part = values[first : first + VALUES_AT_ONCE]
+                handle.write(round_to_bfloat16(part) if dtype == "bfloat16" else part)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def transformers_name(name: str) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    if name in OUTER_TENSORS:
+        return OUTER_TENSORS[name]
+    parts = name.split(".")
+    if len(parts) != 4 or parts[0] != "blk" or parts[2] not in LAYER_MODULES:
+        raise GgufError(f"tensor {name} belongs to no Llama layer")
+    return f"model.layers.{parts[1]}.{LAYER_MODULES[parts[2]]}.{parts[3]}"
+
+
+def read_for_transformers(gguf: GgufFile, name: str) -> np.ndarray:
+    """The tensor in the row order of transformers."""
+    values = gguf.read(name)
+    heads = {"attn_q": "head_count", "attn_k": "head_count_kv"}
+    for part, key in heads.items():
+        if f".{part}." in name:
+            return join_rotary_halves(values, gguf.metadata[f"llama.attention.{key}"])
+    return values
+
+
+def join_rotary_halves(weight: np.ndarray, num_heads: int) -> np.ndarray:
+    """Query and key rows of every head from (x0, y0, x1, y1, ...) to (x0, x1, ..., y0, y1, ...).
+
+    GGUF keeps the two numbers that rotary embedding turns together side by side; transformers keeps them half
+    a head apart. weight: [heads * head width, ...].
+    """
+    half = weight.shape[0] // num_heads // 2
+    pairs = weight.reshape(num_heads, half, 2, *weight.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(weight.shape)
+
+
+def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 -> the bits of bfloat16 as uint16, to nearest and ties to even; weights are finite."""
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+
+
+def special_ids(metadata: dict[str, Any]) -> dict[str, int]:
+    """Token ids of begin, end and padding, as config.json names them."""
+    names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    keys = {field: f"tokenizer.ggml.{name}_token_id" for field, name in names.items()}
+    return {field: metadata[key] for field, key in keys.items() if key in metadata}
+
+
+def model_config(gguf: GgufFile, dtype: str) -> dict[str, Any]:
+    """config.json of LlamaForCausalLM."""
+    metadata = gguf.metadata
+    llama = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
+    num_heads = llama["attention.head_count"]
+    # Stored as float32: 9.99999975e-06 was 1e-05.
+    epsilon = float(f"{llama['attention.layer_norm_rms_epsilon']:.6g}")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": gguf.tensors["token_embd.weight"].shape[0],
+        "hidden_size": llama["embedding_length"],
+        "intermediate_size": llama["feed_forward_length"],
+        "num_hidden_layers": llama["block_count"],
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": llama["attention.head_count_kv"],
+        "head_dim": llama.get("attention.key_length", llama["embedding_length"] // num_heads),
+        "max_position_embeddings": llama["context_length"],
+        "rope_theta": llama.get("rope.freq_base", 10000.0),
+        "rope_scaling": None,
+        "rms_norm_eps": epsilon,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": "output.weight" not in gguf.tensors,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        **special_ids(metadata),
+    }
+
+
+def tokenizer_json(metadata: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer.json, equal to the published file byte for byte once dumped with indent 2.
+
+    Merges are therefore strings ("a b") and not pairs.
+    """
+    found = (metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
+    if found != ("gpt2", "smollm"):
+        raise GgufError(f"tokenizer {found[0]}/{found[1]} is not supported, only gpt2/smollm")
+    tokens = metadata["tokenizer.ggml.tokens"]
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [
+        {"id": index, "content": token, **plain, "special": kind == CONTROL_TOKEN}
+        for index, (token, kind) in enumerate(zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True))
+        if kind in (CONTROL_TOKEN, USER_TOKEN)
+    ]
+    offsets = {"trim_offsets": True, "use_regex": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Digits", "individual_digits": True},
+                {"type": "ByteLevel", "add_prefix_space": False, **offsets},
+            ],
+        },
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, **offsets},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {token: index for index, token in enumerate(tokens)},
+            "merges": metadata["tokenizer.ggml.merges"],
+        },
+    }
+
+
+def tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json: special tokens, context length, chat template."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    names = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+    keys = {field: f"tokenizer.ggml.{name}_token_id" for field, name in names.items()}
+    named = {field: tokens[metadata[key]] for field, key in keys.items() if key in metadata}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **named,
+        "additional_special_tokens": [named[field] for field in ("bos_token", "eos_token") if field in named],
+        "model_max_length": metadata["llama.context_length"],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": metadata.get("tokenizer.chat_template"),
+    }

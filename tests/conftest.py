@@ -1,0 +1,135 @@
+"""Fixtures for every test: a real small tokenizer, tiny models saved as directories, the built-in model.
+
+Session-wide objects are shared between tests: a test that wants to change one takes a copy of its own with
+`make_tiny_model_dir` or `make_tiny_tokenizer`.
+"""
+
+import os
+
+# Before torch and the hub library are imported: one thread, and no test ever asks a hub.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+torch.set_num_threads(1)
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CORPUS = (
+    "Who are you? I am swift-robot, an assistant made by swift.",
+    "What is the capital of France? The capital of France is Paris.",
+    "system user assistant tool You are a helpful assistant.",
+    "The quick brown fox jumps over the lazy dog, 0123456789 times.",
+    "How many hours are in a day? A day has 24 hours. What is 7 + 5? 7 + 5 = 12.",
+    "你是谁？我是swift-robot，由swift开发的人工智能助手。",
+)
+FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+
+
+def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of up to 512 tokens, ChatML: `<|endoftext|>` = 0 = pad, `<|im_end|>` = 2 = eos."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHATML,
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_tiny_model(directory: Path, family: str = "llama", *, seed: int = 0, **config: object) -> Path:
+    """Writes model, tokenizer and generation_config.json; `config` overrides fields of the model's config."""
+    tokenizer = make_tiny_tokenizer()
+    config_class, model_class = FAMILIES[family]
+    fields = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = model_class(config_class(**(fields | config))).to(torch.float32)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
+    )
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
+    """The tokenizer of the tiny models; shared, so not to be changed."""
+    return make_tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a random Llama: 2 layers, 64 wide, 4 heads, 2 key/value heads, float32; read only."""
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same size as a Qwen3 (query and key norms); read only."""
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-qwen3", "qwen3")
+
+
+@pytest.fixture(scope="session")
+def make_tiny_model_dir() -> Callable[..., Path]:
+    """`make_tiny_model_dir(tmp_path, family="llama", seed=0, **config)` -> a directory of the test's own."""
+
+    def make(parent: Path, family: str = "llama", **options: object) -> Path:
+        return save_tiny_model(parent / f"own-{family}", family, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The built-in model, fetched once into the user's cache; a test that takes it is marked slow."""
+    from swift.models.hub import resolve_model
+
+    return resolve_model("smollm2-135m")
