@@ -1,4 +1,4 @@
-"""`swift sft` as a user runs it, on a tiny model: what it leaves, what it learns, how it is killed and goes on."""
+"""`swift sft` as a user runs it, on a tiny model: what it leaves, what it learns, how it is resumed."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+
 from swift.cli.main import run as run_command
 
 QUESTIONS = ("Who are you?", "What is your name?", "Who made you?", "What is the capital of France?")
@@ -93,7 +94,8 @@ def test_accumulation_does_not_change_the_curve(tiny_llama_dir, tmp_path):
     curves = []
     for name, batch, accumulation in (("a", "8", "1"), ("b", "2", "4")):
         command = [
-            *sft_command(tiny_llama_dir, data, tmp_path / name, "--lora_dropout", "0", "--num_train_epochs", "2"),
+            *sft_command(tiny_llama_dir, data, tmp_path / name),
+            "--lora_dropout", "0", "--num_train_epochs", "2",
             "--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation,
             "--save_strategy", "no",
         ]  # fmt: skip
@@ -128,8 +130,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny_llama_dir, tmp_pat
     """With LoRA dropout, evaluation and a window of three steps a log row; compared to the bit."""
     data = write_rows(tmp_path / "rows.jsonl", 60)
     flags = (
-        "--num_train_epochs", "8", "--save_steps", "7", "--logging_steps", "3", "--split_dataset_ratio", "0.1",
-        "--eval_steps", "20", "--save_total_limit", "3",
+        "--num_train_epochs", "8", "--save_steps", "7", "--logging_steps", "3",
+        "--split_dataset_ratio", "0.1", "--eval_steps", "20", "--save_total_limit", "3",
     )  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(sft_command(tiny_llama_dir, data, whole, *flags)).wait() == 0

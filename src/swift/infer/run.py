@@ -1,0 +1,204 @@
+"""`swift infer`: which model with which settings, then a chat or a file of answers."""
+
+import contextlib
+import importlib
+import io
+import sys
+import time
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from swift.config.option import ConfigError, default_of
+from swift.config.runs import InferRun
+from swift.infer.batch import answer_rows, load_questions, mend_last_line, report
+from swift.infer.chat import Chat
+from swift.infer.engine import TransformersInferEngine
+from swift.models.adapters import adapter_base, load_run_args
+from swift.models.hub import resolve_adapter, resolve_model
+from swift.utils.log import say, warn
+
+Group = TypeVar("Group")
+
+# What a checkpoint's args.json settles, by group. Lengths and loss settings belong to training alone.
+TAKEN = {
+    "model": ("model", "model_revision", "use_hf", "torch_dtype"),
+    "template": ("system", "enable_thinking", "response_prefix"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What is loaded."""
+
+    run: InferRun  # with what the checkpoint's args.json adds
+    model: Path
+    adapter: Path | None
+    saved: dict[str, Any]  # args.json of the checkpoint, empty without one
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The directory that training wrote: of the adapters, or of the whole model."""
+        return self.adapter or (self.model if self.saved else None)
+
+
+def run_infer(run: InferRun) -> int:
+    """Answers as `run` says; returns the exit code."""
+    run.check()
+    check_sampling(run)
+    source = find_source(run)
+    run = source.run
+    specs, columns = dataset_specs(source)
+    result_path = Path(run.infer.result_path) if run.infer.result_path else None
+    if not specs:
+        open_result_file(result_path)
+        return chat(load_engine(source), run, result_path)
+    if run.generation.stream:
+        warn("--stream shows the answers of a chat; those of a dataset go to the result file")
+    questions, rejects = load_questions(
+        specs,
+        run.infer,
+        seed=run.generation.seed if run.infer.data_seed is None else run.infer.data_seed,
+        columns=columns,
+        model_name=source.saved.get("model_name") or (),
+        model_author=source.saved.get("model_author") or (),
+        use_hf=run.model.use_hf,
+        token=run.model.hub_token,
+    )
+    result_path = result_path or default_result_path(source)
+    open_result_file(result_path)
+    engine = load_engine(source)
+    stats = answer_rows(
+        engine, questions, rejects, options=run.infer, sampling=run.generation, result_path=result_path
+    )
+    report(stats, rejects, metric=run.infer.metric, result_path=result_path)
+    return 0
+
+
+def check_sampling(run: InferRun) -> None:
+    """Bounds that the flags' own ranges cannot say."""
+    if run.generation.repetition_penalty == 0:
+        raise ConfigError("--repetition_penalty must be above 0, got 0", hint="1 = no penalty")
+    if run.generation.top_k is not None and run.generation.top_k < -1:
+        raise ConfigError(f"--top_k must be at least -1, got {run.generation.top_k}", hint="-1 = all tokens")
+
+
+def find_source(run: InferRun) -> Source:
+    """Local directories of model and adapters, with the flags that args.json fills in."""
+    if len(run.infer.adapters) > 1:
+        raise ConfigError(
+            f"--adapters names {len(run.infer.adapters)} directories, one can be used at a time",
+            hint="leave one of them out",
+        )
+    adapter = None
+    if run.infer.adapters:
+        adapter = resolve_adapter(run.infer.adapters[0], use_hf=run.model.use_hf, token=run.model.hub_token)
+    checkpoint = adapter or Path(run.model.model or "").expanduser()
+    saved = load_run_args(checkpoint) if run.infer.load_args and checkpoint.is_dir() else {}
+    run = take_saved(run, saved | ({"model": adapter_base(adapter)} if adapter else {}))
+    if not run.model.model:
+        raise ConfigError(f"--adapters {adapter} does not name its base model", hint="name it with --model")
+    model = resolve_model(
+        run.model.model,
+        use_hf=run.model.use_hf,
+        revision=run.model.model_revision,
+        token=run.model.hub_token,
+    )
+    return Source(run, model, adapter, saved)
+
+
+def take_saved(run: InferRun, saved: dict[str, Any]) -> InferRun:
+    """Fills flags that have their default value from args.json, and says which."""
+    # A model named on the command line is not the one that training started from.
+    names = ("torch_dtype",) if run.model.model else TAKEN["model"]
+    model, from_model = fill_defaults(run.model, saved, names)
+    template, from_template = fill_defaults(run.template, saved, TAKEN["template"])
+    taken = from_model | from_template
+    if taken:
+        say("from the checkpoint: " + ", ".join(f"{name} {value!r}" for name, value in taken.items()))
+    return replace(run, model=model, template=template)
+
+
+def fill_defaults(
+    group: Group, saved: dict[str, Any], names: tuple[str, ...]
+) -> tuple[Group, dict[str, Any]]:
+    """The config group with saved values where it has its defaults, and those values by flag."""
+    defaults = {field.name: default_of(field) for field in fields(group)}  # type: ignore[arg-type]
+    taken = {
+        name: saved[name]
+        for name in names
+        if getattr(group, name) == defaults[name] and saved.get(name) not in (None, defaults[name])
+    }
+    return replace(group, **taken), taken  # type: ignore[type-var]
+
+
+def dataset_specs(source: Source) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Datasets to answer and the columns to rename; none = a chat."""
+    options = source.run.infer
+    if options.val_dataset or not options.load_data_args:
+        return options.val_dataset, options.columns
+    held_out = source.checkpoint.resolve().parent / "val_dataset.jsonl" if source.checkpoint else None
+    if held_out and held_out.is_file():
+        return (str(held_out),), options.columns
+    if source.saved.get("val_dataset"):
+        return tuple(source.saved["val_dataset"]), options.columns or source.saved.get("columns") or {}
+    raise ConfigError(
+        f"--load_data_args: {held_out or 'the model'} {'does not exist' if held_out else 'is no checkpoint'}",
+        hint="the training run held no rows out; name some with --val_dataset",
+    )
+
+
+def default_result_path(source: Source) -> Path:
+    """infer_result/<time>.jsonl in the checkpoint, else under result/<model name>."""
+    assert source.run.model.model is not None
+    home = source.checkpoint or Path("result") / Path(source.run.model.model).name
+    return home / "infer_result" / f"{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+
+
+def open_result_file(path: Path | None) -> None:
+    """Finds out before the model loads that answers cannot be written."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
+        path.open("a").close()
+        if not existed:  # nothing is left behind when the model cannot be loaded
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"--result_path {path} cannot be written: {error.strerror}", hint="name another file"
+        ) from error
+    mend_last_line(path)
+
+
+def load_engine(source: Source) -> TransformersInferEngine:
+    run = source.run
+    engine = TransformersInferEngine.load(
+        source.model, adapter_path=source.adapter, model=run.model, template=run.template
+    )
+    adapters = f", adapters {source.adapter}" if source.adapter else ""
+    dtype = str(engine.dtype).removeprefix("torch.")
+    say(f"model {run.model.model}{adapters}, {dtype}, {engine.device}, {describe_system(engine)}")
+    return engine
+
+
+def describe_system(engine: TransformersInferEngine) -> str:
+    """The system prompt in use. Templates may insert one of their own: what a prompt starts with shows it."""
+    if engine.template.system is not None:
+        return f"system prompt {engine.template.system!r}"
+    mark = "\N{OBJECT REPLACEMENT CHARACTER}"
+    head = engine.template.prompt([{"role": "user", "content": mark}]).split(mark)[0]
+    return f"no system prompt given, prompts start with {head!r}"
+
+
+def chat(engine: TransformersInferEngine, run: InferRun, result_path: Path | None) -> int:
+    """A conversation on the terminal, or with a pipe."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a stray byte or a narrow locale must not end the session
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # not on every platform
+            importlib.import_module("readline")  # gives `input` arrow keys and history
+    Chat(engine, run.generation, read=input, output=sys.stdout, result_path=result_path).run()
+    return 0

@@ -1,0 +1,235 @@
+"""Answers to the rows of files: order, what is written when, rows that cannot be used, figures."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from swift.config.generation import GenerationConfig, InferOptions
+from swift.config.model import ModelConfig
+from swift.config.option import ConfigError
+from swift.config.template import TemplateConfig
+from swift.data.formats import to_sample
+from swift.data.sources import load_rows
+from swift.infer import batch
+from swift.infer.batch import Rejects, Stats, answer_rows, load_questions, mend_last_line, report, result_row
+from swift.infer.engine import Completion, TransformersInferEngine
+
+GREEDY = GenerationConfig(temperature=0, max_new_tokens=5)
+LONG = "The quick brown fox jumps over the lazy dog. " * 4
+
+
+def write_rows(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def load(path: Path, **options) -> tuple[list[batch.Question], Rejects]:
+    return load_questions([str(path)], InferOptions(dataset_shuffle=False, **options), seed=3, columns={})
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory, make_tiny_model_dir) -> TransformersInferEngine:
+    path = make_tiny_model_dir(tmp_path_factory.mktemp("infer"), tie_word_embeddings=False)
+    return TransformersInferEngine.load(
+        path, model=ModelConfig(device="cpu"), template=TemplateConfig(max_length=400)
+    )
+
+
+@pytest.fixture
+def notices(monkeypatch) -> list[str]:
+    seen: list[str] = []
+    for name in ("say", "warn"):
+        monkeypatch.setattr(batch, name, seen.append)
+    return seen
+
+
+@pytest.fixture
+def questions_file(tmp_path) -> Path:
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "Who are you?"},
+                {"role": "assistant", "content": "A robot."},
+            ]
+        },
+        {"query": LONG, "response": "Indeed.", "solution": "42"},
+        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "7 + 5?"}]},
+        {"query": "你是谁？"},
+        {"query": LONG + LONG, "tag": "long"},
+    ]
+    return write_rows(tmp_path / "questions.jsonl", rows)
+
+
+def test_a_final_answer_becomes_the_label_and_is_not_shown_to_the_model(questions_file) -> None:
+    questions, _ = load(questions_file)
+    assert [q.labels for q in questions] == ["A robot.", "Indeed.", None, None, None]
+    assert [q.messages[-1]["role"] for q in questions] == ["user"] * 5
+    assert [len(q.messages) for q in questions] == [1, 1, 2, 1, 1]
+    assert questions[2].place == f"{questions_file} line 3"
+
+
+def test_rows_come_in_order_with_every_batch_size_and_window(engine, questions_file, tmp_path) -> None:
+    questions, rejects = load(questions_file)
+    alone = [engine.generate([q.messages], GREEDY)[0].text for q in questions]
+    assert len(set(alone)) > 2
+    for number, (size, window) in enumerate([(1, 1), (2, 2), (5, 1000), (3, -1)]):
+        path = tmp_path / f"{number}.jsonl"
+        options = InferOptions(max_batch_size=size, write_batch_size=window)
+        stats = answer_rows(engine, questions, rejects, options=options, sampling=GREEDY, result_path=path)
+        assert [row["response"] for row in read_rows(path)] == alone
+        assert (stats.num_samples, stats.num_generated_tokens, stats.num_cut) == (5, 25, 5)
+
+
+def test_result_rows_have_the_schema_and_train(engine, questions_file, tmp_path) -> None:
+    questions, rejects = load(questions_file)
+    path = tmp_path / "result.jsonl"
+    answer_rows(engine, questions, rejects, options=InferOptions(), sampling=GREEDY, result_path=path)
+    rows = read_rows(path)
+    assert [list(row)[:4] for row in rows] == [["response", "labels", "logprobs", "messages"]] * 5
+    assert rows[0]["labels"] == "A robot."
+    assert rows[0]["logprobs"] is None
+    assert rows[1]["solution"] == "42"
+    assert rows[4]["tag"] == "long"
+    again = [to_sample(row) for row in load_rows([str(path)], seed=0, shuffle=False, columns={})]
+    for question, sample, row in zip(questions, again, rows, strict=True):
+        answer = {"role": "assistant", "content": row["response"]}
+        assert list(sample.messages) == [*question.messages, answer]
+
+
+def test_answered_rows_can_be_answered_again(engine, questions_file, tmp_path) -> None:
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    for source, target in ((questions_file, first), (first, second)):
+        questions, rejects = load(source)
+        answer_rows(engine, questions, rejects, options=InferOptions(), sampling=GREEDY, result_path=target)
+    for old, new in zip(read_rows(first), read_rows(second), strict=True):
+        assert new["labels"] == old["response"] == new["response"]
+        assert new["messages"] == old["messages"]
+
+
+def test_tools_are_part_of_the_prompt_and_of_the_row(tmp_path) -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    path = write_rows(tmp_path / "tools.jsonl", [{"query": "Rain?", "tools": json.dumps(tools)}])
+    question = load(path)[0][0]
+    assert question.sample.tools == tools
+    assert result_row(question, "no")["tools"] == tools
+
+
+def test_writes_happen_window_by_window(engine, questions_file, tmp_path, monkeypatch) -> None:
+    writes: list[int] = []
+    monkeypatch.setattr(batch, "append_jsonl", lambda _, rows: writes.append(len(rows)))
+    questions, rejects = load(questions_file)
+    options = InferOptions(write_batch_size=2, max_batch_size=4)
+    answer_rows(engine, questions, rejects, options=options, sampling=GREEDY, result_path=tmp_path / "x")
+    assert writes == [2, 2, 1]
+
+
+def test_an_interrupt_keeps_the_answers_so_far(engine, questions_file, tmp_path, monkeypatch) -> None:
+    complete = engine.complete
+
+    def interrupted(*arguments, **options):
+        for number, answer in enumerate(complete(*arguments, **options)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield answer
+
+    monkeypatch.setattr(engine, "complete", interrupted)
+    questions, rejects = load(questions_file)
+    path = tmp_path / "result.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        answer_rows(engine, questions, rejects, options=InferOptions(), sampling=GREEDY, result_path=path)
+    assert [row["messages"][0]["content"] for row in read_rows(path)] == [LONG, LONG + LONG]
+
+
+def test_existing_rows_stay_and_a_torn_line_goes(engine, questions_file, tmp_path, notices) -> None:
+    questions, rejects = load(questions_file)
+    path = tmp_path / "result.jsonl"
+    path.write_text('{"response": "old"}\n{"response": "to')
+    mend_last_line(path)
+    answer_rows(engine, questions[:2], rejects, options=InferOptions(), sampling=GREEDY, result_path=path)
+    rows = read_rows(path)
+    assert len(rows) == 3
+    assert rows[0] == {"response": "old"}
+    assert rows[2]["labels"] == "Indeed."
+    assert notices == [f"{path}: the unfinished last line was removed"]
+
+
+@pytest.mark.parametrize("content", ["", '{"a": 1}\n', '{"a": 1}\n{"b": 2}'])
+def test_whole_lines_are_never_removed(tmp_path, notices, content) -> None:
+    path = tmp_path / "result.jsonl"
+    mend_last_line(path)
+    assert not path.exists()
+    path.write_text(content)
+    mend_last_line(path)
+    assert path.read_text() == content + ("\n" if content and not content.endswith("\n") else "")
+    assert notices == []
+
+
+def test_rows_that_cannot_be_used_are_counted_with_their_places(engine, tmp_path, notices) -> None:
+    rows = [{"query": "Hi"}, {"foo": 1}, {"query": LONG * 16}, {"foo": 2}, {"text": "an answer alone"}]
+    path = write_rows(tmp_path / "mixed.jsonl", rows)
+    questions, rejects = load(path)
+    result = tmp_path / "result.jsonl"
+    stats = answer_rows(
+        engine, questions, rejects, options=InferOptions(), sampling=GREEDY, result_path=result
+    )
+    assert len(read_rows(result)) == stats.num_samples == 1
+    places = sorted(place for places in rejects.places.values() for place in places)
+    assert places == [f"{path} line {line}" for line in (2, 3, 4, 5)]
+    assert rejects.places["longer than the context of 400 tokens"] == [f"{path} line 3"]
+    rejects.report()
+    assert len(notices) == len(rejects.places) == 3
+    assert any(
+        f"{path} line 2, {path} line 4" in line and line.startswith("2 rows not answered") for line in notices
+    )
+
+
+def test_strict_stops_at_the_first_row(engine, tmp_path) -> None:
+    path = write_rows(tmp_path / "mixed.jsonl", [{"query": "Hi"}, {"foo": 1}])
+    with pytest.raises(ConfigError, match=r"mixed\.jsonl line 2: "):
+        load(path, strict=True)
+    path = write_rows(tmp_path / "long.jsonl", [{"query": "Hi"}, {"query": LONG * 16}])
+    questions, rejects = load(path, strict=True)
+    with pytest.raises(ConfigError, match=r"long\.jsonl line 2: longer than the context of 400 tokens"):
+        answer_rows(
+            engine, questions, rejects, options=InferOptions(), sampling=GREEDY, result_path=tmp_path / "r"
+        )
+
+
+def test_nothing_usable_is_an_error(tmp_path, notices) -> None:
+    with pytest.raises(ConfigError, match=r"no row of .* can be answered"):
+        load(write_rows(tmp_path / "bad.jsonl", [{"foo": 1}]))
+    assert len(notices) == 1
+
+
+def test_a_sample_keeps_the_order_and_follows_the_seed(tmp_path) -> None:
+    path = write_rows(tmp_path / "many.jsonl", [{"query": str(i)} for i in range(50)])
+    asked = [int(q.messages[0]["content"]) for q in load(path, val_dataset_sample=10)[0]]
+    again = [int(q.messages[0]["content"]) for q in load(path, val_dataset_sample=10)[0]]
+    assert asked == again == sorted(set(asked))
+    assert len(asked) == 10
+    assert asked != list(range(10))
+
+
+def test_accuracy_compares_stripped_text_of_labelled_rows(tmp_path, notices) -> None:
+    stats = Stats()
+    for text, labels, reason in [(" 12\n", "12", "stop"), ("13", "12", "length"), ("x", None, "stop")]:
+        stats.add(Completion(text, [1, 2], reason, 10), labels)
+    report(stats, Rejects(strict=False), metric="acc", result_path=tmp_path / "r.jsonl")
+    assert notices[:2] == [
+        "1 of 3 answers were cut by --max_new_tokens or the context",
+        "acc 0.5000 (1 of 2 answers equal the row's own)",
+    ]
+    figures = json.loads(notices[2])
+    assert list(figures) == [
+        "num_prompt_tokens", "num_generated_tokens", "num_samples", "runtime", "samples/s", "tokens/s",
+    ]  # fmt: skip
+    assert (figures["num_prompt_tokens"], figures["num_generated_tokens"], figures["num_samples"]) == (
+        30,
+        6,
+        3,
+    )
