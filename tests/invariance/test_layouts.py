@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
 from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
 from swift.data.collate import collate
@@ -13,7 +15,6 @@ from swift.engines.transformers.attention import segmented_sdpa
 from swift.engines.transformers.engine import TransformersEngine
 from swift.objectives.sft import Sft
 from swift.template.tokenize import Encoded
-from transformers import AutoModelForCausalLM
 
 LENGTHS = (5, 17, 9, 30, 3, 12, 21, 8)
 
@@ -131,5 +132,5 @@ def test_a_model_that_needs_padding_gets_it_and_refuses_flat(tiny_llama_dir):
     model.config.layer_types = ["linear_attention", "full_attention"]
     engine = TransformersEngine(model, OptimConfig(), learning_rate=1e-3, total_steps=1)
     assert engine.flat is False
-    with pytest.raises(ConfigError, match="--padding_free true: .* layers of type linear_attention"):
+    with pytest.raises(ConfigError, match=r"--padding_free true: .* layers of type linear_attention"):
         TransformersEngine(model, OptimConfig(), learning_rate=1e-3, total_steps=1, flat=True)

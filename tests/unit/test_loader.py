@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from swift.batch import IGNORED
 from swift.data.collate import collate
 from swift.data.loader import StepPlan

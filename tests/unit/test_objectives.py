@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+
 from swift.batch import IGNORED, Batch
 from swift.objectives.logits import DenseLogits
 from swift.objectives.sft import Sft

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from swift.config.option import ConfigError
 from swift.engines.protocol import Sums
 from swift.train.saving import (

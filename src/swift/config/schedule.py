@@ -53,6 +53,8 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutputConfig:
+    """Where a run goes, and who is told about it."""
+
     output_dir: str | None = option(None, help="where runs go; none = output/<model name>")
     add_version: bool = option(True, help="give every run a directory vN-date of its own")
     logging_dir: str | None = option(None, help="TensorBoard directory; none = runs/ in the run directory")

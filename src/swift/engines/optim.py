@@ -33,6 +33,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, learning_rate: float)
 
 
 def warmup_steps(config: OptimConfig, total_steps: int) -> int:
+    """--warmup_steps, else the share --warmup_ratio of all steps, rounded up."""
     return config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
 
 

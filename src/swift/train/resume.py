@@ -75,6 +75,11 @@ def hide_secrets(flat: dict[str, Any]) -> dict[str, Any]:
     return {k: (None if k.endswith("token") else v) for k, v in flat.items()}
 
 
+def with_system(run: SftRun, system: str | None) -> SftRun:
+    """The run with the system prompt itself in place of the .txt file that holds it."""
+    return dataclasses.replace(run, template=dataclasses.replace(run.template, system=system))
+
+
 def with_model(run: SftRun, model: str) -> SftRun:
     """The run with another --model, for a path made absolute."""
     return dataclasses.replace(run, model=dataclasses.replace(run.model, model=model))

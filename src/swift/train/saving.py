@@ -33,9 +33,13 @@ def file_sha256(path: Path) -> str:
 
 
 def write_manifest(directory: Path) -> None:
-    """Sizes and hashes of every file, written last; the files are on disk before it is."""
+    """Sizes and hashes of every file, written last; the files are on disk before it is.
+
+    Everyone may read the files: safetensors makes its own readable for the owner alone.
+    """
     files = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        path.chmod(0o644)
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
         files[str(path.relative_to(directory))] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

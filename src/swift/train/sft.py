@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from swift import __version__
 from swift.config.option import ConfigError, flatten
@@ -25,7 +24,14 @@ from swift.template.chat import ChatTemplate
 from swift.train import summary
 from swift.train.callbacks import Callback, Screen
 from swift.train.offline import Offline
-from swift.train.resume import Resumption, check_same_data, hide_secrets, load_resumption, with_model
+from swift.train.resume import (
+    Resumption,
+    check_same_data,
+    hide_secrets,
+    load_resumption,
+    with_model,
+    with_system,
+)
 from swift.train.rundir import check_writable, new_run_directory, output_root
 from swift.train.saving import Saver, remove_partial
 from swift.train.state import TrainState
@@ -52,7 +58,9 @@ def run_sft(run: SftRun) -> int:
     tokenizer = load_tokenizer(model_path)
     train_rows, eval_source = load_sources(run)
     longest = run.template.max_length or context_length(load_config(model_path)) or 2048
-    rows, eval_rows = encode(run, tokenizer, train_rows, eval_source, longest)
+    template = ChatTemplate(tokenizer, run.template)
+    run = with_system(run, template.system)
+    rows, eval_rows = encode(run, template, train_rows, eval_source, longest)
     data = {"rows": len(rows), "tokens": rows.num_tokens, "fingerprint": rows.fingerprint}
     if resumption:
         check_same_data(resumption, data)
@@ -125,10 +133,9 @@ def load_sources(run: SftRun) -> tuple[list[Row], list[Row]]:
 
 
 def encode(
-    run: SftRun, tokenizer: PreTrainedTokenizerBase, train: list[Row], evaluation: list[Row], max_length: int
+    run: SftRun, template: ChatTemplate, train: list[Row], evaluation: list[Row], max_length: int
 ) -> tuple[EncodedDataset, EncodedDataset | None]:
     """Tokens of both sets, with what was dropped and why."""
-    template = ChatTemplate(tokenizer, run.template)
     encoded = []
     for what, rows in (("training", train), ("evaluation", evaluation)):
         if not rows:
