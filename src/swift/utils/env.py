@@ -22,6 +22,7 @@ VARIABLES = {
     "MEGATRON_LM_PATH": "no effect: megatron-core is an installed package, not a checkout",
     "SWIFT_DEBUG": "1 = show the traceback behind an error line",
     "OMP_NUM_THREADS": "CPU threads of torch",
+    "OMP_WAIT_POLICY": "how idle CPU threads wait; PASSIVE unless set",
 }
 
 
