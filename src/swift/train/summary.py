@@ -44,7 +44,7 @@ def tell_weights(model: nn.Module, description: str) -> None:
 def tell_steps(plan: StepPlan, total_steps: int, rows: EncodedDataset) -> None:
     say(
         f"steps: {plan.rows_per_step} rows a step ({plan.micro_batch_size} x {plan.accumulation} accumulated "
-        f"x {plan.data_world} process{'' if plan.data_world == 1 else 'es'}), {plan.steps_per_epoch} steps an epoch, {total_steps} in all"
+        f"x {plan.data_world} process(es)), {plan.steps_per_epoch} steps an epoch, {total_steps} in all"
     )
     say(f"tokens: about {rows.num_tokens / plan.steps_per_epoch:,.0f} a step")
 
