@@ -1,0 +1,106 @@
+"""The tokenizer's own chat template with our settings: the normal renderer for every model.
+
+Owns: the system prompt, the prompt for generation, the text for training with its spans, and the tokens that
+end a turn. Not here: tokens of a text (tokenize.py).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from swift.config.option import ConfigError
+from swift.config.template import TemplateConfig
+from swift.template.jinja import Renderer
+from swift.template.loss_scale import turn_weights, weigh_spans
+from swift.template.shape import learn_shape
+from swift.template.specs import chatml
+from swift.template.turns import find_turns
+from swift.template.types import Message, Rendered
+
+_CHATML_END = "<|im_end|>"
+
+
+class ChatTemplate:
+    """Messages to text, the same way for training and for inference.
+
+    `source` is the template as Jinja: the tokenizer's own, or ChatML for a tokenizer that has none (a saved
+    tokenizer should then carry it). Can be pickled.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TemplateConfig) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        self.system = _read_system(config.system)
+        self.response_prefix = _unescape(config.response_prefix or "")
+        self.source = tokenizer.get_chat_template() if tokenizer.chat_template else _fallback(tokenizer)
+        variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        if config.enable_thinking is not None:
+            variables["enable_thinking"] = config.enable_thinking
+        self._renderer = Renderer(self.source, variables)
+        specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        specials |= {tokenizer.eos_token} if tokenizer.eos_token else set()
+        self._shape = learn_shape(self._renderer, specials, tokenizer.eos_token)
+        self.special = self._shape.special  # matches any special token
+        self.stop_token_ids = self._find_stop_tokens()
+
+    def prompt(
+        self, messages: Sequence[Message], *, tools: list[Any] | None = None, response_prefix: str = ""
+    ) -> str:
+        """The text to continue: conversation, assistant's header, prefix (default: --response_prefix)."""
+        text = self._renderer.text(self._prepare(messages), tools, add_generation_prompt=True)
+        return text + (_unescape(response_prefix) or self.response_prefix)
+
+    def render(self, messages: Sequence[Message], *, tools: list[Any] | None = None) -> Rendered:
+        """The text to train on, with the spans of the assistant's turns weighed by --loss_scale.
+
+        Raises RenderError. No spans are returned where nothing of the row is trained.
+        """
+        prepared = self._prepare(messages)
+        text, turns = find_turns(self._renderer, self._shape, prepared, tools)
+        scale = self.config.loss_scale
+        return Rendered(text, weigh_spans(text, turns, turn_weights(messages, scale), scale))
+
+    def _prepare(self, messages: Sequence[Message]) -> list[Message]:
+        """Adds our system prompt to a conversation without one, in the form that the template can show."""
+        prepared = list(messages)
+        if self.system and (not prepared or prepared[0]["role"] != "system"):
+            prepared.insert(0, {"role": "system", "content": self.system})
+        if self._shape.folds_system and len(prepared) > 1 and prepared[0]["role"] == "system":
+            system, first, *rest = prepared
+            if first["role"] == "user":
+                words = "\n\n".join(part for part in (system["content"], first["content"]) if part)
+                prepared = [{**first, "content": words}, *rest]
+        return prepared
+
+    def _find_stop_tokens(self) -> tuple[int, ...]:
+        ends = (self._shape.end_of_turn, self.tokenizer.eos_token)
+        ids = [self.tokenizer.convert_tokens_to_ids(token) for token in ends if token]
+        return tuple(dict.fromkeys(ids))
+
+
+def _read_system(system: str | None) -> str | None:
+    """--system as text: the content of a .txt file, or the value itself with its written-out line ends."""
+    if system is None:
+        return None
+    if not system.endswith(".txt"):
+        return _unescape(system)
+    try:
+        return Path(system).expanduser().read_text(encoding="utf-8").rstrip("\n")
+    except OSError as error:
+        raise ConfigError(f"--system {system}: {error.strerror or error}") from error
+
+
+def _unescape(text: str) -> str:
+    """A line end typed as backslash-n, as shells pass it on."""
+    return text.replace("\\n", "\n")
+
+
+def _fallback(tokenizer: PreTrainedTokenizerBase) -> str:
+    """ChatML; its turns end with eos where the vocabulary has no token of that name."""
+    known = any(token.content == _CHATML_END for token in tokenizer.added_tokens_decoder.values())
+    ids = tokenizer("a").input_ids
+    starts_with_bos = bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+    end = _CHATML_END if known or not tokenizer.eos_token else tokenizer.eos_token
+    return chatml(end, opening=tokenizer.bos_token if starts_with_bos else "")

@@ -1,0 +1,220 @@
+"""Rendered text to token ids with labels.
+
+Owns: one tokenizer call per row, labels from character spans, truncation. Not here: batches
+(data/collate.py), which also shift the labels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tokenizers import Encoding
+
+from swift.config.option import ConfigError
+from swift.template.chat import ChatTemplate
+from swift.template.types import Message, Rendered, RenderError
+
+IGNORED = -100
+
+NO_ANSWER = "no assistant turn"
+NOTHING_TRAINED = "no trained token"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One row. L = its tokens."""
+
+    input_ids: np.ndarray  # [L] int32
+    labels: (
+        np.ndarray
+    )  # [L] int32, not shifted; IGNORED = not trained. Nothing predicts token 0: it is never trained
+    loss_scale: np.ndarray | None  # [L] float32; none = 1 everywhere
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A row that cannot be used, and why: short, and the same words for the same fault."""
+
+    reason: str
+    unsupervised: bool = False  # the row itself has nothing to learn, whatever the limits
+
+
+def encode_chats(
+    template: ChatTemplate,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    tools: Sequence[list[Any] | None] | None = None,
+    max_length: int | None,
+    truncation_strategy: str,
+) -> list[Encoded | Rejected]:
+    """Encodes every conversation, in order, with one call of the tokenizer for all.
+
+    `tools`: one list per conversation. `max_length` counts tokens; `truncation_strategy` says what becomes of
+    a longer row: "delete", or keep its last ("left") or first ("right") tokens.
+    """
+    backend = _fast_backend(template)
+    rendered = [
+        _render(template, messages, tools[i] if tools is not None else None)
+        for i, messages in enumerate(conversations)
+    ]
+    good = [row for row in rendered if isinstance(row, Rendered)]
+    opening = _common_opening(template, good)
+    texts = [row.text[len(opening) :] for row in good]
+    # The template writes the special tokens, bos included: the tokenizer adds none.
+    lead = _Lead(len(opening), backend.encode(opening, add_special_tokens=False).ids)
+    encodings = backend.encode_batch(texts, add_special_tokens=False)
+    pairs = zip(texts, encodings, strict=True)
+    return [
+        _label(row, lead, *next(pairs), max_length, truncation_strategy) if isinstance(row, Rendered) else row
+        for row in rendered
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Lead:
+    """What all rows of a batch begin with, encoded once."""
+
+    characters: int
+    ids: list[int]
+
+
+def _common_opening(template: ChatTemplate, rows: Sequence[Rendered]) -> str:
+    """What all rows begin with (a system prompt), up to a special token after which the text can be cut."""
+    if len(rows) < 2:
+        return ""
+    texts = [row.text for row in rows]
+    first, last = min(texts), max(texts)
+    end = min(row.spans[0].start for row in rows)  # nothing is trained in the opening
+    same = next((i for i, (a, b) in enumerate(zip(first[:end], last, strict=False)) if a != b), end)
+    matches = list(template.special.finditer(first, 0, min(same, len(last))))
+    if not matches or not _splits_cleanly(template, matches[-1].group()):
+        return ""
+    return first[: matches[-1].end()]
+
+
+_FIRST_WORDS = ("a", " a", "  a", "\na", "1", ".", "你", "😀", "")
+
+
+def _splits_cleanly(template: ChatTemplate, token: str) -> bool:
+    """Whether text after this special token is encoded as if it stood alone.
+
+    It is not where a token swallows the space after it, or where a text's first word gets a mark of its own.
+    """
+    backend = template.tokenizer.backend_tokenizer
+
+    def encode(text: str) -> list[int]:
+        return backend.encode(text, add_special_tokens=False).ids
+
+    return all(encode(token + text) == encode(token) + encode(text) for text in _FIRST_WORDS)
+
+
+def _fast_backend(template: ChatTemplate) -> Any:
+    tokenizer = template.tokenizer
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"the model's tokenizer ({type(tokenizer).__name__}) has no fast version, which training needs",
+            hint="convert it to a tokenizer.json",
+        )
+    backend = tokenizer.backend_tokenizer
+    # A saved tokenizer.json may carry settings of its last use.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _render(
+    template: ChatTemplate, messages: Sequence[Message], tools: list[Any] | None
+) -> Rendered | Rejected:
+    trains_all = template.config.loss_scale == "all"
+    if not messages or not (trains_all or any(message["role"] == "assistant" for message in messages)):
+        return Rejected(NO_ANSWER, unsupervised=True)
+    try:
+        rendered = template.render(messages, tools=tools)
+    except RenderError as error:
+        return Rejected(str(error))
+    return rendered if rendered.spans else Rejected(NOTHING_TRAINED, unsupervised=True)
+
+
+def _label(
+    row: Rendered,
+    lead: _Lead,
+    text: str,
+    encoding: Encoding,
+    max_length: int | None,
+    truncation_strategy: str,
+) -> Encoded | Rejected:
+    """Ids and labels of `row`, whose `text` after the lead has been encoded."""
+    skipped, length = len(lead.ids), len(lead.ids) + len(encoding)
+    too_long = max_length is not None and length > max_length
+    if too_long and truncation_strategy == "delete":
+        return Rejected(f"longer than --max_length {max_length}")
+    ids = np.array(lead.ids + encoding.ids, dtype=np.int32)
+    labels = np.full(length, IGNORED, dtype=np.int32)
+    is_weighted = any(span.weight != 1 for span in row.spans)
+    scale = np.ones(length, dtype=np.float32) if is_weighted else None
+    for span in row.spans:
+        first, last = token_range(encoding, text, span.start - lead.characters, span.end - lead.characters)
+        trained = slice(skipped + first, skipped + last)
+        labels[trained] = ids[trained]
+        if scale is not None:
+            scale[trained] = span.weight
+    if too_long:
+        kept = (
+            slice(max_length) if truncation_strategy == "right" else slice(length - (max_length or 0), None)
+        )
+        ids, labels, scale = ids[kept], labels[kept], None if scale is None else scale[kept]
+    labels[0] = IGNORED
+    if labels.max() == IGNORED:
+        if too_long:
+            return Rejected(f"no trained token within --max_length {max_length}")
+        return Rejected(NOTHING_TRAINED, unsupervised=True)
+    return Encoded(ids, labels, scale)
+
+
+def token_range(encoding: Encoding, text: str, start: int, end: int) -> tuple[int, int]:
+    """Tokens [first, last) of the characters [start, end): those that start inside.
+
+    Templates put special tokens around an answer, so as a rule nothing straddles a border. Where a token does,
+    its start decides. One exception: in "ASSISTANT: Yes" the token " Yes" starts outside, but it is the answer.
+    """
+    first = _token_at(encoding, start, len(text))
+    if first < len(encoding) and _starts_before(text, start, *encoding.token_to_chars(first)):
+        first = _skip_character(encoding, first)
+    last = _token_at(encoding, end, len(text))
+    if first <= last < len(encoding) and encoding.token_to_chars(last)[0] < end:
+        last = _skip_character(encoding, last)
+    return first, max(first, last)
+
+
+def _starts_before(text: str, start: int, token_start: int, token_end: int) -> bool:
+    """Whether a token belongs to what stands before `start`: all but white space followed by words."""
+    if token_start >= start:
+        return False
+    return not text[token_start:start].isspace() or not text[start:token_end].strip()
+
+
+def _token_at(encoding: Encoding, position: int, length: int) -> int:
+    """The first token that covers the character at `position` or one after it."""
+    token, place = None, position
+    while token is None and place < length:
+        token = encoding.char_to_token(place)
+        place += 1
+    if token is None:
+        return len(encoding)
+    # Tokenizers that trim offsets leave tokens of white space with no characters. Those whose (trimmed) place
+    # is beyond the position asked for belong to what follows it.
+    while token > 0:
+        start, end = encoding.token_to_chars(token - 1)
+        if start < end or start <= position:
+            break
+        token -= 1
+    return token
+
+
+def _skip_character(encoding: Encoding, token: int) -> int:
+    """The token after `token` and after the rest of a character that several tokens make up."""
+    place = encoding.token_to_chars(token)
+    while token < len(encoding) and encoding.token_to_chars(token) == place:
+        token += 1
+    return token

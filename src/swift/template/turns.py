@@ -1,0 +1,198 @@
+"""Finds the assistant's words in a rendered conversation, exactly or not at all.
+
+Owns: four ways to find them, each checked against the text: the template's own generation markers; the fixed
+text around turns; rendering up to a turn; rendering with a turn's words replaced. Not here: which turns are
+trained (loss_scale.py).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from swift.template.jinja import Renderer
+from swift.template.shape import Shape
+from swift.template.types import Message, RenderError
+
+_MARK = "zqmarkqz"
+
+# [start, end) of one answer in the text: from what the model is asked to continue to its end-of-turn token.
+Turn = tuple[int, int]
+
+
+def find_turns(
+    renderer: Renderer, shape: Shape, messages: Sequence[Message], tools: list[Any] | None
+) -> tuple[str, list[Turn]]:
+    """The rendered text and one turn per assistant message, ascending. Raises RenderError."""
+    turns = None
+    if renderer.has_markers:
+        text, blocks = renderer.marked(messages, tools)
+        turns = _turns_from_markers(shape, messages, text, blocks)
+    else:
+        text = renderer.text(messages, tools)
+    _check_tools(messages, tools, text)
+    if turns is None and not tools:
+        turns = _turns_from_joints(shape, messages, text)
+    if turns is None:
+        places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [_locate(renderer, shape, messages, tools, text, i) for i in places]
+    if not turns or messages[-1]["role"] != "assistant":
+        return text, turns
+    if (
+        not shape.keeps_reasoning
+        and "</think>" in messages[-1]["content"]
+        and "tool_calls" not in messages[-1]
+    ):
+        text, turns[-1] = _restore_reasoning(renderer, shape, messages, tools, text, turns[-1])
+    if shape.end_of_turn is None and shape.eos:
+        start, end = turns[-1]
+        text = text[:end] + shape.eos
+        turns[-1] = (start, len(text))
+    return text, turns
+
+
+def _turns_from_markers(
+    shape: Shape, messages: Sequence[Message], text: str, blocks: Sequence[Turn]
+) -> list[Turn] | None:
+    """Turns from `{% generation %}` blocks, where there is one per answer and it holds the answer's words."""
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if len(answers) != len(blocks):
+        return None
+    turns = []
+    for message, (start, end) in zip(answers, blocks, strict=True):
+        if message["content"].split("</think>")[-1].strip() not in text[start:end]:
+            return None
+        end = start + len(text[start:end].rstrip("\n"))
+        following = shape.special.match(text, end)
+        if shape.end_of_turn and following and not text.endswith(shape.end_of_turn, start, end):
+            end = following.end()
+        turns.append((start, end))
+    return turns
+
+
+def _turns_from_joints(shape: Shape, messages: Sequence[Message], text: str) -> list[Turn] | None:
+    """Turns of a plain conversation, put together from the words and joints and compared with `text`."""
+    joints, first = shape.joints, int(messages[0]["role"] == "system")
+    if joints is None or len(messages) == first or (len(messages) - first) % 2:
+        return None
+    lead = joints.before_system + messages[0]["content"] + joints.after_system if first else joints.opening
+    pieces: list[str] = []
+    turns: list[Turn] = []
+    position = 0
+    for i in range(first, len(messages), 2):
+        user, answer = messages[i], messages[i + 1]
+        if user["role"] != "user" or answer["role"] != "assistant":
+            return None
+        is_last = i + 2 == len(messages)
+        joint, joint_start, tail = (
+            (joints.to_last_answer, joints.last_answer_start, shape.closing)
+            if is_last
+            else (joints.to_answer, joints.answer_start, joints.to_user)
+        )
+        pieces += (lead, user["content"], joint, answer["content"])
+        start = position + len(lead) + len(user["content"]) + joint_start
+        position = start - joint_start + len(joint) + len(answer["content"])
+        turns.append((start, shape.closed(position, tail)))
+        lead = joints.to_user
+    pieces.append(shape.closing)
+    return turns if "".join(pieces) == text else None
+
+
+def _locate(
+    renderer: Renderer, shape: Shape, messages: Sequence[Message], tools: list[Any] | None, text: str, i: int
+) -> Turn:
+    """The turn of message i: by rendering up to it if that is a prefix of `text`, else by a marked copy."""
+    start = _prefix_length(renderer, messages[:i], tools, text, add_generation_prompt=True)
+    end = _prefix_length(renderer, messages[: i + 1], tools, text)
+    if end is not None:
+        if text.endswith(shape.closing, 0, end):
+            end = shape.closed(end - len(shape.closing), shape.closing)
+        else:
+            end = None
+    if start is None or end is None:
+        marked_start, marked_end = _locate_by_mark(renderer, shape, messages, tools, text, i)
+        start = marked_start if start is None else start
+        end = marked_end if end is None else end
+    if start > end:
+        raise RenderError("the place of an answer in the rendered text is not clear")
+    return start, end
+
+
+def _prefix_length(
+    renderer: Renderer,
+    messages: Sequence[Message],
+    tools: list[Any] | None,
+    text: str,
+    *,
+    add_generation_prompt: bool = False,
+) -> int | None:
+    try:
+        prefix = renderer.text(messages, tools, add_generation_prompt=add_generation_prompt)
+    except RenderError:  # some templates refuse a conversation that ends here
+        return None
+    return len(prefix) if text.startswith(prefix) else None
+
+
+def _locate_by_mark(
+    renderer: Renderer, shape: Shape, messages: Sequence[Message], tools: list[Any] | None, text: str, i: int
+) -> Turn:
+    """The turn of message i, by rendering it with a mark in its place.
+
+    What stands before and after the mark must be the same in both texts. The answer starts after the last
+    header before the mark, because templates also add to or take from the beginning of an answer (Qwen3's
+    thinking).
+    """
+    message = messages[i]
+    calls = message.get("tool_calls")
+    if calls:
+        function = calls[-1]["function"]
+        replaced = {
+            **message,
+            "tool_calls": [*calls[:-1], {**calls[-1], "function": {**function, "name": _MARK}}],
+        }
+    else:
+        replaced = {**message, "content": _MARK}
+    marked = renderer.text([*messages[:i], replaced, *messages[i + 1 :]], tools)
+    before, found, after = marked.partition(_MARK)
+    if not found or _MARK in after:
+        raise RenderError("the chat template leaves out a turn of the assistant")
+    header = before.rfind(shape.header)
+    start, words_end = header + len(shape.header), len(text) - len(after)
+    if header < 0 or words_end < start or not text.endswith(after) or text[:start] != marked[:start]:
+        raise RenderError("the place of an answer in the rendered text is not clear")
+    if not calls:
+        return start, shape.closed(words_end, after)
+    # Other special tokens may stand inside a tool call, so here only the turn's own end counts.
+    end = text.find(shape.end_of_turn, words_end) if shape.end_of_turn else -1
+    return start, end + len(shape.end_of_turn or "") if end >= 0 else words_end
+
+
+def _restore_reasoning(
+    renderer: Renderer,
+    shape: Shape,
+    messages: Sequence[Message],
+    tools: list[Any] | None,
+    text: str,
+    turn: Turn,
+) -> tuple[str, Turn]:
+    """The last answer with its <think> part, which templates made for inference drop (DeepSeek-R1-Distill).
+
+    The model is asked to continue after the prompt, so prompt, answer and end of turn are what it has to
+    learn.
+    """
+    start, end = turn
+    words = messages[-1]["content"].strip()
+    tail = text[end - len(shape.end_of_turn or "") :]
+    text = text[:start] + words + tail
+    end = start + len(words) + len(shape.end_of_turn or "")
+    prompt = _prefix_length(renderer, messages[:-1], tools, text, add_generation_prompt=True)
+    return text, (start if prompt is None else prompt, end)
+
+
+def _check_tools(messages: Sequence[Message], tools: list[Any] | None, text: str) -> None:
+    """Raises RenderError where the template has no place for tools, or for calls of them."""
+    for tool in tools or ():
+        if str(tool.get("function", tool).get("name")) not in text:
+            raise RenderError("the chat template does not show tools to the model")
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            if call["function"]["name"] not in text:
+                raise RenderError("the chat template leaves out calls of tools")
