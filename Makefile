@@ -1,0 +1,48 @@
+# Everything runs inside .venv, which `make setup` builds. Variables, all optional:
+#   PYTHON       interpreter that .venv is built from, 3.10 or newer (default python3)
+#   TORCH_INDEX  package index that torch is taken from (default: the one that pip is set to)
+#   ARGS         more arguments for pytest, for example: make test ARGS='-k resume -x'
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+export PYTHON TORCH_INDEX
+
+BIN := .venv/bin
+STAMP := .venv/.up-to-date
+# One thread: sums of floats then come out alike on every machine, and small models are no slower.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast check format clean
+
+help: ## show this list
+	@awk -F ':[^#]*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv and install what the rest needs (the others call it by themselves)
+
+$(STAMP): pyproject.toml scripts/setup.sh
+	@sh scripts/setup.sh
+	@touch $@
+
+demo: $(STAMP) ## teach a small model a new name and ask it who it is (about three minutes)
+	@$(BIN)/python examples/demo.py
+
+test: $(STAMP) ## run every test, as continuous integration does (under ten minutes)
+	$(PYTEST) --durations=10 $(ARGS)
+
+test-fast: $(STAMP) ## run the tests that take seconds
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+check: $(STAMP) ## lint, formatting and who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## reformat the code and apply the linter's safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and every cache; runs under output/ stay
+	rm -rf .venv build dist .pytest_cache .ruff_cache .import_linter_cache src/*.egg-info
+	find src tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
