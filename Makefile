@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml scripts/setup.sh
 	@touch $@
 
 demo: $(STAMP) ## teach a small model a new name and ask it who it is (about three minutes)
-	@$(BIN)/python examples/demo.py
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo.py
 
 test: $(STAMP) ## run every test, as continuous integration does (under ten minutes)
 	$(PYTEST) --durations=10 $(ARGS)

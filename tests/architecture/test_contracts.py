@@ -35,7 +35,8 @@ def own_files() -> list[Path]:
     if listing.returncode == 0:
         names = [ROOT / name for name in listing.stdout.split("\0") if name]
     else:
-        names = [p for p in ROOT.rglob("*") if not {"__pycache__", ".venv", "output"} & set(p.parts)]
+        made = {".git", ".venv", "__pycache__", "output", "build", ".pytest_cache", ".ruff_cache"}
+        names = [p for p in ROOT.rglob("*") if not made & set(p.relative_to(ROOT).parts)]
     return sorted(p for p in names if p.is_file())
 
 

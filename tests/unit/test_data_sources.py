@@ -222,6 +222,7 @@ def test_columns_are_renamed_first(tmp_path: Path) -> None:
     file = write(tmp_path / "x.jsonl", '{"a": 1, "b": 2}\n{"b": 3}\n{"c": 4}\n')
     rows = load(file, columns={"b": "a"})
     assert [row.columns for row in rows] == [{"a": 2}, {"a": 3}, {"c": 4}]
+    assert load(file, columns={"old": "c"}) == load(file)
     with pytest.raises(ConfigError, match="--columns renames bb, which no row has") as caught:
         load(file, columns={"bb": "x"})
     assert caught.value.hint == "did you mean b?"

@@ -38,12 +38,13 @@ def test_any_directory_loads_without_a_model_type(family: str, request: pytest.F
     assert context_length(model) == context_length(load_config(path)) == 512
 
 
-def test_dtype_is_float32_on_a_cpu_unless_named(tmp_path: Path, make_tiny_model_dir) -> None:
+def test_dtype_is_float32_on_a_cpu_unless_named(tmp_path: Path, make_tiny_model_dir, monkeypatch) -> None:
     path = make_tiny_model_dir(tmp_path)
     tensors = {name: t.to(torch.bfloat16) for name, t in load_file(path / "model.safetensors").items()}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     edit_json(path / "config.json", dtype="bfloat16")
     assert load_model(path, dtype=None, attention=None, device=CPU).dtype == torch.float32
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert load_model(path, dtype="bfloat16", attention=None, device=CPU).dtype == torch.bfloat16
 
 
@@ -123,3 +124,14 @@ def test_devices() -> None:
         pick_device("gpu")
     with pytest.raises(ConfigError, match=r"--device cuda:99: torch sees \d+ GPUs here"):
         pick_device("cuda:99")
+
+
+def test_a_cpu_without_half_precision_rounds_weights_and_computes_in_float32(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    rounded = load_model(tiny_llama_dir, dtype="bfloat16", attention=None, device=CPU)
+    exact = load_model(tiny_llama_dir, dtype="float32", attention=None, device=CPU)
+    assert rounded.dtype == torch.float32
+    for ours, theirs in zip(rounded.parameters(), exact.parameters(), strict=True):
+        assert torch.equal(ours, theirs.to(torch.bfloat16).float())

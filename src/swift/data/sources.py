@@ -129,8 +129,8 @@ def _content_key(row: Row, seed: int) -> bytes:
 
 def _rename(rows: list[Row], columns: dict[str, Any]) -> list[Row]:
     known = {name for row in rows for name in row.columns}
-    for old in columns:
-        if old not in known:
+    for old, new in columns.items():
+        if old not in known and new not in known:  # evaluation rows may have the new name already
             near = difflib.get_close_matches(old, known, 1)
             raise ConfigError(
                 f"--columns renames {old}, which no row has",

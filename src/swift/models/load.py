@@ -21,7 +21,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from swift.config.option import ConfigError
 from swift.models.directory import check_model_directory
 from swift.utils import env
-from swift.utils.log import warn
+from swift.utils.log import warn, warn_once
 
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt", "tekken.json")
@@ -29,6 +29,8 @@ TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "voc
 PAD_TOKENS = (
     "<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<|end_of_text|>", "<unk>",
 )  # fmt: skip
+HALF = (torch.bfloat16, torch.float16)
+SLOW_HALF = ("DEFAULT", "AVX2")  # where torch multiplies half precision in a plain loop, some 40 times slower
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
 
@@ -107,6 +109,10 @@ def load_model(
     missing = sorted(report["missing_keys"])
     if missing:
         raise ConfigError(f"the weights in {path} lack {len(missing)} tensors, the first is {missing[0]}")
+    if device.type == "cpu" and model.dtype in HALF and torch.backends.cpu.get_cpu_capability() in SLOW_HALF:
+        name = str(model.dtype).removeprefix("torch.")
+        warn_once(f"this CPU cannot multiply {name} fast: weights are rounded to it, arithmetic is float32")
+        model = model.float()
     return model.to(device).eval()
 
 

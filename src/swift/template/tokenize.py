@@ -15,7 +15,7 @@ from swift.config.option import ConfigError
 from swift.template.chat import ChatTemplate
 from swift.template.types import Message, Rendered, RenderError
 
-IGNORED = -100
+IGNORED = -100  # as batch.IGNORED; importing that would load torch into every worker process
 
 NO_ANSWER = "no assistant turn"
 NOTHING_TRAINED = "no trained token"
@@ -175,8 +175,9 @@ def _label(
 def token_range(encoding: Encoding, text: str, start: int, end: int) -> tuple[int, int]:
     """Tokens [first, last) of the characters [start, end): those that start inside.
 
-    Templates put special tokens around an answer, so as a rule nothing straddles a border. Where a token does,
-    its start decides. One exception: in "ASSISTANT: Yes" the token " Yes" starts outside, but it is the answer.
+    Templates put special tokens around an answer, so as a rule nothing straddles a border. Where a token
+    does, its start decides. One exception: in "ASSISTANT: Yes" the token " Yes" starts outside, but it is the
+    answer.
     """
     first = _token_at(encoding, start, len(text))
     if first < len(encoding) and _starts_before(text, start, *encoding.token_to_chars(first)):

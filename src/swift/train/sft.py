@@ -166,8 +166,6 @@ def build_engine(run: SftRun, model_path: Path, total_steps: int) -> Transformer
     device = pick_device(run.model.device)
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         warn(f"{torch.cuda.device_count()} GPUs are visible; this version trains on {device} alone")
-    if device.type == "cpu" and run.model.torch_dtype == "bfloat16" and not has_fast_bfloat16():
-        warn("this CPU has no instructions for bfloat16: --torch_dtype float32 is several times faster here")
     model = load_model(model_path, dtype=run.model.torch_dtype, attention=run.model.attn_impl, device=device)
     if run.tuner.train_type == "lora":
         model = add_lora(model, run.tuner, seed=run.schedule.seed)
@@ -184,11 +182,6 @@ def build_engine(run: SftRun, model_path: Path, total_steps: int) -> Transformer
         own_attention=run.model.attn_impl is None,
         gradient_checkpointing=device.type == "cuda" if checkpointing is None else checkpointing,
     )
-
-
-def has_fast_bfloat16() -> bool:
-    """Whether matrix products of bfloat16 run in hardware on this CPU."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def open_run_directory(run: SftRun, root: Path, resumption: Resumption | None) -> Path:
