@@ -60,6 +60,7 @@ def run_sft(run: SftRun) -> int:
     longest = run.template.max_length or context_length(load_config(model_path)) or 2048
     template = ChatTemplate(tokenizer, run.template)
     run = with_system(run, template.system)
+    tokenizer.chat_template = tokenizer.chat_template or template.source  # saved with every checkpoint
     rows, eval_rows = encode(run, template, train_rows, eval_source, longest)
     data = {"rows": len(rows), "tokens": rows.num_tokens, "fingerprint": rows.fingerprint}
     if resumption:
