@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from swift import __version__
 from swift.config.option import ConfigError
-from swift.export.compare import TOLERANCES, Comparison, compare_logits, compute_logits, render_texts
+from swift.export.compare import compare_logits, compute_logits, render_texts
 from swift.models.adapters import RUN_ARGS, load_adapter, merge
 from swift.models.directory import INDEX_FILES, read_json, weight_files
 from swift.models.load import TOKENIZER_FILES, load_model, load_tokenizer
@@ -52,12 +52,11 @@ class MergePlan:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What the merged model has to reproduce."""
+    """What the files of the merged model have to reproduce."""
 
     tokenizer: PreTrainedTokenizerBase
     texts: list[str]
-    logits: list[torch.Tensor]  # of base and adapters in float32
-    effect: Comparison  # of those with the base alone
+    logits: list[torch.Tensor]  # of the merged weights as they are written, computed in float32
 
 
 def merge_adapter(plan: MergePlan) -> int:
@@ -99,12 +98,30 @@ def write_merged(plan: MergePlan, staging: Path) -> Reference | None:
         warn(f"--adapters {plan.adapter} change nothing: were they trained?")
     merged = merge(model)
     exact = compare_logits(logits, compute_logits(merged, tokenizer, texts))
-    if not exact.within(TOLERANCES["float32"]):
-        say(f"merged in float32: {exact.describe(TOLERANCES['float32'])}: FAIL")
+    if not exact.equal:
+        say(f"merged in float32: {exact.describe_difference()}: FAIL")
         return None
     save(plan, merged, staging)
     copy_texts(plan, tokenizer_source, staging)
-    return Reference(tokenizer, texts, logits, effect)
+    cast_parameters(merged, torch.float32)
+    written = compute_logits(merged, tokenizer, texts)
+    rounded = compare_logits(logits, written)
+    say(f"rounded to {plan.dtype}: {rounded.describe_divergence(plan.dtype)}")
+    if not rounded.close(plan.dtype):
+        say(
+            f"error: {plan.dtype} is too coarse for these weights; --torch_dtype float32 keeps them",
+            style="red",
+        )
+        return None
+    if rounded.divergence > effect.divergence > 0:
+        warn(f"rounding to {plan.dtype} changes more than the adapters do; --torch_dtype float32 keeps them")
+    return Reference(tokenizer, texts, written)
+
+
+def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Casts what a file holds, in place. `model.to` would also round rotary frequencies, which no file holds."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def save(plan: MergePlan, merged: PreTrainedModel, staging: Path) -> None:
@@ -113,7 +130,8 @@ def save(plan: MergePlan, merged: PreTrainedModel, staging: Path) -> None:
     The base's config.json and generation_config.json stay as published, since a newer transformers writes
     fields that older readers of the merged model would not know.
     """
-    merged.to(getattr(torch, plan.dtype)).save_pretrained(staging, max_shard_size=plan.max_shard_bytes)
+    cast_parameters(merged, getattr(torch, plan.dtype))
+    merged.save_pretrained(staging, max_shard_size=plan.max_shard_bytes)
     config = read_json(plan.base / CONFIG)
     names = [name for name in ("torch_dtype", "dtype") if name in config] or ["torch_dtype"]
     write_json(staging / CONFIG, config | dict.fromkeys(names, plan.dtype))
@@ -151,16 +169,12 @@ def choose_tokenizer_source(plan: MergePlan) -> Path:
 
 
 def check_written(plan: MergePlan, staging: Path, reference: Reference) -> bool:
-    """Loads the files as anyone would, with transformers alone, and compares in float32."""
+    """Loads the files as anyone would, with transformers alone: they must give what was merged."""
     gc.collect()  # the merged model, before another one takes as much memory
     model = AutoModelForCausalLM.from_pretrained(staging, dtype=torch.float32).to(plan.device).eval()
     found = compare_logits(reference.logits, compute_logits(model, reference.tokenizer, reference.texts))
-    tolerance = TOLERANCES[plan.dtype]
-    passed = found.within(tolerance)
-    say(f"reloaded from disk: {found.describe(tolerance)}: {'PASS' if passed else 'FAIL'}")
-    if passed and found.mean > reference.effect.mean > 0:
-        warn(f"rounding to {plan.dtype} changes more than the adapters do; --torch_dtype float32 keeps them")
-    return passed
+    say(f"reloaded from disk: {found.describe_difference()}: {'PASS' if found.equal else 'FAIL'}")
+    return found.equal
 
 
 def place(staging: Path, output: Path, *, exist_ok: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from swift.config.option import ConfigError
 from swift.config.runs import ExportRun
-from swift.export.compare import TOLERANCES
+from swift.export.compare import ROUNDING
 from swift.export.merge import MergePlan, merge_adapter
 from swift.models.adapters import adapter_base, load_run_args
 from swift.models.directory import ADAPTER_CONFIG, read_json
@@ -97,8 +97,8 @@ def choose_dtype(run: ExportRun, base: Path) -> str:
     if "quantization_config" in config:
         raise ConfigError(f"--model {base} is quantised: adapters can only be merged into plain weights")
     dtype = run.model.torch_dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
-    if dtype not in TOLERANCES:
-        raise ConfigError(f"--torch_dtype {dtype} cannot be written", hint=f"one of {', '.join(TOLERANCES)}")
+    if dtype not in ROUNDING:
+        raise ConfigError(f"--torch_dtype {dtype} cannot be written", hint=f"one of {', '.join(ROUNDING)}")
     return dtype
 
 
