@@ -119,7 +119,7 @@ def write_merged(plan: MergePlan, staging: Path) -> Reference | None:
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Casts what a file holds, in place. `model.to` would also round rotary frequencies, which no file holds."""
+    """Casts what files hold, in place. `model.to` would also round rotary frequencies, which are in none."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 

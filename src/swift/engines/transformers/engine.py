@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import transformers
+from packaging import version
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -49,7 +51,7 @@ class TransformersEngine:
         if self.flat and own_attention:
             base.set_attn_implementation(FLAT_ATTENTION)
         if gradient_checkpointing:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_recompute(base)
         self.max_grad_norm = config.max_grad_norm
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(model, config, learning_rate)
@@ -107,6 +109,15 @@ class TransformersEngine:
     def load(self, path: Path) -> None:
         checkpoint.load_weights(self.model, path)
         checkpoint.load_state(path, self.optimizer, self.scheduler)
+
+
+def enable_recompute(model: PreTrainedModel) -> None:
+    """Activations are computed again in the backward pass instead of being kept."""
+    options = {"use_reentrant": False}
+    if version.parse(transformers.__version__) >= version.parse("5.23"):  # renamed there
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def choose_layout(base: PreTrainedModel, flat: bool | None) -> bool:
