@@ -1,11 +1,12 @@
 """Training throughput of the transformers engine on one GPU, random weights of a true shape.
 
     python benchmarks/gpu_sft_step.py --shape qwen3-8b --tokens 8192 --tuner lora
+    torchrun --standalone --nproc_per_node 2 benchmarks/gpu_sft_step.py --tuner full --fsdp --layouts flat
 
-Rows have lognormal lengths; one flat micro-batch of --tokens tokens is a step. Prints one JSON line a layout:
-tokens/s (real tokens, padding not counted), MFU and peak memory. MFU counts 6 FLOPs a parameter and token for
-full training, 4 for LoRA (no gradients of frozen weights), plus attention, over the card's dense bf16 peak;
-recomputation is not counted as useful.
+Rows have lognormal lengths; one flat micro-batch of --tokens tokens a process is a step. Prints one JSON line
+a layout: tokens/s (real tokens, padding not counted), MFU and peak memory. MFU counts 6 FLOPs a parameter and
+token for full training, 4 for LoRA (no gradients of frozen weights), plus attention, over the card's dense
+bf16 peak; recomputation is not counted as useful.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from swift.config.optim import OptimConfig
 from swift.config.tuner import TunerConfig
 from swift.data.collate import collate
+from swift.engines.ranks import join_ranks, leave_ranks
 from swift.engines.transformers.attention import FLAT_ATTENTION
 from swift.engines.transformers.engine import TransformersEngine
 from swift.models.adapters import add_lora
@@ -79,24 +81,31 @@ def main() -> None:
     parser.add_argument("--tuner", choices=("lora", "full"), default="lora")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--layouts", nargs="+", default=["flat", "flat-sdpa-mask", "padded"])
+    parser.add_argument("--fsdp", action="store_true")
     options = parser.parse_args()
     shape = SHAPES[options.shape]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ranks, device = join_ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu"), 600)
     torch.manual_seed(0)
     with torch.device(device):
         model = Qwen3ForCausalLM(Qwen3Config(**shape, max_position_embeddings=40960)).to(torch.bfloat16)
     if options.tuner == "lora":
         model = add_lora(model, TunerConfig(), seed=0)
     engine = TransformersEngine(
-        model, OptimConfig(), learning_rate=1e-5, total_steps=100, gradient_checkpointing=True
+        model,
+        OptimConfig(),
+        learning_rate=1e-5,
+        total_steps=100,
+        gradient_checkpointing=True,
+        ranks=ranks,
+        fsdp=options.fsdp,
     )
     base = model.get_base_model() if options.tuner == "lora" else model
-    rows = make_rows(options.tokens, shape["vocab_size"], 0)
+    rows = make_rows(options.tokens, shape["vocab_size"], ranks.rank)
     flops = useful_flops(model, rows, shape, options.tuner == "full")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     peak = next((v for k, v in PEAK_FLOPS.items() if k in name), float("nan"))
     for layout in options.layouts:
-        engine.flat = layout != "padded"
+        engine.flat, engine.own_attention = layout != "padded", layout == "flat"
         base.set_attn_implementation(FLAT_ATTENTION if layout == "flat" else "sdpa")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -110,16 +119,19 @@ def main() -> None:
         result = {
             "device": name,
             "shape": options.shape,
-            "tuner": options.tuner,
+            "processes": ranks.world,
+            "tuner": options.tuner + ("-fsdp2" if options.fsdp else ""),
             "layout": layout,
             "rows": len(rows),
             "tokens": options.tokens,
             "seconds": round(best, 4),
-            "tokens_per_second": round(options.tokens / best),
+            "tokens_per_second_per_device": round(options.tokens / best),
             "mfu": round(flops / best / peak, 4),
             "memory_gib": memory_gib(device),
         }
-        print(json.dumps(result), flush=True)
+        if ranks.is_main:
+            print(json.dumps(result), flush=True)
+    leave_ranks()
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def test_later_flags_stop_before_anything_is_loaded(
 @pytest.mark.parametrize(
     "words",
     [
-        ["--packing", "false"],
+        ["--streaming", "false"],
         ["--deepspeed", "none"],
         ["--packing_strategy", "binpack"],
         ["--use_chat_template", "true"],
@@ -146,13 +146,26 @@ def test_contradictions_are_found_before_the_run(
 def test_several_processes(
     capsys: pytest.CaptureFixture[str], calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    started: list[tuple[str, list[str]]] = []
+
+    def launch(module: str, argv: list[str]) -> int:
+        started.append((module, argv))
+        return 5
+
+    monkeypatch.setattr("swift.engines.launch.launch", launch)
     monkeypatch.setenv("NPROC_PER_NODE", "1")
-    assert run(RUNNABLE) == 7
+    assert run(RUNNABLE) == 7 and started == []
     monkeypatch.setenv("NNODES", "2")
-    assert errors(RUNNABLE, capsys) == [
-        "error: several processes are not yet supported (NNODES=2)",
-        "hint: unset NNODES",
+    assert run(RUNNABLE) == 5 and started == [("swift", RUNNABLE)] and len(calls) == 1
+    monkeypatch.setenv("LOCAL_RANK", "0")  # already one of the processes
+    assert run(RUNNABLE) == 7 and len(started) == 1
+    monkeypatch.delenv("LOCAL_RANK")
+    assert errors(["infer", "--model", "m"], capsys) == [
+        "error: swift infer on several processes: not yet",
+        "hint: unset NPROC_PER_NODE, NNODES",
     ]
+    monkeypatch.setenv("NNODES", "two")
+    assert errors(RUNNABLE, capsys)[0] == "error: NNODES=two is not a number of processes"
     assert run(["merge-lora", "--adapters", "a"]) == 7
     assert run([*RUNNABLE, "--print_config"]) == 0
 

@@ -16,7 +16,7 @@ from swift.cli.values import EXPECTED, kind_of
 
 TRAIN = ("pt", "sft", "rlhf")
 SERVE = ("infer", "deploy", "rollout", "eval", "app")
-PLAIN = {c.title for c in COMMANDS if c.name not in ("web-ui", "merge-lora")}
+PLAIN = {c.title for c in COMMANDS if c.name not in ("web-ui", "merge-lora", "dataset")}  # dataset is ours
 MEGATRON = {c.title for c in COMMANDS if c.program == "megatron"}
 INNER = {"TeacherServerConfig", "TeacherOutput", "DataCache"}  # not parsed from a command line
 

@@ -89,5 +89,5 @@ def test_help_has_units_choices_and_defaults(capsys: pytest.CaptureFixture[str])
     assert "train adapters or all weights; one of lora, full [default lora]" in text
     assert "--adam_epsilon X AdamW epsilon [default 1e-08]" in text
     later = text.split("not yet in this version: ")[1].split()
-    assert {"deepspeed", "packing", "swanlab_*", "temperature"} <= set(later)
+    assert {"deepspeed", "packing_strategy", "swanlab_*", "temperature"} <= set(later)
     assert {"learning_rate", "rlhf_type", "use_galore"} & set(later) == set()

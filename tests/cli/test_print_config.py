@@ -64,9 +64,11 @@ def test_groups_and_defaults_of_the_command(capsys: pytest.CaptureFixture[str]) 
         "# model",
         "# data",
         "# template",
+        "# plugins",
         "# tuner",
         "# optim",
         "# schedule",
+        "# parallel",
         "# output",
         "# not yet in this version",
     ]

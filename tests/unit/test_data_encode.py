@@ -62,6 +62,7 @@ def test_flat_memory_holds_every_row() -> None:
 def test_samples_and_report_name_the_rows() -> None:
     rows = rows_of({"query": "q", "response": "a", "id": 5}, {"foo": 1}, *good(8))
     dataset, report = run(rows)
+    assert [line for _, line in dataset.places] == [1, *range(3, 11)]
     assert [sample.line for sample in dataset.samples] == [1, *range(3, 11)]
     assert dataset.samples[0].extra == {"id": 5}
     assert report.dropped == {"no column with a conversation (columns: foo)": [("f.jsonl", 2)]}

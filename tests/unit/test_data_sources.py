@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 
 from swift.config.option import ConfigError
-from swift.data.sources import Spec, load_rows, parse_spec, sample_indices, split_rows
+from swift.data.rows import InMemory, Rows
+from swift.data.sources import Spec, load_rows, mix_tables, open_rows, parse_spec, sample_indices, split_rows
 from swift.data.types import Row
 
 
@@ -232,25 +233,69 @@ def numbered(count: int) -> list[Row]:
     return [Row({"i": i}, "f", i + 1) for i in range(count)]
 
 
+def split(rows: list[Row], ratio: float, seed: int) -> tuple[list[Row], list[Row]]:
+    training, held_out = split_rows(Rows([InMemory(rows)]), ratio, seed)
+    return list(training), list(held_out or ())
+
+
 def test_split_depends_on_content_and_seed_alone() -> None:
     rows = numbered(50)
-    training, held_out = split_rows(rows, 0.1, 42)
+    training, held_out = split(rows, 0.1, 42)
     assert (len(training), len(held_out)) == (45, 5)
     assert sorted(row.line for row in training + held_out) == list(range(1, 51))
     assert [row.line for row in training] == sorted(row.line for row in training)
-    _, again = split_rows(rows[::-1], 0.1, 42)
+    _, again = split(rows[::-1], 0.1, 42)
     assert {row.line for row in again} == {row.line for row in held_out}
-    assert split_rows(rows, 0.1, 43)[1] != held_out
-    assert split_rows(rows, 0, 42) == (rows, [])
-    assert len(split_rows(rows, 0.001, 42)[1]) == 1
+    assert split(rows, 0.1, 43)[1] != held_out
+    assert split(rows, 0, 42) == (rows, [])
+    assert len(split(rows, 0.001, 42)[1]) == 1
 
 
 def test_repeated_rows_are_never_on_both_sides() -> None:
-    training, held_out = split_rows([row for row in numbered(6) for _ in range(5)], 0.2, 0)
+    training, held_out = split([row for row in numbered(6) for _ in range(5)], 0.2, 0)
     assert {row.line for row in training}.isdisjoint(row.line for row in held_out)
     assert len(held_out) == 10  # whole groups of 5, until 6 are reached
     with pytest.raises(ConfigError, match="the rows are all the same, none can be held out"):
-        split_rows(numbered(1) * 4, 0.5, 0)
+        split(numbered(1) * 4, 0.5, 0)
+
+
+def test_mixing_by_weights() -> None:
+    first = mix_tables([40, 1000], weights=[3, 1], seed=7, stop="first_exhausted")
+    assert first.tolist() == mix_tables([40, 1000], weights=[3, 1], seed=7, stop="first_exhausted").tolist()
+    assert first[-1] == 39  # the end of the table that is used up
+    assert sorted(first[first < 40]) == list(range(40))
+    assert first[first >= 40].tolist() == list(range(40, 40 + len(first) - 40))
+    everything = mix_tables([40, 1000], weights=[3, 1], seed=7, stop="all_exhausted")
+    assert everything[-1] == 1039
+    assert sorted(everything[everything >= 40]) == list(range(40, 1040))
+    small = everything[everything < 40]
+    assert small.tolist() == [i % 40 for i in range(len(small))]
+    assert 0.7 < len(small) / len(everything) < 0.8
+    assert first.tolist() != mix_tables([40, 1000], weights=[3, 1], seed=8, stop="first_exhausted").tolist()
+
+
+def test_mixed_files(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.jsonl", "".join(f'{{"i": {i}}}\n' for i in range(30)))
+    specs = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl#10")]
+    rows = open_rows(specs, seed=1, shuffle=False, columns={"i": "j"}, mix=(0.5, 0.5))
+    found = places(list(rows))
+    assert [line for name, line in found if name == "b.jsonl"] == list(range(1, 11))
+    assert found[-1] == ("b.jsonl", 10)
+    assert rows[0].columns == {"j": 0}
+    assert rows.digest != open_rows(specs, seed=2, shuffle=False, columns={"i": "j"}, mix=(0.5, 0.5)).digest
+
+
+def test_rows_are_read_when_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", '\ufeff{"i": 0}\r\n\n  \n{"i": 1}\nbroken\n{"i": 3}')
+    rows = open_rows([f"{path}"], seed=1, shuffle=False, columns={})
+    assert len(rows) == 4
+    assert [(row.columns["i"], row.line) for row in (rows[0], rows[1], rows[-1])] == [(0, 1), (1, 4), (3, 6)]
+    with pytest.raises(ConfigError, match="line 5: not valid JSON"):
+        list(rows)
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match="changed while it was read"):
+        rows.check_unchanged()
 
 
 @pytest.mark.parametrize("dataset", ["swift/self-cognition", "modelscope/self-cognition"])

@@ -6,6 +6,7 @@ import pytest
 
 from swift.config.option import ConfigError
 from swift.engines.protocol import Sums
+from swift.engines.ranks import Ranks
 from swift.train.saving import (
     MANIFEST,
     Saver,
@@ -29,7 +30,7 @@ class FileEngine:
 
 
 def make_saver(directory: Path, tokenizer, **options) -> Saver:
-    defaults = {"only_model": False, "total_limit": None, "symlinks": True}
+    defaults = {"only_model": False, "total_limit": None, "symlinks": True, "ranks": Ranks()}
     return Saver(directory, tokenizer, {"model": "m"}, {"rows": 3}, **(defaults | options))
 
 

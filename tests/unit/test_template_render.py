@@ -76,12 +76,13 @@ def test_llama_tool_call() -> None:
     assert trained[0] == '{"name": "get_weather", "parameters": {"city": "Rome"}}<|eot_id|>'
 
 
-def test_template_without_tools_refuses_rows_with_tools() -> None:
+def test_tools_are_written_as_hermes_does_where_the_template_shows_none() -> None:
     template = family_template("smollm2")
-    with pytest.raises(RenderError, match="does not show tools"):
-        template.render(chat("Hi", "Yo"), tools=TOOLS)
-    with pytest.raises(RenderError, match="leaves out calls"):
-        template.render(TOOL_CHAT)
+    call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>'
+    assert trained_text(template, TOOL_CHAT, TOOLS) == [call, "Sunny.<|im_end|>"]
+    assert (
+        "named SmolLM, trained by Hugging Face\n\n# Tools\n" in template.render(TOOL_CHAT, tools=TOOLS).text
+    )
 
 
 def test_r1_keeps_the_thinking_of_the_last_answer() -> None:
@@ -174,12 +175,12 @@ def test_template_without_system_role_gets_it_in_the_first_question() -> None:
 
 def test_row_that_the_template_refuses() -> None:
     source = (
-        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+        "{% for m in messages %}{% if m.content == 'x' %}{{ raise_exception('no x here') }}{% endif %}"
         "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    with pytest.raises(RenderError, match="the chat template refuses it: no tools here"):
-        jinja_template(source).render([*chat("q"), {"role": "tool", "content": "x"}])
+    with pytest.raises(RenderError, match="the chat template refuses it: no x here"):
+        jinja_template(source).render(chat("q", "x"))
 
 
 def test_template_that_leaves_out_an_answer() -> None:

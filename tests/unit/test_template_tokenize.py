@@ -1,5 +1,7 @@
 """Tokens and labels: exact borders, truncation, rows without anything to learn, the coloured preview."""
 
+import copy
+import random
 from typing import Any
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from template_families import FAMILIES, build_tokenizer, chat, family_template, jinja_template
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from swift import batch
@@ -17,6 +19,7 @@ from swift.template import tokenize
 from swift.template.chat import ChatTemplate
 from swift.template.preview import trained_segments
 from swift.template.tokenize import IGNORED, Encoded, Rejected, encode_chats, token_range
+from swift.template.words import learn_words
 
 EOT = {"llama3.1": "<|eot_id|>", "r1": "<｜end▁of▁sentence｜>"}
 
@@ -223,8 +226,10 @@ def test_rows_with_nothing_to_learn() -> None:
 
 
 def test_row_that_cannot_be_rendered_is_rejected_with_the_reason() -> None:
-    rejected = encode(family_template("smollm2"), chat("q", "a"), tools=[[{"function": {"name": "f_x"}}]])
-    assert rejected == Rejected("the chat template does not show tools to the model")
+    messages = chat("q", "<tool_call>\nnot JSON\n</tool_call>")
+    messages[1]["tool_calls"] = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    rejected = encode(family_template("smollm2"), messages)
+    assert rejected == Rejected("a tool call that does not parse back")
 
 
 def test_slow_tokenizer_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,3 +250,42 @@ def test_preview_of_half_a_character_still_joins() -> None:
 
 def test_label_that_is_ignored_is_the_same_everywhere() -> None:
     assert tokenize.IGNORED == batch.IGNORED
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("trim", [None, False])
+def test_remembered_words_give_the_same_tokens(family: str, trim: bool | None) -> None:
+    """Every way to put blanks, line ends, numbers, signs and special tokens around words, and any border."""
+    template = family_template(family)
+    backend = copy.deepcopy(template.tokenizer.backend_tokenizer)
+    if trim is not None:
+        backend.post_processor = processors.ByteLevel(trim_offsets=trim)
+    memory = learn_words(backend, tokenize._first_token, tokenize._last_token)
+    assert memory is not None
+    draw = random.Random(family)
+    pieces = ["a", "Paris", "1", "42", ".", "'s", " ", "  ", "\n", " \n", "\t", "é", "你", "😀"]
+    pieces += [token.content for token in backend.get_added_tokens_decoder().values()]
+    for _ in range(300):
+        text = "".join(draw.choices([*pieces, " a", " swift", " The"], k=draw.randint(1, 12)))
+        places = sorted(draw.sample(range(len(text) + 1), min(2, len(text))))
+        start, end = places[0], places[-1]
+        encoding = backend.encode(text, add_special_tokens=False)
+        [(ids, [first, last])] = memory.encode([text], [[(start, end)]])
+        assert ids.tolist() == encoding.ids, repr(text)
+        assert (first, max(first, last)) == token_range(encoding, text, start, end), (text, start, end)
+
+
+def test_no_words_are_remembered_where_they_depend_on_their_neighbours() -> None:
+    def learn(**parts: Any) -> Any:
+        backend = copy.deepcopy(family_template("smollm2").tokenizer.backend_tokenizer)
+        for name, part in parts.items():
+            setattr(backend, name, part)
+        return learn_words(backend, tokenize._first_token, tokenize._last_token)
+
+    assert learn() is not None
+    assert learn(normalizer=normalizers.NFC()) is not None
+    assert learn(normalizer=normalizers.Replace(" ", "_")) is None
+    assert learn(pre_tokenizer=pre_tokenizers.Metaspace()) is None
+    assert learn(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)) is None
+    assert learn(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)) is None
+    assert learn(post_processor=processors.ByteLevel(trim_offsets=True)) is None

@@ -21,6 +21,8 @@ class Command:
     help: str
     distributed: bool = False
     defaults: tuple[tuple[str, Any], ...] = ()
+    leading: tuple[str, ...] = ()  # flags that words before the first flag stand for; the last takes the rest
+    can_spread: bool = False  # over several processes, in this version
 
     @property
     def title(self) -> str:
@@ -31,10 +33,14 @@ class Command:
         """Every scope of fates.tsv that it is in, such as both, swift, sft, train, swift:sft, swift:train."""
         own = "export" if self.name == "merge-lora" else self.name
         words = {own} | {group for group, names in GROUPS.items() if own in names}
-        return frozenset({"both", self.program} | words | {f"{self.program}:{word}" for word in words})
+        # No earlier tool has a dataset command: its scripts' flags mean nothing there, but for a few.
+        common = set() if self.name == "dataset" else {"both", self.program}
+        return frozenset(common | words | {f"{self.program}:{word}" for word in words})
 
 
-SFT, INFER, EXPORT = (f"swift.config.runs:{name}Run" for name in ("Sft", "Infer", "Export"))
+SFT, INFER, EXPORT, DATASET = (
+    f"swift.config.runs:{name}Run" for name in ("Sft", "Infer", "Export", "Dataset")
+)
 RLHF, MEGATRON, MEGATRON_EXPORT, WEB_UI = (
     f"swift.cli.pending:{name}Run" for name in ("Rlhf", "Megatron", "MegatronExport", "WebUi")
 )
@@ -44,7 +50,7 @@ WHOLE, ALL_TOKENS, LAST_ROUND = ("train_type", "full"), ("loss_scale", "all"), (
 
 COMMANDS = (
     Command("swift", "pt", SFT, None, "continue pre-training on plain text", True, (ALL_TOKENS,)),
-    Command("swift", "sft", SFT, RUN_SFT, "fine-tune on conversations", True),
+    Command("swift", "sft", SFT, RUN_SFT, "fine-tune on conversations", True, can_spread=True),
     Command(
         "swift", "rlhf", RLHF, None, "learn from preferences and rewards: DPO, KTO, GRPO", True, (LAST_ROUND,)
     ),
@@ -53,6 +59,14 @@ COMMANDS = (
     Command("swift", "rollout", INFER, None, "serve rollouts to a GRPO run"),
     Command("swift", "sample", INFER, None, "sample many answers and keep the best"),
     Command("swift", "export", EXPORT, RUN_EXPORT, "merge adapters, convert, quantise, upload"),
+    Command(
+        "swift",
+        "dataset",
+        DATASET,
+        "swift.dataset.run:run_dataset",
+        "inspect and preview training data",
+        leading=("action", "dataset"),
+    ),
     Command("swift", "eval", INFER, None, "measure a model on benchmarks"),
     Command("swift", "app", INFER, None, "chat in the browser"),
     Command("swift", "web-ui", WEB_UI, None, "train from the browser"),

@@ -16,7 +16,16 @@ from swift.config.option import Knob
 WIDTH = 100
 COLUMN = 34
 GLUE = "\N{NO-BREAK SPACE}"  # keeps two words on one line while wrapping
-KIND_NAMES = {"bool": "BOOL", "str": "TEXT", "int": "N", "float": "X", "dict": "JSON", "list": "TEXT ..."}
+KIND_NAMES = {
+    "bool": "BOOL",
+    "str": "TEXT",
+    "int": "N",
+    "float": "X",
+    "dict": "JSON",
+    "list": "TEXT ...",
+    "list[int]": "N ...",
+    "list[float]": "X ...",
+}
 FAMILIES = re.compile(  # names to come that are listed as one `prefix_*`
     "(bnb|chord|cosine|ddp|eval|fipo|fp4|fp8|freeze|fsdp|hub|log|lr|moe|mtp|muon|no|optim|optimizer|overlap|quant|"
     "recompute|ref|reward|rlsd|rollout|ssl|swanlab|teacher|torch_compile|trackio|trainable|vit|vllm|wandb)_"
@@ -41,8 +50,9 @@ def program_help(program: str) -> str:
 
 def command_help(command: Command) -> str:
     """What `swift sft --help` prints: the groups of its config, then what is not there yet."""
+    typed = " ".join([command.title, *map(str.upper, command.leading)])
     lines = [
-        f"usage: {command.title} [FILE.yaml] [--flag VALUE ...]",
+        f"usage: {typed} [FILE.yaml] [--flag VALUE ...]",
         "",
         f"{command.help[0].upper()}{command.help[1:]}.",
     ]

@@ -6,6 +6,7 @@ each other. Only then is the code of the command imported, and torch with it.
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from swift.config.option import ConfigError, build
 from swift.utils import env
 
 HELP = ("-h", "--help")
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+QUIET_SECONDS = 15
 
 
 def swift_main() -> None:
@@ -38,6 +41,8 @@ def run(argv: Sequence[str], *, program: str = "swift") -> int:
     except ConfigError as error:
         if env.is_on("SWIFT_DEBUG"):
             raise
+        if env.read("RANK", "0") != "0":
+            time.sleep(QUIET_SECONDS)  # the first process has mostly made the same mistake, and tells it
         for line in error.message.splitlines():
             print(f"error: {line}", file=sys.stderr)
         if error.hint:
@@ -61,27 +66,38 @@ def dispatch(argv: list[str], program: str) -> int:
         return show(load("swift.cli.helptext:command_help")(command))
     if env.read("MEGATRON_LM_PATH"):
         note(f"note: MEGATRON_LM_PATH has {env.VARIABLES['MEGATRON_LM_PATH']}")
-    given = read_given(argv[1:])
+    given = read_given(name_leading(argv[1:], command.leading))
     wants_print = [item for item in given if item.name == "print_config"]
     resolved = resolve(command, [item for item in given if item.name != "print_config"])
     for line in resolved.notes:
         note(line if line.startswith("warning") else f"note: {line}")
     if wants_print and parse_value("--print_config", "bool", wants_print[-1].words):
         return show(load("swift.cli.configfile:dump_config")(resolved), end="")
-    return execute(command, resolved)
+    return execute(command, resolved, argv)
+
+
+def name_leading(argv: list[str], names: Sequence[str]) -> list[str]:
+    """The words before the first flag as flags: one for each name, the rest for the last."""
+    if not names or not argv or argv[0].endswith(CONFIG_SUFFIXES):
+        return argv
+    count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    named: list[str] = []
+    for i, name in enumerate(names[:count]):
+        named += [f"--{name}", *(argv[i:count] if name == names[-1] else argv[i : i + 1])]
+    return named + argv[count:]
 
 
 def read_given(argv: list[str]) -> list[Given]:
     """Flags of the file in front, if there is one, then those of the command line, which win."""
-    if not argv or not argv[0].endswith((".yaml", ".yml", ".json")):
+    if not argv or not argv[0].endswith(CONFIG_SUFFIXES):
         return split_arguments(argv)
     from_file, variables = load("swift.cli.configfile:read_config")(Path(argv[0]))
     env.set_defaults(variables)
     return [*from_file, *split_arguments(argv[1:])]
 
 
-def execute(command: Command, resolved: Resolved) -> int:
-    """Builds the config, then imports and calls the command."""
+def execute(command: Command, resolved: Resolved, argv: list[str]) -> int:
+    """Builds the config, then imports and calls the command; or starts it again as several processes."""
     if command.run is None:
         raise ConfigError(
             f"{command.title}: not yet in this version", hint="--print_config shows what it would be given"
@@ -98,8 +114,13 @@ def execute(command: Command, resolved: Resolved) -> int:
             values[name] = load("swift.cli.configfile:read_json_object")(name, Path(values[name]))
     config = build(load(command.config), values)
     config.check()
-    if command.distributed:
-        check_processes()
+    if command.distributed and asks_for_processes():
+        if not command.can_spread:
+            raise ConfigError(
+                f"{command.title} on several processes: not yet", hint="unset NPROC_PER_NODE, NNODES"
+            )
+        spread: int = load("swift.engines.launch:launch")(command.program, argv)
+        return spread
     # Before torch is loaded: its CPU threads otherwise wait by spinning, which on a machine that is busy with
     # anything else made a training step four times as long.
     env.set_defaults({"OMP_WAIT_POLICY": "PASSIVE"})
@@ -107,17 +128,21 @@ def execute(command: Command, resolved: Resolved) -> int:
     return code
 
 
-def check_processes() -> None:
-    """ConfigError when the environment asks for more than one process."""
-    for name in ("NPROC_PER_NODE", "NNODES"):
-        text = env.read(name, "1")
-        if text != "1":
+def asks_for_processes() -> bool:
+    """Whether the environment asks for several processes, and this is not yet one of them."""
+    counts = {name: env.read(name, "1") or "1" for name in ("NPROC_PER_NODE", "NNODES")}
+    for name, text in counts.items():
+        if not text.isdecimal() or text == "0":
             raise ConfigError(
-                f"several processes are not yet supported ({name}={text})", hint=f"unset {name}"
+                f"{name}={text} is not a number of processes", hint=f"unset {name}, or give a number"
             )
+    return env.read("LOCAL_RANK") is None and any(text != "1" for text in counts.values())
 
 
 def note(line: str) -> None:
+    """One line on stderr. The process that started several others has said it already."""
+    if env.read("LOCAL_RANK") is not None:
+        return
     print(line, file=sys.stderr)
 
 

@@ -6,6 +6,8 @@ from swift.config.data import DataConfig
 from swift.config.generation import ExportOptions, GenerationConfig
 from swift.config.model import ModelConfig
 from swift.config.optim import OptimConfig
+from swift.config.parallel import ParallelConfig
+from swift.config.plugins import PluginConfig
 from swift.config.schedule import OutputConfig, ScheduleConfig
 from swift.config.template import TemplateConfig
 from swift.config.tuner import TunerConfig
@@ -18,9 +20,11 @@ class RlhfRun:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
+    plugins: PluginConfig = field(default_factory=PluginConfig)
     tuner: TunerConfig = field(default_factory=TunerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
@@ -32,6 +36,7 @@ class MegatronRun:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
+    plugins: PluginConfig = field(default_factory=PluginConfig)
     tuner: TunerConfig = field(default_factory=TunerConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from swift.config.option import option
+from swift.config.option import ConfigError, option
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,6 +13,20 @@ class DataConfig:
     )
     val_dataset: tuple[str, ...] = option(
         (), help="evaluation data, same syntax; none = split from the training data"
+    )
+    cached_dataset: tuple[str, ...] = option(
+        (), help="rows encoded before, directories of swift export --to_cached_dataset true"
+    )
+    load_from_cache_file: bool = option(
+        True, help="take rows that were encoded before from the cache; no = encode them again"
+    )
+    interleave_prob: tuple[float, ...] = option(
+        (), help="draw rows from the datasets by these weights, one each; none = one dataset after another"
+    )
+    stopping_strategy: str = option(
+        "first_exhausted",
+        help="with --interleave_prob: end when the first dataset is used up, or when all have been",
+        choices=("first_exhausted", "all_exhausted"),
     )
     split_dataset_ratio: float = option(
         0.0, help="share of the training rows held out for evaluation", range=(0, 1)
@@ -26,6 +40,12 @@ class DataConfig:
         None,
         help="accepted for compatibility: rows are encoded before training, so there is nothing to prefetch",
     )
+    packing: bool = option(
+        False, help="put rows together into long sequences; batch sizes and steps then count those packs"
+    )
+    packing_length: int | None = option(
+        None, help="tokens a pack has room for; none = --max_length", unit="tokens", range=(1, None)
+    )
     columns: dict[str, Any] = option({}, help='renames columns before anything else, as JSON: {"old": "new"}')
     strict: bool = option(False, help="stop at the first row that cannot be used")
     max_drop_ratio: float = option(0.2, help="stop when a larger share of the rows is dropped", range=(0, 1))
@@ -34,3 +54,18 @@ class DataConfig:
         (), help="name that the model learns (self-cognition): one, or zh and en"
     )
     model_author: tuple[str, ...] = option((), help="author that the model learns: one, or zh and en")
+
+    def check(self) -> None:
+        """Raises ConfigError where these flags contradict each other."""
+        if self.interleave_prob and len(self.interleave_prob) != len(self.dataset):
+            raise ConfigError(
+                f"--interleave_prob has {len(self.interleave_prob)} values for {len(self.dataset)} datasets",
+                hint="give one weight for each --dataset",
+            )
+        if any(weight <= 0 for weight in self.interleave_prob):
+            raise ConfigError("--interleave_prob takes weights above 0")
+        if self.cached_dataset and not self.dataset and (self.val_dataset or self.split_dataset_ratio):
+            raise ConfigError(
+                "--val_dataset and --split_dataset_ratio have no effect on --cached_dataset alone",
+                hint="give them to swift export --to_cached_dataset",
+            )

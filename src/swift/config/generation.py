@@ -55,6 +55,7 @@ class ExportOptions:
     adapters: tuple[str, ...] = option((), help="checkpoint with adapters; its args.json names the model")
     load_args: bool = option(True, help="take the model from the checkpoint's args.json")
     merge_lora: bool = option(False, help="fold the adapters into the weights")
+    to_cached_dataset: bool = option(False, help="encode --dataset for --cached_dataset of a training")
     output_dir: str | None = option(
         None, help="where the result goes; none = beside the source, with a suffix"
     )

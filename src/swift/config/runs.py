@@ -3,10 +3,13 @@
 from dataclasses import dataclass, field
 
 from swift.config.data import DataConfig
+from swift.config.dataset import DatasetOptions
 from swift.config.generation import ExportOptions, GenerationConfig, InferOptions
 from swift.config.model import ModelConfig
 from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
+from swift.config.parallel import ParallelConfig
+from swift.config.plugins import PluginConfig
 from swift.config.schedule import OutputConfig, ScheduleConfig
 from swift.config.template import TemplateConfig
 from swift.config.tuner import TunerConfig
@@ -19,9 +22,11 @@ class SftRun:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
+    plugins: PluginConfig = field(default_factory=PluginConfig)
     tuner: TunerConfig = field(default_factory=TunerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def check(self) -> None:
@@ -34,15 +39,30 @@ class SftRun:
         """`check` for a run whose values are all known."""
         if not self.model.model:
             raise ConfigError("--model is missing", hint="name a model, for example --model smollm2-135m")
-        if not self.data.dataset:
+        if not self.data.dataset and not self.data.cached_dataset:
             raise ConfigError("--dataset is missing", hint="name a file, for example --dataset data.jsonl")
         if self.data.val_dataset and self.data.split_dataset_ratio:
             raise ConfigError(
                 "--val_dataset and --split_dataset_ratio both name evaluation rows",
                 hint="leave one of them out",
             )
+        self.data.check()
+        if self.data.packing_length is not None:
+            self._check_packing_length(self.data.packing_length)
         if self.schedule.max_steps < 0 and self.schedule.num_train_epochs == 0:
             raise ConfigError("--num_train_epochs 0 trains nothing", hint="give epochs or --max_steps")
+
+    def _check_packing_length(self, length: int) -> None:
+        if not self.data.packing:
+            raise ConfigError(
+                "--packing_length has no effect without --packing true", hint="add it, or leave both out"
+            )
+        if length < (self.template.max_length or 0):
+            raise ConfigError(
+                f"--packing_length {length} is below --max_length {self.template.max_length}: "
+                "a row has to fit into a pack",
+                hint="lower --max_length, or raise --packing_length",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +73,7 @@ class InferRun:
     infer: InferOptions = field(default_factory=InferOptions)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
+    plugins: PluginConfig = field(default_factory=PluginConfig)
 
     def check(self) -> None:
         """Raises ConfigError where flags contradict each other or one is missing."""
@@ -69,12 +90,53 @@ class ExportRun:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     export: ExportOptions = field(default_factory=ExportOptions)
+    data: DataConfig = field(default_factory=DataConfig)
+    template: TemplateConfig = field(default_factory=TemplateConfig)
+    plugins: PluginConfig = field(default_factory=PluginConfig)
 
     def check(self) -> None:
         """Raises ConfigError where flags contradict each other or one is missing."""
+        if self.export.merge_lora and self.export.to_cached_dataset:
+            raise ConfigError("--merge_lora and --to_cached_dataset are two exports", hint="do one at a time")
+        if self.export.to_cached_dataset:
+            if not self.model.model or not self.data.dataset:
+                raise ConfigError("--to_cached_dataset needs --model and --dataset")
+            if self.data.cached_dataset or self.data.packing:
+                raise ConfigError(
+                    "--cached_dataset and --packing have no effect on --to_cached_dataset",
+                    hint="give them to the training that uses the encoded rows",
+                )
+            self.data.check()
+            return
         if not self.export.merge_lora:
-            raise ConfigError("nothing to export", hint="say what: --merge_lora true")
+            raise ConfigError(
+                "nothing to export", hint="say what: --merge_lora true or --to_cached_dataset true"
+            )
         if not self.export.adapters:
             raise ConfigError(
                 "--merge_lora needs --adapters", hint="name a checkpoint directory with adapters"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetRun:
+    """`swift dataset`."""
+
+    options: DatasetOptions = field(default_factory=DatasetOptions)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    template: TemplateConfig = field(default_factory=TemplateConfig)
+    plugins: PluginConfig = field(default_factory=PluginConfig)
+
+    def check(self) -> None:
+        """Raises ConfigError where flags contradict each other or one is missing."""
+        if not self.options.dataset:
+            raise ConfigError(
+                "no dataset is named", hint=f"for example: swift dataset {self.options.action} data.jsonl"
+            )
+        if not self.model.model:
+            raise ConfigError(
+                "--model is missing: its tokenizer and template say what is trained",
+                hint="name a model, for example --model smollm2-135m",
+            )
+        if any(number < 1 for number in self.options.row):
+            raise ConfigError(f"--row counts from 1, got {min(self.options.row)}")

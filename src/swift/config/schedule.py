@@ -11,12 +11,14 @@ STRATEGIES = ("no", "steps", "epoch")
 class ScheduleConfig:
     num_train_epochs: float = option(3.0, help="passes over the training rows", range=(0, None))
     max_steps: int = option(-1, help="stop after this many steps; -1 = by epochs", unit="steps")
-    per_device_train_batch_size: int = option(1, help="rows in one micro-batch", unit="rows", range=(1, None))
+    per_device_train_batch_size: int = option(
+        1, help="rows (or packs) in one micro-batch", unit="rows", range=(1, None)
+    )
     per_device_eval_batch_size: int = option(
         1, help="rows in one evaluation batch", unit="rows", range=(1, None)
     )
     gradient_accumulation_steps: int | None = option(
-        None, help="micro-batches in a step; none = as many as make 16 rows", range=(1, None)
+        None, help="micro-batches in a step; none = as many as make 16 rows (or packs)", range=(1, None)
     )
     gradient_checkpointing: bool | None = option(
         None, help="recompute activations to save memory; none = on a GPU yes, on a CPU no"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from swift.config.option import option
 
-LOSS_SCALES = ("default", "last_round", "all", "ignore_empty_think", "last_round+ignore_empty_think")
+AGENT_TEMPLATES = ("hermes", "qwen3_coder", "glm4_5", "llama3", "react_en", "react_zh")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,7 +19,18 @@ class TemplateConfig:
         "delete", help="what becomes of a longer row", choices=("delete", "left", "right")
     )
     loss_scale: str = option(
-        "default", help="which tokens are trained, and how strongly", choices=LOSS_SCALES
+        "default",
+        help="which tokens are trained, and how strongly: default, last_round or all, and with + "
+        "ignore_empty_think, hermes, react, qwen or a plugin's own",
+    )
+    is_binary_loss_scale: bool = option(
+        False, help="train every token that has a weight above 0 with weight 1"
+    )
+    agent_template: str | None = option(
+        None,
+        help="how tools and their calls are written; none = as the model's own template does, "
+        "or hermes where that shows no tools",
+        choices=AGENT_TEMPLATES,
     )
     enable_thinking: bool | None = option(
         None, help="handed to the chat template; none = the template's default"

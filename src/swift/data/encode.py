@@ -1,13 +1,18 @@
 """Rows to token ids, once, before training.
 
 Owns: the flat memory of encoded rows, the report of rows that cannot be used and what follows from it, the
-worker processes. Not here: one row's tokens (template/tokenize.py), batches (collate.py).
+worker processes. Not here: one row's tokens (template/tokenize.py), what is kept on disk (cache.py), batches
+(collate.py).
 """
 
 import hashlib
 import multiprocessing
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,33 +22,58 @@ from swift.config.data import DataConfig
 from swift.config.option import ConfigError
 from swift.config.template import TemplateConfig
 from swift.data.formats import PREFERENCE_DATA, to_sample
+from swift.data.rows import InMemory, Line, Rows, parse_row
 from swift.data.types import Row, RowError, Sample, place
 from swift.template.chat import ChatTemplate
 from swift.template.tokenize import IGNORED, Encoded, Rejected, encode_chats
-from swift.template.types import Message
 from swift.utils.log import console
 
 _CHUNK = 500  # rows handed to the tokenizer, or to a worker process, at once
 _WORTH_A_WORKER = 5_000  # rows: a process takes seconds to start
 _WORTH_A_BAR = 20_000  # rows
+_BLOCK = 1 << 20  # array elements looked at together
 
-_Chat = tuple[tuple[Message, ...], list[Any] | None]
+Place = tuple[str, int]  # file and line
+
+
+class Samples(Sequence[Sample]):
+    """The conversations of encoded rows, read again when they are asked for."""
+
+    def __init__(self, rows: Rows, kept: np.ndarray) -> None:
+        self._rows, self._kept = rows, kept
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return to_sample(self._rows[int(self._kept[index])])
 
 
 class EncodedDataset:
-    """Encoded rows and the samples they come from, by the same index. R = rows, N = tokens of all."""
+    """Encoded rows, in memory or mapped from files. R = rows, N = tokens of all."""
 
-    def __init__(self, flat: Encoded, lengths: Sequence[int], samples: list[Sample]) -> None:
-        assert len(lengths) == len(samples), (len(lengths), len(samples))
+    def __init__(
+        self,
+        flat: Encoded,
+        lengths: Sequence[int] | np.ndarray,
+        places: Sequence[Place],
+        samples: Sequence[Sample] = (),
+        directory: Path | None = None,
+    ) -> None:
+        assert len(lengths) == len(places), (len(lengths), len(places))
         self.ids = flat.input_ids  # [N] int32
         self.labels = flat.labels  # [N] int32, not shifted
         self.loss_scale = flat.loss_scale  # [N] float32; none = 1 everywhere
         self.lengths = np.array(lengths, dtype=np.int64)  # [R] tokens
         self.offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.lengths)])  # [R + 1]
-        self.samples = samples
+        self.places = places  # where each row was read
+        self.samples = samples  # empty where the rows come from --cached_dataset
+        self.directory = directory  # what it is mapped from, if it is
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.lengths)
 
     def __getitem__(self, index: int) -> Encoded:
         end = self.offsets[index % len(self) + 1]
@@ -56,17 +86,22 @@ class EncodedDataset:
     def num_tokens(self) -> int:
         return len(self.ids)
 
-    @property
+    @cached_property
     def num_trained(self) -> int:
-        return int(np.count_nonzero(self.labels != IGNORED))
+        return sum(int(np.count_nonzero(block != IGNORED)) for block in _blocks(self.labels))
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 of everything that is trained on."""
         digest = hashlib.sha256()
         for array in (self.ids, self.labels, self.offsets, self.loss_scale):
-            digest.update(b"" if array is None else np.ascontiguousarray(array).data)
+            for block in _blocks(array) if array is not None else ():
+                digest.update(np.ascontiguousarray(block).data)
         return digest.hexdigest()
+
+
+def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
+    return (array[i : i + _BLOCK] for i in range(0, len(array), _BLOCK))
 
 
 @dataclass(frozen=True)
@@ -75,7 +110,8 @@ class EncodeReport:
 
     total: int
     kept: int
-    dropped: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # reason -> (file, line) of each
+    dropped: dict[str, list[Place]] = field(default_factory=dict)  # reason -> place of each
+    unsupervised: tuple[str, ...] = ()  # reasons that say: the row itself has nothing to learn
 
     @property
     def num_dropped(self) -> int:
@@ -88,8 +124,19 @@ class EncodeReport:
         return "; ".join(parts)
 
 
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some rows, encoded. K = rows kept of them."""
+
+    flat: Encoded  # [tokens of all]
+    lengths: list[int]  # [K]
+    kept: list[int]  # [K] which rows these are, counted from the first of all
+    places: list[Place]  # [K]
+    dropped: list[tuple[Place, Rejected]]
+
+
 def encode_rows(
-    rows: Sequence[Row],
+    rows: Rows | Sequence[Row],
     template: ChatTemplate,
     *,
     config: DataConfig,
@@ -97,79 +144,114 @@ def encode_rows(
     max_length: int,
     what: str = "training",
 ) -> tuple[EncodedDataset, EncodeReport]:
-    """Encodes all rows, in order. `what` names them in messages.
+    """Encodes all rows, in order, into memory. `what` names them in messages.
 
-    Raises ConfigError: at the first bad row with --strict; where no row is left; where a row has nothing to
-    learn (unless --allow_unsupervised); where more than --max_drop_ratio of the rows are dropped.
+    Raises ConfigError as `encode_chunks` and `judge` do.
     """
-    dropped: dict[str, list[tuple[str, int]]] = {}
-    unsupervised: list[str] = []
+    table = rows if isinstance(rows, Rows) else Rows([InMemory(rows)])
+    encoder = Encoder(template, max_length, template_config.truncation_strategy, config.strict)
+    chunks = list(encode_chunks(encoder, table, config.dataset_num_proc))
+    report = make_report(len(table), chunks)
+    judge(report, config, what)
+    kept = np.array([number for chunk in chunks for number in chunk.kept], dtype=np.int64)
+    lengths = [length for chunk in chunks for length in chunk.lengths]
+    places = [place for chunk in chunks for place in chunk.places]
+    flat = _concatenate([chunk.flat for chunk in chunks])
+    return EncodedDataset(flat, lengths, places, Samples(table, kept)), report
 
-    def drop(row: Row | Sample, rejected: Rejected) -> None:
-        if config.strict:
-            raise ConfigError(
-                f"{place(row.file, row.line)}: {rejected.reason}",
-                hint="--strict true stops at the first row that cannot be used",
-            )
-        dropped.setdefault(rejected.reason, []).append((row.file, row.line))
-        if rejected.unsupervised:
-            unsupervised.append(f"{place(row.file, row.line)}: {rejected.reason}")
 
-    samples = []
-    for row in rows:
-        try:
-            samples.append(to_sample(row))
-        except RowError as error:
-            drop(row, Rejected(str(error)))
-    kept: list[Sample] = []
-    lengths: list[int] = []
-    parts: list[Encoded] = []
-    job = _Job(template, max_length, template_config.truncation_strategy)
-    waiting = iter(samples)
-    for outcomes in _encode_chunks(job, samples, config.dataset_num_proc):
-        encoded = []
-        for outcome in outcomes:
-            sample = next(waiting)
-            if isinstance(outcome, Rejected):
-                drop(sample, outcome)
-            else:
-                kept.append(sample)
-                encoded.append(outcome)
-        lengths += [len(row.input_ids) for row in encoded]
-        parts.append(_concatenate(encoded))
-    report = EncodeReport(len(rows), len(kept), dropped)
-    _judge(report, unsupervised, config, what)
-    return EncodedDataset(_concatenate(parts), lengths, kept), report
+def make_report(total: int, chunks: Iterable[Chunk]) -> EncodeReport:
+    dropped: dict[str, list[Place]] = {}
+    unsupervised: set[str] = set()
+    kept = 0
+    for chunk in chunks:
+        kept += len(chunk.lengths)
+        for where, rejected in chunk.dropped:
+            dropped.setdefault(rejected.reason, []).append(where)
+            if rejected.unsupervised:
+                unsupervised.add(rejected.reason)
+    return EncodeReport(total, kept, dropped, tuple(sorted(unsupervised)))
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class Encoder:
     """What a worker needs to know, besides the rows."""
 
     template: ChatTemplate
     max_length: int
     truncation_strategy: str
+    strict: bool
+    columns: dict[str, Any] = field(default_factory=dict)
 
-    def encode(self, chats: Sequence[_Chat]) -> list[Encoded | Rejected]:
-        return encode_chats(
-            self.template,
-            [messages for messages, _ in chats],
-            tools=[tools for _, tools in chats],
-            max_length=self.max_length,
-            truncation_strategy=self.truncation_strategy,
+    def encode(self, first: int, items: Sequence[Row | Line]) -> Chunk:
+        """The rows from number `first` on. Raises ConfigError at a line that is not JSON."""
+        samples: list[Sample] = []
+        outcomes: list[tuple[int, Place, Sample | Rejected]] = []
+        for number, item in enumerate(items, start=first):
+            outcome: Sample | Rejected
+            try:
+                outcome = to_sample(parse_row(item, self.columns))
+                samples.append(outcome)
+            except RowError as error:
+                outcome = Rejected(str(error))
+            outcomes.append((number, (item.file, item.line), outcome))
+        encoded = iter(
+            encode_chats(
+                self.template,
+                [sample.messages for sample in samples],
+                tools=[sample.tools for sample in samples],
+                max_length=self.max_length,
+                truncation_strategy=self.truncation_strategy,
+            )
         )
+        parts: list[Encoded] = []
+        chunk = Chunk(_concatenate([]), [], [], [], [])
+        for number, where, outcome in outcomes:
+            result = next(encoded) if isinstance(outcome, Sample) else outcome
+            if isinstance(result, Encoded):
+                parts.append(result)
+                chunk.lengths.append(len(result.input_ids))
+                chunk.kept.append(number)
+                chunk.places.append(where)
+            elif self.strict:
+                raise ConfigError(
+                    f"{place(*where)}: {result.reason}",
+                    hint="--strict true stops at the first row that cannot be used",
+                )
+            else:
+                chunk.dropped.append((where, result))
+        return replace(chunk, flat=_concatenate(parts))
 
 
-def _encode_chunks(job: _Job, samples: Sequence[Sample], num_proc: int) -> Iterable[list[Encoded | Rejected]]:
-    starts = range(0, len(samples), _CHUNK)
-    chunks = ([(sample.messages, sample.tools) for sample in samples[i : i + _CHUNK]] for i in starts)
-    workers = min(num_proc, len(samples) // _WORTH_A_WORKER)
+def encode_chunks(encoder: Encoder, rows: Rows, num_proc: int) -> Iterator[Chunk]:
+    """All rows, in order, a chunk at a time. Raises ConfigError at the first bad row with --strict.
+
+    Besides the chunk only what the workers are at is in memory.
+    """
+    encoder = replace(encoder, columns=rows.columns)
+    starts = range(0, len(rows), _CHUNK)
+    tasks = ((start, rows.unparsed(slice(start, start + _CHUNK))) for start in starts)
+    workers = min(num_proc, len(rows) // _WORTH_A_WORKER)
     if workers > 1:
-        # spawn: the parent may hold threads (the tokenizer's, torch's) that a forked child would wait for.
-        with multiprocessing.get_context("spawn").Pool(workers, _set_job, (job,)) as pool:
-            yield from _with_bar(pool.imap(_run_job, chunks), len(starts), len(samples))
+        # Forked workers are ready at once; to import what they need anew takes each of them seconds. They
+        # touch neither torch nor the console, and the tokenizer knows how to go on without its threads.
+        start = "fork" if sys.platform == "linux" else "spawn"
+        with multiprocessing.get_context(start).Pool(workers, _set_encoder, (encoder,)) as pool:
+            yield from _with_bar(_run_ahead(pool, tasks, 3 * workers), len(starts), len(rows))
     else:
-        yield from _with_bar(map(job.encode, chunks), len(starts), len(samples))
+        yield from _with_bar((encoder.encode(*task) for task in tasks), len(starts), len(rows))
+    rows.check_unchanged()
+
+
+def _run_ahead(pool: Any, tasks: Iterable[Any], ahead: int) -> Iterator[Chunk]:
+    """Results in order; never more than `ahead` of them are under way, so that nothing piles up."""
+    waiting: deque[Any] = deque()
+    for task in tasks:
+        waiting.append(pool.apply_async(_run_encoder, task))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().get()
+    while waiting:
+        yield waiting.popleft().get()
 
 
 def _with_bar(chunks: Iterable[Any], num_chunks: int, num_rows: int) -> Iterable[Any]:
@@ -178,16 +260,16 @@ def _with_bar(chunks: Iterable[Any], num_chunks: int, num_rows: int) -> Iterable
     return track(chunks, f"encoding {num_rows} rows", total=num_chunks, console=console(), transient=True)
 
 
-# The job of this worker process, sent once at its start: a tokenizer is too large to go with every chunk.
-_jobs: list[_Job] = []
+# What this worker process does, sent once at its start: a tokenizer is too large to go with every chunk.
+_encoders: list[Encoder] = []
 
 
-def _set_job(job: _Job) -> None:
-    _jobs[:] = [job]
+def _set_encoder(encoder: Encoder) -> None:
+    _encoders[:] = [encoder]
 
 
-def _run_job(chats: list[_Chat]) -> list[Encoded | Rejected]:
-    return _jobs[0].encode(chats)
+def _run_encoder(first: int, items: Sequence[Row | Line]) -> Chunk:
+    return _encoders[0].encode(first, items)
 
 
 def _concatenate(parts: list[Encoded]) -> Encoded:
@@ -203,18 +285,24 @@ def _concatenate(parts: list[Encoded]) -> Encoded:
     return Encoded(ids, labels, np.concatenate(scales))
 
 
-def _judge(report: EncodeReport, unsupervised: list[str], config: DataConfig, what: str) -> None:
-    """Raises ConfigError where these rows should not be trained on."""
+def judge(report: EncodeReport, config: DataConfig, what: str) -> None:
+    """Raises ConfigError where these rows should not be trained on.
+
+    That is where no row is left; where a row has nothing to learn (unless --allow_unsupervised); where more
+    than --max_drop_ratio of the rows are dropped.
+    """
     if report.total == 0:
         raise ConfigError(f"there are no {what} rows")
     if report.kept == 0:
         raise ConfigError(
             f"none of the {report.total} {what} rows can be used: {report.summary()}", hint=_hint(report)
         )
-    if unsupervised and not config.allow_unsupervised:
+    if report.unsupervised and not config.allow_unsupervised:
+        reason = report.unsupervised[0]
+        count = sum(len(report.dropped[reason]) for reason in report.unsupervised)
         raise ConfigError(
-            f"{unsupervised[0]}, so there is nothing to learn from it "
-            f"({len(unsupervised)} of {report.total} {what} rows)",
+            f"{place(*report.dropped[reason][0])}: {reason}, so there is nothing to learn from it "
+            f"({count} of {report.total} {what} rows)",
             hint="--allow_unsupervised true drops such rows",
         )
     if report.num_dropped > config.max_drop_ratio * report.total:

@@ -1,8 +1,8 @@
 """What a row means: its columns to one conversation.
 
 Owns: the families of columns (messages, alpaca, query and response) and their many names, decided row by row.
-Not here: the forms of a message (messages.py); rows of other trainings (preference pairs), which are refused
-by name.
+Not here: the forms of a message (messages.py); rows of other trainings (preference.py), which are refused by
+name.
 """
 
 from typing import Any
@@ -12,10 +12,10 @@ from swift.data.types import Row, RowError, Sample
 from swift.template.types import Message
 
 # Names in order of precedence, compared without case. The first one is the canonical name.
-_MESSAGES = ("messages", "conversation", "conversations")
-_SYSTEM = ("system", "system_prompt")
-_QUERY = ("query", "prompt", "input", "instruction", "question", "problem")
-_RESPONSE = (
+MESSAGES = ("messages", "conversation", "conversations")
+SYSTEM = ("system", "system_prompt")
+QUERY = ("query", "prompt", "input", "instruction", "question", "problem")
+RESPONSE = (
     *("response", "answer", "output", "targets", "target", "answer_key", "answers"),
     *("solution", "text", "completion", "content"),
 )
@@ -27,14 +27,16 @@ PREFERENCE_DATA = "preference data, which is for swift rlhf --rlhf_type dpo"
 
 def to_sample(row: Row) -> Sample:
     """The conversation in a row. Raises RowError."""
-    columns = _Columns(row.columns)
+    if row.problem:
+        raise RowError(row.problem)
+    columns = Columns(row.columns)
     for name in _PREFERENCE:
         if columns.has(name):
             raise RowError(f"{PREFERENCE_DATA} (column {name})")
     for name in _MEDIA:
         if columns.has(name) and columns.value(name) not in ("", [], "[]"):
             raise RowError(f"images, video or sound: only text is supported (column {name})")
-    system = columns.take(_SYSTEM)
+    system = columns.take(SYSTEM)
     tools = check_tools(columns.take(("tools",)))
     messages = _find_messages(columns)
     if system and messages[0]["role"] != "system":
@@ -42,7 +44,7 @@ def to_sample(row: Row) -> Sample:
     return Sample(tuple(messages), tools, columns.rest(), row.file, row.line)
 
 
-class _Columns:
+class Columns:
     """A row's columns by lower-case name, and which of them have been used. Null counts as absent."""
 
     def __init__(self, columns: dict[str, Any]) -> None:
@@ -67,6 +69,7 @@ class _Columns:
         return None
 
     def rest(self) -> dict[str, Any]:
+        """The columns that have not been taken, under their own names."""
         return {name: value for name, value in self._columns.items() if name not in self._used}
 
     def __str__(self) -> str:
@@ -74,8 +77,8 @@ class _Columns:
         return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
-def _find_messages(columns: _Columns) -> list[Message]:
-    given = columns.take(_MESSAGES)
+def _find_messages(columns: Columns) -> list[Message]:
+    given = columns.take(MESSAGES)
     if given is not None:
         return parse_messages(given)
     messages = _parse_history(columns.take(("history",)))
@@ -83,8 +86,8 @@ def _find_messages(columns: _Columns) -> list[Message]:
         parts = [parse_text(columns.take((name,)), "user") for name in ("instruction", "input")]
         query: Any = "\n".join(part for part in parts if part)
     else:
-        query = columns.take(_QUERY)
-    response = columns.take(_RESPONSE)
+        query = columns.take(QUERY)
+    response = columns.take(RESPONSE)
     _add(messages, "user", query)
     _add(messages, "assistant", response)
     if not messages:

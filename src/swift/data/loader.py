@@ -9,18 +9,28 @@ from functools import lru_cache
 
 import numpy as np
 
+from swift.data.pack import Packs
+
 
 @lru_cache(maxsize=2)
-def epoch_order(num_rows: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    """[num_rows] the order of one epoch. RandomState because numpy promises never to change it."""
+def epoch_order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """[count] the order of one epoch. RandomState because numpy promises never to change it."""
     if not shuffle:
-        return np.arange(num_rows)
-    return np.random.RandomState([seed % 2**32, epoch]).permutation(num_rows)
+        return np.arange(count)
+    return np.random.RandomState([seed % 2**32, epoch]).permutation(count)
+
+
+@lru_cache(maxsize=2)
+def epoch_packs(packs: Packs, seed: int, epoch: int) -> Packs:
+    return packs.with_new_neighbours(seed, epoch)
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """How an epoch is cut into optimizer steps, and a step into the micro-batches of each data rank."""
+    """How an epoch is cut into optimizer steps, and a step into the micro-batches of each data rank.
+
+    Sizes count items: rows, or packs where there are some.
+    """
 
     num_rows: int
     micro_batch_size: int
@@ -28,26 +38,32 @@ class StepPlan:
     data_world: int = 1
     seed: int = 42
     shuffle: bool = True
+    packs: Packs | None = None
 
     @property
-    def rows_per_step(self) -> int:
+    def num_items(self) -> int:
+        return self.num_rows if self.packs is None else len(self.packs)
+
+    @property
+    def items_per_step(self) -> int:
         return self.micro_batch_size * self.accumulation * self.data_world
 
     @property
     def steps_per_epoch(self) -> int:
-        """The last step of an epoch may be smaller: no row is left out."""
-        return math.ceil(self.num_rows / self.rows_per_step)
+        """The last step of an epoch may be smaller: no item is left out."""
+        return math.ceil(self.num_items / self.items_per_step)
 
     def total_steps(self, epochs: float, max_steps: int) -> int:
         return max_steps if max_steps > 0 else math.ceil(epochs * self.steps_per_epoch)
 
-    def step_rows(self, step: int) -> np.ndarray:
-        """Row numbers of optimizer step `step` (counted from 0), over all ranks."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.num_rows, self.seed, epoch, self.shuffle)
-        return order[index * self.rows_per_step : (index + 1) * self.rows_per_step]
-
     def micro_batches(self, step: int, data_rank: int = 0) -> list[np.ndarray]:
-        """Row numbers of each micro-batch of one rank; fewer of them at the end of an epoch."""
-        mine = self.step_rows(step)[data_rank :: self.data_world]
-        return [mine[i : i + self.micro_batch_size] for i in range(0, len(mine), self.micro_batch_size)]
+        """Row numbers of each micro-batch of one rank, fewer at the end of an epoch. Steps count from 0."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        order = epoch_order(self.num_items, self.seed, epoch, self.shuffle)
+        first, size = index * self.items_per_step, self.micro_batch_size
+        mine = order[first + data_rank : first + self.items_per_step : self.data_world]
+        items = [mine[i : i + size] for i in range(0, len(mine), size)]
+        if self.packs is None:
+            return items
+        packs = epoch_packs(self.packs, self.seed, epoch) if self.shuffle else self.packs
+        return [np.concatenate([packs[i] for i in batch]) for batch in items]

@@ -47,7 +47,7 @@ def parse_messages(value: Any) -> list[Message]:
             raise RowError(f"unknown role {role!r}")
         content = item["content"] if "content" in item else item.get("value")
         if known == _CALL_ROLE:
-            _add_calls(messages, _parse_calls(parse_json(content, "a tool call")))
+            _add_calls(messages, _parse_calls(parse_json(content, "a tool call")), item)
         else:
             add_message(messages, known, content, item)
     return messages
@@ -110,13 +110,17 @@ def _split_pair(item: dict[str, Any]) -> list[tuple[str, Any]]:
     return spoken
 
 
-def _add_calls(messages: list[Message], calls: list[dict[str, Any]]) -> None:
+def _add_calls(messages: list[Message], calls: list[dict[str, Any]], item: dict[str, Any]) -> None:
     """Calls belong to the assistant's message before them; several in a row are made at once."""
+    weights = {key: item[key] for key in _WEIGHT_KEYS if item.get(key) is not None}
+    _check_weights(weights)
     if messages and messages[-1]["role"] == "assistant":
         before = messages[-1]
+        if any(before.get(key) != value for key, value in weights.items()):
+            raise RowError("a tool call with another loss than the message that it belongs to")
         messages[-1] = {**before, "tool_calls": [*before.get("tool_calls", ()), *calls]}
     else:
-        messages.append({"role": "assistant", "content": "", "tool_calls": calls})
+        messages.append({"role": "assistant", "content": "", "tool_calls": calls, **weights})
 
 
 def _parse_calls(value: Any) -> list[dict[str, Any]]:

@@ -20,9 +20,12 @@ from swift.utils.log import say
 _HELD_OUT = ("test", "val", "dev", "eval")
 
 
-def read_path(path: Path) -> list[Row]:
-    """All rows of a file or folder. Raises ConfigError where there are none or one cannot be read."""
-    rows = [row for file in _files(path) for row in _read_file(file)]
+def read_path(path: Path, *, keep_broken: bool = False) -> list[Row]:
+    """All rows of a file or folder. Raises ConfigError where there are none or one cannot be read.
+
+    With `keep_broken` a line of JSON Lines that is no row becomes one without columns and with a problem.
+    """
+    rows = [row for file in list_files(path) for row in read_file(file, keep_broken)]
     if not rows:
         raise ConfigError(f"{path}: no rows in it")
     return rows
@@ -40,8 +43,12 @@ def import_extra(module: str, *, needs: str, extra: str, purpose: str) -> Any:
         ) from error
 
 
-def _files(path: Path) -> list[Path]:
+def list_files(path: Path) -> list[Path]:
+    """The files of a folder, or the one file. Raises ConfigError for kinds that cannot be read."""
     if not path.is_dir():
+        if path.suffix.lower() not in _READERS:
+            kind = path.suffix or "a file without suffix"
+            raise ConfigError(f"{path}: cannot read {kind}", hint=f"known: {', '.join(_READERS)}")
         return [path]
     files = sorted(
         file
@@ -62,21 +69,19 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _read_file(path: Path) -> Iterator[Row]:
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise ConfigError(f"{path}: cannot read {path.suffix or 'a file without suffix'}", hint=_known())
+def read_file(path: Path, keep_broken: bool = False) -> Iterator[Row]:
+    reader = _READERS[path.suffix.lower()]
     try:
-        yield from reader(path)
+        yield from _read_jsonl(path, keep_broken) if reader is _read_jsonl else reader(path)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
 
 
-def _known() -> str:
-    return f"known: {', '.join(_READERS)}"
+def is_json_lines(path: Path) -> bool:
+    return _READERS[path.suffix.lower()] is _read_jsonl
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
+def _read_jsonl(path: Path, keep_broken: bool = False) -> Iterator[Row]:
     file = str(path)
     with path.open("rb") as handle:
         for number, line in enumerate(handle, start=1):
@@ -86,12 +91,22 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             if not line:
                 continue
             try:
-                value = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise ConfigError(f"{place(file, number)}: not UTF-8 ({error.reason})") from error
-            except ValueError as error:
-                raise _broken_json(file, number, error) from error
-            yield _row(value, file, number)
+                yield read_line(line, file, number)
+            except ConfigError as error:
+                if not keep_broken:
+                    raise
+                reason = error.message.removeprefix(f"{place(file, number)}: ")
+                yield Row({}, file, number, problem=reason.partition(" (")[0])
+
+
+def read_line(line: bytes, file: str, number: int) -> Row:
+    try:
+        value = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{place(file, number)}: not UTF-8 ({error.reason})") from error
+    except ValueError as error:
+        raise _broken_json(file, number, error) from error
+    return _row(value, file, number)
 
 
 def _read_json(path: Path) -> Iterator[Row]:

@@ -7,16 +7,20 @@ Not here: reading files (reading.py), named data sets (datasets.py), what a row 
 import difflib
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from swift.config.data import DataConfig
 from swift.config.option import ConfigError
-from swift.data.datasets import is_packaged, load_packaged
+from swift.data.datasets import find_registered, is_packaged, load_packaged
 from swift.data.reading import import_extra, read_path
+from swift.data.rows import InMemory, Rows, join_rows, open_path
 from swift.data.types import Row
 from swift.utils import env
 
@@ -61,27 +65,141 @@ def load_rows(
     model_author: Sequence[str] = (),
     use_hf: bool = False,
     token: str | None = None,
+    keep_broken: bool = False,
 ) -> list[Row]:
-    """The rows of all specs, one after another. Raises ConfigError that names the file and line.
+    """The rows that `open_rows` opens, read."""
+    opened = open_rows(
+        specs,
+        seed=seed,
+        shuffle=shuffle,
+        columns=columns,
+        model_name=model_name,
+        model_author=model_author,
+        use_hf=use_hf,
+        token=token,
+        keep_broken=keep_broken,
+    )
+    return list(opened)
+
+
+def open_rows(
+    specs: Sequence[str],
+    *,
+    seed: int,
+    shuffle: bool,
+    columns: dict[str, Any],
+    model_name: Sequence[str] = (),
+    model_author: Sequence[str] = (),
+    use_hf: bool = False,
+    token: str | None = None,
+    keep_broken: bool = False,
+    mix: Sequence[float] = (),
+    stop_mixing: str = "first_exhausted",
+) -> Rows:
+    """The rows of all specs, one after another, or drawn from them by the weights `mix`.
+
+    Reading them raises ConfigError that names the file and line. `keep_broken`: a line that is no row becomes
+    a row with a problem, so that it can be counted.
 
     `shuffle` says whether #N takes a random share or the first rows. Every spec draws with the same seed, so
     that naming another one beside it changes nothing about its rows.
     """
-    rows: list[Row] = []
+    opened: list[Rows] = []
     for text in specs:
         spec = parse_spec(text)
-        if spec.path is not None:
-            found = read_path(spec.path)
-        elif spec.hub is None and is_packaged(spec.dataset_id):
-            found = load_packaged(
-                spec.dataset_id, spec.subsets, model_name=model_name, model_author=model_author
-            )
+        registered = find_registered(spec.dataset_id)
+        if registered is not None:
+            on_hf = spec.hub == "hf" or use_hf or env.is_on("USE_HF")
+            spec = replace(spec, **registered.source(spec.subsets, use_hf=on_hf))
+        if spec.path is not None and registered is None and not keep_broken:
+            rows = open_path(spec.path)
         else:
-            found = _load_from_hub(text, spec, use_hf=use_hf, token=token)
+            found = _read_spec(
+                text, spec, (model_name, model_author), use_hf=use_hf, token=token, keep_broken=keep_broken
+            )
+            rows = Rows([InMemory(found if registered is None else registered.preprocess(found))])
         if spec.count is not None:
-            found = [found[i] for i in sample_indices(len(found), spec.count, seed=seed, shuffle=shuffle)]
-        rows += found
-    return _rename(rows, columns) if columns else rows
+            choice = partial(_choose, count=spec.count, seed=seed, shuffle=shuffle)
+            rows = rows.take(choice, ["take", spec.count, seed, shuffle])
+        opened.append(rows)
+    if mix:
+        order = partial(mix_tables, weights=mix, seed=seed, stop=stop_mixing)
+        joined = join_rows(opened, mix=order, recipe=["mixed", list(mix), seed, stop_mixing])
+    else:
+        joined = join_rows(opened)
+    return joined.rename(columns) if columns else joined
+
+
+def open_sets(
+    data: DataConfig, *, seed: int, use_hf: bool, token: str | None
+) -> tuple[Rows | None, Rows | None]:
+    """Training rows and evaluation rows, as a run names them; none where it names none."""
+    if not data.dataset:
+        return None, None
+    options: dict[str, Any] = {
+        "seed": seed,
+        "columns": data.columns,
+        "model_name": data.model_name,
+        "model_author": data.model_author,
+        "use_hf": use_hf,
+        "token": token,
+    }
+    rows = open_rows(
+        data.dataset,
+        shuffle=data.dataset_shuffle,
+        mix=data.interleave_prob,
+        stop_mixing=data.stopping_strategy,
+        **options,
+    )
+    if data.val_dataset:
+        return rows, open_rows(data.val_dataset, shuffle=data.val_dataset_shuffle, **options)
+    return split_rows(rows, data.split_dataset_ratio, seed)
+
+
+def _choose(rows: Rows, count: int, seed: int, shuffle: bool) -> list[int]:
+    return sample_indices(len(rows), count, seed=seed, shuffle=shuffle)
+
+
+def _read_spec(
+    text: str,
+    spec: Spec,
+    names: tuple[Sequence[str], Sequence[str]],
+    *,
+    use_hf: bool,
+    token: str | None,
+    keep_broken: bool,
+) -> list[Row]:
+    if spec.path is not None:
+        return read_path(spec.path, keep_broken=keep_broken)
+    if spec.hub is None and is_packaged(spec.dataset_id):
+        return load_packaged(spec.dataset_id, spec.subsets, model_name=names[0], model_author=names[1])
+    return _load_from_hub(text, spec, use_hf=use_hf, token=token)
+
+
+def mix_tables(lengths: Sequence[int], *, weights: Sequence[float], seed: int, stop: str) -> np.ndarray:
+    """Numbers of the rows of tables, counted through: each row from a table drawn by the weights.
+
+    Ends with the last row of the first table that is used up ("first_exhausted"), or once every table has
+    been ("all_exhausted"); until then a table that is used up begins again.
+    """
+    draw, shares = np.random.RandomState(seed), np.cumsum(weights)[:-1] / np.sum(weights)
+    tables = np.empty(0, dtype=np.int64)
+    while True:
+        more = np.searchsorted(shares, draw.random_sample(max(1000, sum(lengths))), side="right")
+        tables = np.concatenate([tables, more])
+        places = [np.flatnonzero(tables == number) for number in range(len(lengths))]
+        ends = [
+            int(place[length - 1]) + 1 if len(place) >= length else len(tables)
+            for place, length in zip(places, lengths, strict=True)
+        ]
+        end = max(ends) if stop == "all_exhausted" else min(ends)
+        if end < len(tables):
+            break
+    starts = np.cumsum([0, *lengths])
+    order = np.empty(len(tables), dtype=np.int64)
+    for place, start, length in zip(places, starts, lengths, strict=False):
+        order[place] = start + np.arange(len(place)) % length
+    return order[:end]
 
 
 def sample_indices(length: int, count: int, *, seed: int, shuffle: bool) -> list[int]:
@@ -96,18 +214,23 @@ def sample_indices(length: int, count: int, *, seed: int, shuffle: bool) -> list
     return list(range(length)) * rounds + order[:rest]
 
 
-def split_rows(rows: Sequence[Row], ratio: float, seed: int) -> tuple[list[Row], list[Row]]:
+def split_rows(rows: Rows, ratio: float, seed: int) -> tuple[Rows, Rows | None]:
     """(training, evaluation) rows, both in their old order; about `ratio` of the rows are for evaluation.
 
     Depends on the rows' content and the seed, not on their order. Equal rows stay together, so that none is
-    both trained and evaluated.
+    both trained and evaluated. Nothing is read before one of them is.
     """
     if ratio <= 0:
-        return list(rows), []
+        return rows, None
+    split = lru_cache(partial(_hold_out, rows, ratio, seed))
+    training = rows.take(lambda _: np.flatnonzero(~split()), ["train", ratio, seed])
+    return training, rows.take(lambda _: np.flatnonzero(split()), ["held out", ratio, seed])
+
+
+def _hold_out(rows: Rows, ratio: float, seed: int) -> np.ndarray:
+    """[R] bool: the row is for evaluation."""
     keys = [_content_key(row, seed) for row in rows]
-    counts: dict[bytes, int] = {}
-    for key in keys:
-        counts[key] = counts.get(key, 0) + 1
+    counts = Counter(keys)
     if len(counts) < 2:
         raise ConfigError(f"--split_dataset_ratio {ratio}: the rows are all the same, none can be held out")
     wanted = max(1, round(len(rows) * ratio))
@@ -118,31 +241,12 @@ def split_rows(rows: Sequence[Row], ratio: float, seed: int) -> tuple[list[Row],
             break
         held_out.add(key)
         taken += counts[key]
-    training = [row for row, key in zip(rows, keys, strict=True) if key not in held_out]
-    return training, [row for row, key in zip(rows, keys, strict=True) if key in held_out]
+    return np.array([key in held_out for key in keys])
 
 
 def _content_key(row: Row, seed: int) -> bytes:
     content = json.dumps(row.columns, sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.sha256(f"{seed}\n{content}".encode()).digest()
-
-
-def _rename(rows: list[Row], columns: dict[str, Any]) -> list[Row]:
-    known = {name for row in rows for name in row.columns}
-    for old, new in columns.items():
-        if old not in known and new not in known:  # evaluation rows may have the new name already
-            near = difflib.get_close_matches(old, known, 1)
-            raise ConfigError(
-                f"--columns renames {old}, which no row has",
-                hint=f"did you mean {near[0]}?" if near else f"columns are {', '.join(sorted(known))}",
-            )
-    renamed = []
-    for row in rows:
-        # A renamed column wins over one that already has the new name.
-        kept = {name: value for name, value in row.columns.items() if name not in columns}
-        moved = {columns[name]: value for name, value in row.columns.items() if name in columns}
-        renamed.append(Row({**kept, **moved}, row.file, row.line))
-    return renamed
 
 
 def _load_from_hub(text: str, spec: Spec, *, use_hf: bool, token: str | None) -> list[Row]:

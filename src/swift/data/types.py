@@ -16,6 +16,7 @@ class Row:
     columns: dict[str, Any]
     file: str
     line: int  # from 1; in CSV and Parquet the number of the row
+    problem: str | None = None  # why its preprocessor could not read it
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,10 @@ from swift.objectives.types import Objective, TokenStats
 
 @dataclass
 class Sums:
-    """Metrics as (sum, count) pairs. They add up over micro-batches, steps and ranks; means do not."""
+    """Metrics as (sum, count) pairs. They add up over micro-batches, steps and ranks; means do not.
+
+    A pair with count 0 is a plain total, such as the number of tokens, and has no mean.
+    """
 
     pairs: dict[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -64,8 +67,4 @@ class Engine(Protocol):
 
     def save(self, path: Path, *, resumable: bool) -> None:
         """Weights in HF format into `path`; with `resumable` also optimizer, schedule and random states."""
-        ...
-
-    def load(self, path: Path) -> None:
-        """Restores all that `save(resumable=True)` wrote."""
         ...

@@ -1,4 +1,4 @@
-"""`swift export`: from flags to what is done. Today that is merging adapters.
+"""`swift export`: from flags to what is done. Today that is merging adapters and encoding rows (encode.py).
 
 Owns: where base model, output and dtype come from, and every check that needs no model in memory.
 """
@@ -10,6 +10,7 @@ from typing import Any
 from swift.config.option import ConfigError
 from swift.config.runs import ExportRun
 from swift.export.compare import ROUNDING
+from swift.export.encode import export_encoded
 from swift.export.merge import MergePlan, merge_adapter
 from swift.models.adapters import adapter_base, load_run_args
 from swift.models.directory import ADAPTER_CONFIG, read_json
@@ -23,6 +24,8 @@ PREFIXES = ("", "K", "M", "G", "T")
 def run_export(run: ExportRun) -> int:
     """The whole command; the exit code says whether the result is what it should be."""
     run.check()
+    if run.export.to_cached_dataset:
+        return export_encoded(run)
     return merge_adapter(plan_merge(run))
 
 

@@ -11,11 +11,13 @@ from typing import Any, TypeVar
 
 from swift.config.option import ConfigError, default_of
 from swift.config.runs import InferRun
+from swift.data.datasets import use_plugins
 from swift.infer.batch import answer_rows, load_questions, mend_last_line, report
 from swift.infer.chat import Chat
 from swift.infer.engine import TransformersInferEngine
 from swift.models.adapters import adapter_base, load_run_args
 from swift.models.hub import resolve_adapter, resolve_model
+from swift.template.loss_scale import build_weights
 from swift.utils.log import say, warn
 
 Group = TypeVar("Group")
@@ -23,7 +25,7 @@ Group = TypeVar("Group")
 # What a checkpoint's args.json settles, by group. Lengths and loss settings belong to training alone.
 TAKEN = {
     "model": ("model", "model_revision", "use_hf", "torch_dtype"),
-    "template": ("system", "enable_thinking", "response_prefix"),
+    "template": ("system", "enable_thinking", "response_prefix", "agent_template"),
 }
 
 
@@ -46,6 +48,8 @@ def run_infer(run: InferRun) -> int:
     """Answers as `run` says; returns the exit code."""
     run.check()
     check_sampling(run)
+    use_plugins(run.plugins)
+    build_weights(run.template.loss_scale)  # a wrong name is told before anything is downloaded
     source = find_source(run)
     run = source.run
     specs, columns = dataset_specs(source)

@@ -125,7 +125,7 @@ def choose_attention(name: str | None) -> str | None:
     else:
         return name
     if not present or not torch.cuda.is_available():
-        warn(f"--attn_impl {name} is not installed or there is no GPU for it; using sdpa")
+        warn(f"--attn_impl {name} is not installed or there is no GPU for it; using torch's own kernels")
         return "sdpa"
     return name
 

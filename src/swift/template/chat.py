@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from swift.config.option import ConfigError
 from swift.config.template import TemplateConfig
+from swift.template.agents import check_calls, choose_agent, split_turns, with_agent
 from swift.template.jinja import Renderer
-from swift.template.loss_scale import turn_weights, weigh_spans
+from swift.template.loss_scale import build_weights
 from swift.template.shape import learn_shape
 from swift.template.specs import chatml
 from swift.template.turns import find_turns
@@ -44,12 +45,19 @@ class ChatTemplate:
         self._shape = learn_shape(self._renderer, specials, tokenizer.eos_token)
         self.special = self._shape.special  # matches any special token
         self.stop_token_ids = self._find_stop_tokens()
+        self._weights = build_weights(config.loss_scale, binary=config.is_binary_loss_scale)
+        self._agent, self._calls = choose_agent(self._renderer, config.agent_template)
 
     def prompt(
         self, messages: Sequence[Message], *, tools: list[Any] | None = None, response_prefix: str = ""
     ) -> str:
         """The text to continue: conversation, assistant's header, prefix (default: --response_prefix)."""
-        text = self._renderer.text(self._prepare(messages), tools, add_generation_prompt=True)
+        prepared = self._prepare(messages, tools)
+        begun = ""
+        if messages and messages[-1]["role"] == "tool" and prepared[-1]["role"] == "assistant":
+            begun = prepared.pop()["content"]  # the answer goes on after the tool's result
+        shown = None if self._agent else tools
+        text = self._renderer.text(prepared, shown, add_generation_prompt=True) + begun
         return text + (_unescape(response_prefix) or self.response_prefix)
 
     def render(self, messages: Sequence[Message], *, tools: list[Any] | None = None) -> Rendered:
@@ -57,16 +65,20 @@ class ChatTemplate:
 
         Raises RenderError. No spans are returned where nothing of the row is trained.
         """
-        prepared = self._prepare(messages)
-        text, turns = find_turns(self._renderer, self._shape, prepared, tools)
-        scale = self.config.loss_scale
-        return Rendered(text, weigh_spans(text, turns, turn_weights(messages, scale), scale))
+        prepared = self._prepare(messages, tools)
+        text, turns = find_turns(self._renderer, self._shape, prepared, None if self._agent else tools)
+        turns = split_turns(text, turns, prepared)
+        if self._calls:
+            check_calls(self._calls, messages, text, turns)
+        return Rendered(text, self._weights.spans(text, turns, messages, self._shape.end_of_turn))
 
-    def _prepare(self, messages: Sequence[Message]) -> list[Message]:
+    def _prepare(self, messages: Sequence[Message], tools: list[Any] | None) -> list[Message]:
         """Adds our system prompt to a conversation without one, in the form that the template can show."""
         prepared = list(messages)
         if self.system and (not prepared or prepared[0]["role"] != "system"):
             prepared.insert(0, {"role": "system", "content": self.system})
+        if self._agent and (tools or any(m["role"] == "tool" or "tool_calls" in m for m in prepared)):
+            prepared = with_agent(self._agent, prepared, tools, self._shape.default_system)
         if self._shape.folds_system and len(prepared) > 1 and prepared[0]["role"] == "system":
             system, first, *rest = prepared
             if first["role"] == "user":

@@ -54,6 +54,15 @@ class Shape:
     keeps_reasoning: bool  # shows <think>...</think> of the last answer
     joints: Joints | None  # none = the template is not a plain row of turns
 
+    @property
+    def default_system(self) -> str:
+        """The system prompt that the template adds by itself, as Qwen2.5's does."""
+        joints = self.joints
+        if joints is None or not joints.opening.startswith(joints.before_system):
+            return ""
+        words = joints.opening[len(joints.before_system) :]
+        return words.removesuffix(joints.after_system) if words.endswith(joints.after_system) else ""
+
     def closed(self, position: int, tail: str) -> int:
         """The end of a turn whose words end at `position`, before `tail`: after its end-of-turn token."""
         match = self.special.search(tail) if self.end_of_turn else None

@@ -1,12 +1,13 @@
 """Rendered text to token ids with labels.
 
-Owns: one tokenizer call per row, labels from character spans, truncation. Not here: batches
-(data/collate.py), which also shift the labels.
+Owns: one tokenizer call for many rows, labels from character spans, truncation. Not here: words that are
+encoded once (words.py), batches (data/collate.py), which also shift the labels.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from tokenizers import Encoding
@@ -14,6 +15,7 @@ from tokenizers import Encoding
 from swift.config.option import ConfigError
 from swift.template.chat import ChatTemplate
 from swift.template.types import Message, Rendered, RenderError
+from swift.template.words import WordMemory, learn_words
 
 IGNORED = -100  # as batch.IGNORED; importing that would load torch into every worker process
 
@@ -53,30 +55,60 @@ def encode_chats(
     `tools`: one list per conversation. `max_length` counts tokens; `truncation_strategy` says what becomes of
     a longer row: "delete", or keep its last ("left") or first ("right") tokens.
     """
-    backend = _fast_backend(template)
+    backend = fast_backend(template)
     rendered = [
         _render(template, messages, tools[i] if tools is not None else None)
         for i, messages in enumerate(conversations)
     ]
     good = [row for row in rendered if isinstance(row, Rendered)]
-    opening = _common_opening(template, good)
-    texts = [row.text[len(opening) :] for row in good]
-    # The template writes the special tokens, bos included: the tokenizer adds none.
-    lead = _Lead(len(opening), backend.encode(opening, add_special_tokens=False).ids)
-    encodings = backend.encode_batch(texts, add_special_tokens=False)
-    pairs = zip(texts, encodings, strict=True)
+    memory = _word_memory(template, backend)
+    placed = iter(_place(template, good) if memory is None else _place_by_words(memory, good))
     return [
-        _label(row, lead, *next(pairs), max_length, truncation_strategy) if isinstance(row, Rendered) else row
+        _label(row, *next(placed), max_length, truncation_strategy) if isinstance(row, Rendered) else row
         for row in rendered
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Lead:
-    """What all rows of a batch begin with, encoded once."""
+# [L] ids of a row, and tokens [first, last) of each of its spans.
+_Placed = tuple[np.ndarray, list[tuple[int, int]]]
 
-    characters: int
-    ids: list[int]
+_memories: WeakKeyDictionary[ChatTemplate, WordMemory | None] = WeakKeyDictionary()
+
+
+def _word_memory(template: ChatTemplate, backend: Any) -> WordMemory | None:
+    if template not in _memories:
+        _memories[template] = learn_words(backend, _first_token, _last_token)
+    return _memories[template]
+
+
+def _place(template: ChatTemplate, rows: Sequence[Rendered]) -> list[_Placed]:
+    """Every row is encoded whole."""
+    backend = fast_backend(template)
+    opening = _common_opening(template, rows)
+    texts = [row.text[len(opening) :] for row in rows]
+    # The template writes the special tokens, bos included: the tokenizer adds none.
+    lead = backend.encode(opening, add_special_tokens=False).ids
+    placed = []
+    for row, text, encoding in zip(
+        rows, texts, backend.encode_batch(texts, add_special_tokens=False), strict=True
+    ):
+        ranges = [
+            token_range(encoding, text, span.start - len(opening), span.end - len(opening))
+            for span in row.spans
+        ]
+        ids = np.array(lead + encoding.ids, dtype=np.int32)
+        placed.append((ids, [(len(lead) + first, len(lead) + last) for first, last in ranges]))
+    return placed
+
+
+def _place_by_words(memory: WordMemory, rows: Sequence[Rendered]) -> list[_Placed]:
+    """Most words come out of the memory. The same tokens and ranges as `_place`."""
+    spans = [[(span.start, span.end) for span in row.spans] for row in rows]
+    placed = []
+    for ids, tokens in memory.encode([row.text for row in rows], spans):
+        pairs = zip(tokens[::2], tokens[1::2], strict=True)
+        placed.append((ids, [(first, max(first, last)) for first, last in pairs]))
+    return placed
 
 
 def _common_opening(template: ChatTemplate, rows: Sequence[Rendered]) -> str:
@@ -109,7 +141,7 @@ def _splits_cleanly(template: ChatTemplate, token: str) -> bool:
     return all(encode(token + text) == encode(token) + encode(text) for text in _FIRST_WORDS)
 
 
-def _fast_backend(template: ChatTemplate) -> Any:
+def fast_backend(template: ChatTemplate) -> Any:
     tokenizer = template.tokenizer
     if not tokenizer.is_fast:
         raise ConfigError(
@@ -138,24 +170,21 @@ def _render(
 
 def _label(
     row: Rendered,
-    lead: _Lead,
-    text: str,
-    encoding: Encoding,
+    ids: np.ndarray,
+    ranges: Sequence[tuple[int, int]],
     max_length: int | None,
     truncation_strategy: str,
 ) -> Encoded | Rejected:
-    """Ids and labels of `row`, whose `text` after the lead has been encoded."""
-    skipped, length = len(lead.ids), len(lead.ids) + len(encoding)
+    """Labels of a row, and what is left of it within `max_length`."""
+    length = len(ids)
     too_long = max_length is not None and length > max_length
     if too_long and truncation_strategy == "delete":
         return Rejected(f"longer than --max_length {max_length}")
-    ids = np.array(lead.ids + encoding.ids, dtype=np.int32)
     labels = np.full(length, IGNORED, dtype=np.int32)
     is_weighted = any(span.weight != 1 for span in row.spans)
     scale = np.ones(length, dtype=np.float32) if is_weighted else None
-    for span in row.spans:
-        first, last = token_range(encoding, text, span.start - lead.characters, span.end - lead.characters)
-        trained = slice(skipped + first, skipped + last)
+    for span, (first, last) in zip(row.spans, ranges, strict=True):
+        trained = slice(first, last)
         labels[trained] = ids[trained]
         if scale is not None:
             scale[trained] = span.weight
@@ -179,13 +208,22 @@ def token_range(encoding: Encoding, text: str, start: int, end: int) -> tuple[in
     does, its start decides. One exception: in "ASSISTANT: Yes" the token " Yes" starts outside, but it is the
     answer.
     """
+    first = _first_token(encoding, text, start)
+    return first, max(first, _last_token(encoding, text, end))
+
+
+def _first_token(encoding: Encoding, text: str, start: int) -> int:
     first = _token_at(encoding, start, len(text))
     if first < len(encoding) and _starts_before(text, start, *encoding.token_to_chars(first)):
-        first = _skip_character(encoding, first)
+        return _skip_character(encoding, first)
+    return first
+
+
+def _last_token(encoding: Encoding, text: str, end: int) -> int:
     last = _token_at(encoding, end, len(text))
-    if first <= last < len(encoding) and encoding.token_to_chars(last)[0] < end:
-        last = _skip_character(encoding, last)
-    return first, max(first, last)
+    if last < len(encoding) and encoding.token_to_chars(last)[0] < end:
+        return _skip_character(encoding, last)
+    return last
 
 
 def _starts_before(text: str, start: int, token_start: int, token_end: int) -> bool:

@@ -84,7 +84,7 @@ class Offline:
             sums = self.engine.forward_backward(batches, self.objective)
             info = self.engine.optim_step()
         state.step += 1
-        state.tokens += sum(b.num_tokens for b in batches)
+        state.tokens += int(sums.pairs["tokens"][0])
         state.window.merge(sums)
         state.whole.merge(sums)
         state.elapsed_seconds = clock.elapsed()
@@ -146,10 +146,9 @@ class Offline:
             self.schedule.per_device_eval_batch_size,
             len(self.eval_rows),
         )
-        sums = Sums()
-        for start in range(0, count, size):
-            batch = collate([self.eval_rows[i] for i in range(start, min(start + size, count))])
-            sums.merge(self.engine.measure([batch], self.objective))
+        mine = range(self.engine.data_rank * size, count, self.engine.data_world * size)
+        batches = [collate([self.eval_rows[i] for i in range(s, min(s + size, count))]) for s in mine]
+        sums = self.engine.measure(batches, self.objective)
         seconds = time.perf_counter() - started
         metrics = {f"eval_{k}": v for k, v in loss_and_metrics(sums).items()}
         speed = {
@@ -162,6 +161,7 @@ class Offline:
 
     def _summary(self, state: TrainState, clock: "Clock") -> dict[str, Any]:
         seconds = clock.elapsed()
+        samples = state.step * len(self.rows) / self.plan.steps_per_epoch
 
         def path(step: int | None) -> str | None:
             return None if step is None else str(self.run_directory / f"checkpoint-{step}")
@@ -170,9 +170,7 @@ class Offline:
             "train_loss": loss_and_metrics(state.whole)["loss"],
             "train_runtime": round(seconds, 2),
             "train_steps_per_second": round(state.step / seconds, 4) if seconds else 0.0,
-            "train_samples_per_second": round(state.step * self.plan.rows_per_step / seconds, 3)
-            if seconds
-            else 0.0,
+            "train_samples_per_second": round(samples / seconds, 3) if seconds else 0.0,
             "train_dataset": describe_lengths(self.rows),
             "val_dataset": describe_lengths(self.eval_rows) if self.eval_rows else None,
             "last_model_checkpoint": path(state.last_saved_step),

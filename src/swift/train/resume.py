@@ -15,8 +15,9 @@ from swift.utils.log import say
 # Flags whose change would make the run another run; the others may differ (how often to log).
 FIXED = (
     "model", "dataset", "train_type", "lora_rank", "lora_alpha", "target_modules", "max_length", "system",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "loss_scale",
-    "lr_scheduler_type", "learning_rate", "train_dataloader_shuffle",
+    "seed", "data_seed", "loss_scale",
+    "lr_scheduler_type", "learning_rate", "train_dataloader_shuffle", "packing", "packing_length",
+    "agent_template", "is_binary_loss_scale",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from swift.config.option import ConfigError
 from swift.engines.protocol import Engine
+from swift.engines.ranks import Ranks
 from swift.train.state import TrainState
 from swift.utils.files import sync_directory, write_json
 
@@ -88,17 +89,31 @@ class Saver:
     only_model: bool
     total_limit: int | None
     symlinks: bool
+    ranks: Ranks
 
     def save(self, engine: Engine, state: TrainState, metric: float | None, lower_is_better: bool) -> Path:
-        """Writes checkpoint-<step>, updates best and last, deletes what the limit no longer keeps."""
+        """Writes checkpoint-<step>, updates best and last, deletes what the limit no longer keeps.
+
+        Called by every rank: they write into one directory, and rank 0 does the rest.
+        """
         if metric is not None and is_better(metric, state.best_metric, lower_is_better):
             state.best_metric, state.best_step = metric, state.step
         state.last_saved_step = state.step
         final = self.run_directory / f"checkpoint-{state.step}"
         temporary = self.run_directory / f".checkpoint-{state.step}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+        if self.ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        self.ranks.barrier()
         engine.save(temporary, resumable=not self.only_model)
+        self.ranks.barrier()
+        if self.ranks.is_main:
+            self._complete(temporary, final, state)
+        self.ranks.barrier()
+        return final
+
+    def _complete(self, temporary: Path, final: Path, state: TrainState) -> None:
+        """Adds what is ours to the engine's files and gives the directory its name."""
         self.tokenizer.save_pretrained(temporary)
         write_json(temporary / ARGS, self.args)
         write_json(temporary / STATE, {"state": state.to_dict(), "data": self.data})
@@ -111,7 +126,6 @@ class Saver:
         shutil.rmtree(replaced, ignore_errors=True)
         self._link(state)
         self._rotate(state)
-        return final
 
     def _link(self, state: TrainState) -> None:
         if not self.symlinks:

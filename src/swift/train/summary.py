@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from swift.data.encode import EncodedDataset, EncodeReport
 from swift.data.loader import StepPlan
+from swift.data.pack import Packs
 from swift.template.preview import trained_segments
 from swift.utils.log import console, say, warn
 
@@ -41,10 +42,21 @@ def tell_weights(model: nn.Module, description: str) -> None:
     )
 
 
-def tell_steps(plan: StepPlan, total_steps: int, rows: EncodedDataset) -> None:
+def tell_packs(packs: Packs, *, flat: bool) -> None:
     say(
-        f"steps: {plan.rows_per_step} rows a step ({plan.micro_batch_size} x {plan.accumulation} accumulated "
-        f"x {plan.data_world} process(es)), {plan.steps_per_epoch} steps an epoch, {total_steps} in all"
+        f"packing: {len(packs):,} packs of up to {packs.capacity:,} tokens, {100 * packs.fill:.2f} % full, "
+        f"{len(packs.rows) / len(packs):.1f} rows a pack"
+    )
+    if not flat:
+        warn("--packing true: this model needs padding, so the rows of a pack are padded to its longest")
+
+
+def tell_steps(plan: StepPlan, total_steps: int, rows: EncodedDataset) -> None:
+    items = "packs" if plan.packs else "rows"
+    say(
+        f"steps: {plan.items_per_step} {items} a step ({plan.micro_batch_size} x {plan.accumulation} "
+        f"accumulated x {plan.data_world} process(es)), {plan.steps_per_epoch} steps an epoch, "
+        f"{total_steps} in all"
     )
     say(f"tokens: about {rows.num_tokens / plan.steps_per_epoch:,.0f} a step")
 

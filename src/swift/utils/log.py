@@ -5,11 +5,22 @@ from functools import cache
 from rich.console import Console
 from rich.text import Text
 
+from swift.utils import env
+
 
 @cache
 def console() -> Console:
-    """The one console. stderr, so that a command's result on stdout can be piped."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    """The one console. stderr, so that a command's result on stdout can be piped.
+
+    Of several processes only the first one speaks.
+    """
+    return Console(stderr=True, highlight=False, soft_wrap=True, quiet=env.read("RANK", "0") != "0")
+
+
+def result_console() -> Console:
+    """Where the result of a command goes: stdout. Wide where it is no terminal, so that no path is broken."""
+    plain = Console(highlight=False)
+    return plain if plain.is_terminal else Console(highlight=False, width=200)
 
 
 def say(message: str, *, style: str | None = None) -> None:

@@ -1,5 +1,6 @@
 """Files of an engine: weights in HF format, and the state that makes a run resumable.
 
+Weights do not depend on how many processes there are; random states are those of each process.
 Written straight into the directory given; train/saving.py makes the whole checkpoint atomic.
 """
 
@@ -10,17 +11,20 @@ import numpy as np
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch import Tensor
 from transformers import PreTrainedModel
 
 OPTIMIZER, SCHEDULER, RANDOM = "optimizer.pt", "scheduler.pt", "rng_state.pth"
-STATE_FILES = (OPTIMIZER, SCHEDULER, RANDOM)
 
 
-def save_weights(model: PreTrainedModel | PeftModel, path: Path) -> None:
-    """adapter_model.safetensors for adapters, model*.safetensors and config.json otherwise."""
-    model.save_pretrained(path)
+def save_weights(
+    model: PreTrainedModel | PeftModel, path: Path, state: dict[str, Tensor] | None = None
+) -> None:
+    """adapter_model.safetensors for adapters, model*.safetensors and config.json otherwise.
+
+    `state`: the whole tensors by name, where those of the model are slices.
+    """
+    model.save_pretrained(path, state_dict=state)
 
 
 def load_weights(model: PreTrainedModel | PeftModel, path: Path) -> None:
@@ -37,27 +41,30 @@ def load_weights(model: PreTrainedModel | PeftModel, path: Path) -> None:
     )
 
 
-def save_state(path: Path, optimizer: Optimizer, scheduler: LRScheduler) -> None:
-    """Optimizer, schedule and every random state that training reads."""
-    torch.save(optimizer.state_dict(), path / OPTIMIZER)
-    torch.save(scheduler.state_dict(), path / SCHEDULER)
+def random_file(rank: int) -> str:
+    """Rank 0's has the name that single processes use."""
+    return RANDOM if rank == 0 else f"{Path(RANDOM).stem}_{rank}.pth"
+
+
+def save_random(path: Path, rank: int) -> None:
+    """Every random state that training reads, of this process."""
     states = {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
-    torch.save(states, path / RANDOM)
+    torch.save(states, path / random_file(rank))
 
 
-def load_state(path: Path, optimizer: Optimizer, scheduler: LRScheduler) -> None:
-    """The inverse of `save_state`."""
-    optimizer.load_state_dict(torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True))
-    scheduler.load_state_dict(torch.load(path / SCHEDULER, weights_only=True))
-    # The random states hold numpy arrays and tuples; they are ours, and their hash was checked before.
-    states = torch.load(path / RANDOM, weights_only=False)
+def load_random(path: Path, rank: int) -> None:
+    """The inverse of `save_random`. A rank that the saving job did not have keeps its fresh seed."""
+    if not (path / random_file(rank)).exists():
+        return
+    # The states hold numpy arrays and tuples; they are ours, and their hash was checked before.
+    states = torch.load(path / random_file(rank), weights_only=False)
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,7 +1,7 @@
-"""The engine over a transformers model in one process.
+"""The engine over a transformers model.
 
 Owns: the micro-batch loop, the scaling rule, clipping, the step.
-Not here: layouts (forward.py), files (checkpoint.py).
+Not here: layouts (forward.py), processes (wrap.py), files (checkpoint.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,22 +15,34 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from swift.batch import Batch
+from swift.batch import IGNORED, Batch
 from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
 from swift.engines.optim import build_optimizer, build_scheduler
 from swift.engines.protocol import StepInfo, Sums
+from swift.engines.ranks import Ranks
 from swift.engines.transformers import checkpoint
 from swift.engines.transformers.attention import FLAT_ATTENTION
 from swift.engines.transformers.forward import refusal_of_flat, score
+from swift.engines.transformers.wrap import (
+    full_state,
+    grad_norm,
+    load_optimizer_state,
+    optimizer_state,
+    wrap,
+)
 from swift.objectives.types import LossSum, Objective, TokenStats
+
+RENAMED_IN = version.parse("5.23")  # of transformers: gradient checkpointing became activation checkpointing
+
+# One token, not trained: what a rank runs while others still have rows.
+NOTHING = Batch(
+    torch.zeros(1, dtype=torch.int64), torch.full((1,), IGNORED), torch.zeros(1, dtype=torch.int64), 1
+)
 
 
 class TransformersEngine:
-    """One model, one optimizer, one process. Implements `swift.engines.protocol.Engine`."""
-
-    data_rank = 0
-    data_world = 1
+    """One model, one optimizer, on one process or several. Implements `swift.engines.protocol.Engine`."""
 
     def __init__(
         self,
@@ -42,58 +54,97 @@ class TransformersEngine:
         flat: bool | None = None,
         own_attention: bool = True,
         gradient_checkpointing: bool = False,
+        ranks: Ranks | None = None,
+        fsdp: bool = False,
+        resume_from: Path | None = None,
     ) -> None:
         self.model = model
+        self.ranks = ranks or Ranks()
+        self.data_rank, self.data_world = self.ranks.rank, self.ranks.world
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         self.device = next(model.parameters()).device
         self.dtype = base.dtype
         self.flat = choose_layout(base, flat)
-        if self.flat and own_attention:
+        self.own_attention = self.flat and own_attention
+        if self.own_attention:
             base.set_attn_implementation(FLAT_ATTENTION)
         if gradient_checkpointing:
             enable_recompute(base)
+        if resume_from:
+            checkpoint.load_weights(model, resume_from)
+        self.sharded = fsdp
+        self.wrapped = wrap(model, base, self.ranks, fsdp)
         self.max_grad_norm = config.max_grad_norm
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(model, config, learning_rate)
         self.scheduler = build_scheduler(self.optimizer, config, total_steps)
+        if resume_from:
+            self._load_state(resume_from)
 
     def _score(self, batch: Batch, needs: frozenset[str]) -> TokenStats:
         # Adapters are kept in float32 beside a half-precision model: autocast runs both in the model's dtype.
         is_half = self.dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(self.device.type, self.dtype, enabled=is_half):
-            return score(self.model, batch, needs, flat=self.flat, device=self.device)
+            layout = {"flat": self.flat, "own_attention": self.own_attention, "device": self.device}
+            return score(self.wrapped.module, batch, needs, **layout)
+
+    def _even_out(
+        self, batches: Sequence[Batch], objective: Objective
+    ) -> tuple[list[Batch], dict[str, float]]:
+        """As many micro-batches on every rank, and the units of the whole step.
+
+        Ranks with fewer rows than others run batches without a trained token: the exchanges inside the model
+        and its backward need all of them.
+        """
+        totals = add_units([objective.units(b) for b in (*batches, NOTHING)])
+        counts = self.ranks.gather([len(batches), *(totals[unit] for unit in sorted(totals))])
+        longest = int(max(row[0] for row in counts))
+        sums = [sum(column) for column in list(zip(*counts, strict=True))[1:]]
+        padding = [NOTHING] * (longest - len(batches))
+        return [*batches, *padding], dict(zip(sorted(totals), sums, strict=True))
 
     def forward(self, batches: Sequence[Batch], needs: frozenset[str]) -> list[TokenStats]:
         self.model.eval()
+        longest = int(max(row[0] for row in self.ranks.gather([len(batches)])))
         with torch.no_grad():
-            return [self._score(b, needs) for b in batches]
+            stats = [self._score(b, needs) for b in (*batches, *[NOTHING] * (longest - len(batches)))]
+        return stats[: len(batches)]
 
     def forward_backward(self, batches: Sequence[Batch], objective: Objective) -> Sums:
         self.model.train()
-        units = [objective.units(b) for b in batches]
-        step_units = add_units(units)
+        batches, step_units = self._even_out(batches, objective)
         results = []
-        for batch in batches:
-            result = objective(self._score(batch, objective.needs), batch.to(self.device))
-            # The scale rule, single process: L = sum of term / units of the whole step, and nothing else.
-            sum(term / max(step_units[unit], 1) for unit, term in result.terms.items()).backward()
+        for i, batch in enumerate(batches, start=1):
+            with self.wrapped.gradients(is_last=i == len(batches)):
+                result = objective(self._score(batch, objective.needs), batch.to(self.device))
+                # The scale rule: L = sum of terms / units of the whole step. `scale` undoes what DDP divides.
+                loss = sum(term / max(step_units[unit], 1) for unit, term in result.terms.items())
+                (loss * self.wrapped.scale).backward()
             results.append(result)
-        return collect_sums(results, units)
+        return self._collect(results, batches, objective)
 
     def measure(self, batches: Sequence[Batch], objective: Objective) -> Sums:
         self.model.eval()
+        batches, _ = self._even_out(batches, objective)
         with torch.no_grad():
             results = [objective(self._score(b, objective.needs), b.to(self.device)) for b in batches]
-        return collect_sums(results, [objective.units(b) for b in batches])
+        return self._collect(results, batches, objective)
+
+    def _collect(self, results: Sequence[LossSum], batches: Sequence[Batch], objective: Objective) -> Sums:
+        """Sums over all micro-batches and ranks: fetched from the device at once, exchanged at once."""
+        local = collect_sums(results, [objective.units(b) for b in batches])
+        local.add("tokens", sum(b.num_tokens for b in batches if b is not NOTHING), 0)
+        names = sorted(local.pairs)
+        numbers = self.ranks.sum([number for name in names for number in local.pairs[name]])
+        return Sums(dict(zip(names, zip(numbers[0::2], numbers[1::2], strict=True), strict=True)))
 
     def optim_step(self) -> StepInfo:
-        limit = self.max_grad_norm or float("inf")
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.trainable, limit)
+        norm = grad_norm(self.trainable, self.max_grad_norm or float("inf"))
         learning_rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepInfo(float(grad_norm), learning_rate)
+        return StepInfo(norm, learning_rate)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -102,19 +153,29 @@ class TransformersEngine:
             yield
 
     def save(self, path: Path, *, resumable: bool) -> None:
-        checkpoint.save_weights(self.model, path)
-        if resumable:
-            checkpoint.save_state(path, self.optimizer, self.scheduler)
+        state = full_state(self.model) if self.sharded else None
+        if self.ranks.is_main:
+            checkpoint.save_weights(self.model, path, state)
+        if not resumable:
+            return
+        moments = optimizer_state(self.model, self.optimizer)
+        if self.ranks.is_main:
+            rates = [group["lr"] for group in self.optimizer.param_groups]
+            torch.save({"state": moments, "rates": rates}, path / checkpoint.OPTIMIZER)
+            torch.save(self.scheduler.state_dict(), path / checkpoint.SCHEDULER)
+        checkpoint.save_random(path, self.ranks.rank)
 
-    def load(self, path: Path) -> None:
-        checkpoint.load_weights(self.model, path)
-        checkpoint.load_state(path, self.optimizer, self.scheduler)
+    def _load_state(self, path: Path) -> None:
+        saved = torch.load(path / checkpoint.OPTIMIZER, map_location="cpu", weights_only=True)
+        load_optimizer_state(self.model, self.optimizer, saved["state"], saved["rates"])
+        self.scheduler.load_state_dict(torch.load(path / checkpoint.SCHEDULER, weights_only=True))
+        checkpoint.load_random(path, self.ranks.rank)
 
 
 def enable_recompute(model: PreTrainedModel) -> None:
     """Activations are computed again in the backward pass instead of being kept."""
     options = {"use_reentrant": False}
-    if version.parse(transformers.__version__) >= version.parse("5.23"):  # renamed there
+    if version.parse(transformers.__version__) >= RENAMED_IN:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from swift.batch import Batch
-from swift.engines.transformers.attention import FLAT_ATTENTION
 from swift.objectives.logits import DenseLogits
 from swift.objectives.types import TokenStats
 
@@ -57,16 +56,22 @@ def padded_arguments(batch: Batch, device: torch.device) -> tuple[dict[str, obje
 
 
 def score(
-    model: nn.Module, batch: Batch, needs: frozenset[str], *, flat: bool, device: torch.device
+    model: nn.Module,
+    batch: Batch,
+    needs: frozenset[str],
+    *,
+    flat: bool,
+    own_attention: bool,
+    device: torch.device,
 ) -> TokenStats:
     """Runs the model once and fills the stats in `needs`, each [T] on `device`.
 
     `batch` is on the host: shapes that depend on its values are worked out there, without waiting for a GPU.
+    `own_attention`: the flat kernel is ours, not one of transformers.
     """
     trained_N = batch.trained.nonzero().squeeze(1)
     positions_N = trained_N.to(device)
     if flat:
-        own_attention = model.config._attn_implementation == FLAT_ATTENTION
         arguments = flat_arguments(batch, device, own_attention=own_attention)
         output = model(**arguments, logits_to_keep=positions_N, use_cache=False)
         logits_NV = output.logits[0]

@@ -1,0 +1,352 @@
+"""Encoded rows on disk: written once, mapped into memory by every process and every later run.
+
+Owns: the key of an entry, its files, who writes it, the entries of `swift export --to_cached_dataset`. Not
+here: encoding itself (encode.py).
+
+An entry is a directory: ids.bin and labels.bin ([N] int32), loss_scale.bin ([N] float32, where some row has
+weights), rows.npy ([R, 4] int64: tokens, number of the source row, file, line) and entry.json, written last.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from swift.config.data import DataConfig
+from swift.config.option import ConfigError, default_of
+from swift.config.template import TemplateConfig
+from swift.data.encode import (
+    Chunk,
+    EncodedDataset,
+    Encoder,
+    EncodeReport,
+    Place,
+    Samples,
+    encode_chunks,
+    judge,
+    make_report,
+)
+from swift.data.rows import Rows
+from swift.template.chat import ChatTemplate
+from swift.template.tokenize import IGNORED, Encoded, fast_backend
+from swift.utils import env
+from swift.utils.files import write_json
+from swift.utils.log import say
+
+ENTRY = "entry.json"
+_BLOCK = 1 << 22  # bytes read at once
+# What an encoded row is a function of, besides the rows and the tokenizer.
+_NOT_FOR_TRAINING = ("response_prefix", "max_length")
+
+
+def encode_cached(
+    rows: Rows,
+    template: ChatTemplate,
+    *,
+    config: DataConfig,
+    template_config: TemplateConfig,
+    max_length: int,
+    what: str = "training",
+    plugins: Sequence[str] = (),
+) -> tuple[EncodedDataset, EncodeReport]:
+    """As `encode_rows`, from the cache where it has these rows; otherwise it will have them afterwards.
+
+    `plugins`: files whose code takes part. Several processes may ask at once: one encodes, the others wait.
+    """
+    encoder = Encoder(template, max_length, template_config.truncation_strategy, config.strict)
+    settings = describe_settings(template, template_config, max_length)
+    known = [rows.digest, settings, digest_tokenizer(template), _digest_code(plugins)]
+    key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
+    root = env.cache_root() / "encoded"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{root}: {error.strerror or error}", hint="SWIFT_CACHE names another place"
+        ) from error
+    with FileLock(root / f"{key}.lock"):
+        found = open_entry(root / key, rows) if config.load_from_cache_file else None
+        if found is not None and not (config.strict and found[1].num_dropped):
+            say(f"{what}: encoded rows taken from {root / key}")
+        else:
+            about = {"settings": settings, "tokenizer": digest_tokenizer(template)}
+            write_entry(root / key, encoder, rows, config, what=what, about=about)
+            found = open_entry(root / key, rows)
+            assert found is not None, f"{root / key} cannot be read back"
+    judge(found[1], config, what)
+    return found
+
+
+def describe_settings(template: ChatTemplate, config: TemplateConfig, max_length: int) -> dict[str, Any]:
+    """Flags that change tokens or labels."""
+    flags = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_FOR_TRAINING}
+    return {**flags, "system": template.system, "max_length": max_length}
+
+
+def digest_tokenizer(template: ChatTemplate) -> str:
+    """sha256 of the tokenizer and its chat template."""
+    specials = json.dumps(template.tokenizer.special_tokens_map, sort_keys=True, default=str)
+    known = (fast_backend(template).to_str(), template.source, specials)
+    return hashlib.sha256("\0".join(known).encode()).hexdigest()
+
+
+def _digest_code(plugins: Sequence[str]) -> str:
+    """sha256 of the code that makes tokens out of rows, ours and the users': no number to forget to raise."""
+    digest = hashlib.sha256()
+    for package in ("swift.data", "swift.template"):
+        files = [file for file in resources.files(package).iterdir() if file.name.endswith(".py")]
+        for file in sorted(files, key=lambda file: file.name):
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    for plugin in plugins:
+        digest.update(hashlib.sha256(Path(plugin).expanduser().read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def write_entry(
+    entry: Path, encoder: Encoder, rows: Rows, config: DataConfig, *, what: str, about: dict[str, Any]
+) -> EncodeReport:
+    """Encodes all rows into `entry`, which appears whole or not at all. The caller holds its lock."""
+    writer = _Writer(entry)
+    try:
+        chunks = map(writer.add, encode_chunks(encoder, rows, config.dataset_num_proc))
+        report = make_report(len(rows), chunks)
+        judge(report, config, what)
+        writer.finish({**about, **dataclasses.asdict(report)})
+        return report
+    finally:
+        writer.discard()
+
+
+def copy_entries(entry: Path, datasets: Sequence[EncodedDataset], about: dict[str, Any]) -> None:
+    """One entry with the rows of several data sets, one after another."""
+    writer = _Writer(entry)
+    try:
+        for dataset in datasets:
+            for first in range(0, len(dataset), 1000):
+                writer.add(_cut(dataset, first, min(first + 1000, len(dataset))))
+        total = sum(map(len, datasets))
+        writer.finish({**about, **dataclasses.asdict(EncodeReport(total, total))})
+    finally:
+        writer.discard()
+
+
+def _cut(dataset: EncodedDataset, first: int, end: int) -> Chunk:
+    span = slice(int(dataset.offsets[first]), int(dataset.offsets[end]))
+    scale = None if dataset.loss_scale is None else dataset.loss_scale[span]
+    flat = Encoded(dataset.ids[span], dataset.labels[span], scale)
+    places = [dataset.places[i] for i in range(first, end)]
+    return Chunk(flat, dataset.lengths[first:end].tolist(), list(range(first, end)), places, [])
+
+
+class _Writer:
+    """Files of an entry under a temporary name, growing chunk by chunk."""
+
+    def __init__(self, entry: Path) -> None:
+        self._entry = entry
+        self._directory = entry.with_name(f".{entry.name}.tmp")
+        self.discard()  # left by a process that was killed: only the holder of the lock gets here
+        self._directory.mkdir(parents=True)
+        self._ids = (self._directory / "ids.bin").open("wb")
+        self._labels = (self._directory / "labels.bin").open("wb")
+        self._scale: Any = None
+        self._rows: list[np.ndarray] = []
+        self._files: dict[str, int] = {}
+        self._tokens = self._trained = 0
+
+    def add(self, chunk: Chunk) -> Chunk:
+        """Writes the rows of a chunk, and passes it on."""
+        flat, size = chunk.flat, len(chunk.flat.input_ids)
+        if flat.loss_scale is not None and self._scale is None:
+            self._scale = (self._directory / "loss_scale.bin").open("wb")
+            np.ones(self._tokens, dtype=np.float32).tofile(self._scale)
+        flat.input_ids.tofile(self._ids)
+        flat.labels.tofile(self._labels)
+        if self._scale is not None:
+            scale = np.ones(size, dtype=np.float32) if flat.loss_scale is None else flat.loss_scale
+            scale.tofile(self._scale)
+        files = [self._files.setdefault(file, len(self._files)) for file, _ in chunk.places]
+        lines = [line for _, line in chunk.places]
+        self._rows.append(np.array([chunk.lengths, chunk.kept, files, lines], dtype=np.int64).T)
+        self._tokens += size
+        self._trained += int(np.count_nonzero(flat.labels != IGNORED))
+        return chunk
+
+    def finish(self, about: dict[str, Any]) -> None:
+        """Makes the entry appear."""
+        for handle in (self._ids, self._labels, self._scale):
+            if handle is not None:
+                handle.close()
+        rows = np.concatenate(self._rows)
+        np.save(self._directory / "rows.npy", rows)
+        known = {
+            **about,
+            "rows": len(rows),
+            "tokens": self._tokens,
+            "trained": self._trained,
+            "weighted": self._scale is not None,
+            "files": list(self._files),
+            "fingerprint": _fingerprint(self._directory, rows[:, 0]),
+        }
+        write_json(self._directory / ENTRY, known)
+        if self._entry.exists():
+            shutil.rmtree(self._entry)  # whoever has it mapped keeps what is mapped
+        self._directory.rename(self._entry)
+
+    def discard(self) -> None:
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _fingerprint(directory: Path, lengths: np.ndarray) -> str:
+    """As EncodedDataset.fingerprint, without mapping the files."""
+    digest = hashlib.sha256()
+
+    def add(name: str) -> None:
+        with (directory / name).open("rb") as handle:
+            while block := handle.read(_BLOCK):
+                digest.update(block)
+
+    add("ids.bin")
+    add("labels.bin")
+    digest.update(np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)]).data)
+    if (directory / "loss_scale.bin").exists():
+        add("loss_scale.bin")
+    return digest.hexdigest()
+
+
+class _Places(Sequence[Place]):
+    def __init__(self, files: list[str], rows: np.ndarray) -> None:
+        self._files, self._rows = files, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._files[int(self._rows[index, 2])], int(self._rows[index, 3])
+
+
+def open_entry(entry: Path, rows: Rows | None = None) -> tuple[EncodedDataset, EncodeReport] | None:
+    """What is in an entry; none where it is missing or damaged. `rows` are those it was made of."""
+    try:
+        about = json.loads((entry / ENTRY).read_text(encoding="utf-8"))
+        table = np.load(entry / "rows.npy")
+        count = about["tokens"]
+        names = ("ids", "labels", "loss_scale") if about["weighted"] else ("ids", "labels")
+        if table.shape != (about["rows"], 4) or table[:, 0].sum() != count:
+            return None
+        if any((entry / f"{name}.bin").stat().st_size != 4 * count for name in names):
+            return None
+        report = EncodeReport(
+            about["total"],
+            about["kept"],
+            {reason: [(file, line) for file, line in places] for reason, places in about["dropped"].items()},
+            tuple(about["unsupervised"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    kinds = (np.int32, np.int32, np.float32)
+    arrays = [np.memmap(entry / f"{name}.bin", kind, "r") for name, kind in zip(names, kinds, strict=False)]
+    flat = Encoded(arrays[0], arrays[1], arrays[2] if len(arrays) > 2 else None)
+    samples = () if rows is None else Samples(rows, table[:, 1])
+    dataset = EncodedDataset(flat, table[:, 0], _Places(about["files"], table), samples, entry)
+    dataset.__dict__.update(num_trained=about["trained"], fingerprint=about["fingerprint"])
+    return dataset, report
+
+
+def open_exported(
+    directories: Sequence[str],
+    template: ChatTemplate,
+    config: TemplateConfig,
+    *,
+    model: str,
+    max_length: int,
+    training: bool,
+) -> list[EncodedDataset]:
+    """The training or evaluation rows of `swift export --to_cached_dataset` in each directory.
+
+    Raises ConfigError where they were encoded otherwise than this run would. A directory may also be one of
+    training rows itself.
+    """
+    datasets = []
+    for directory in directories:
+        path = Path(directory).expanduser()
+        is_one = (path / ENTRY).exists()
+        if training:
+            entry = path if is_one else path / "train"
+            datasets.append(_open_checked(directory, entry, template, config, model, max_length))
+        elif not is_one and (path / "val").exists():
+            datasets.append(_open_checked(directory, path / "val", template, config, model, max_length))
+    return datasets
+
+
+def _open_checked(
+    directory: str, path: Path, template: ChatTemplate, config: TemplateConfig, model: str, max_length: int
+) -> EncodedDataset:
+    found = open_entry(path)
+    if found is None:
+        raise ConfigError(
+            f"--cached_dataset {directory}: no encoded rows in it, or they are damaged",
+            hint="swift export --to_cached_dataset true writes such a directory",
+        )
+    about = json.loads((path / ENTRY).read_text(encoding="utf-8"))
+    if about["tokenizer"] != digest_tokenizer(template):
+        raise ConfigError(
+            f"--cached_dataset {directory} was encoded with the tokenizer and chat template of "
+            f"{about['model']}, which differ from those of --model {model}",
+            hint="encode it again with this model",
+        )
+    for field in dataclasses.fields(config):
+        value, made = getattr(config, field.name), about["settings"].get(field.name)
+        if field.name not in _NOT_FOR_TRAINING and value not in (default_of(field), made):
+            raise ConfigError(
+                f"--{field.name} is {value}, but --cached_dataset {directory} was encoded with {made}",
+                hint="leave the flag out, or encode the rows again",
+            )
+    longest = int(found[0].lengths.max())
+    if longest > max_length:
+        raise ConfigError(
+            f"--cached_dataset {directory} has rows of {longest} tokens, more than --max_length {max_length}",
+            hint="raise --max_length, or encode the rows again",
+        )
+    return found[0]
+
+
+def join_datasets(datasets: Iterable[EncodedDataset]) -> EncodedDataset:
+    """All rows as one data set; more than one are copied into the cache."""
+    several = list(datasets)
+    if len(several) == 1:
+        return several[0]
+    prints = [dataset.fingerprint for dataset in several]
+    root = env.cache_root() / "encoded"
+    entry = root / hashlib.sha256("\n".join(prints).encode()).hexdigest()[:32]
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f"{entry.name}.lock"):
+        found = open_entry(entry)
+        if found is None:
+            copy_entries(entry, several, {})
+            found = open_entry(entry)
+    assert found is not None, f"{entry} cannot be read back"
+    return found[0]
+
+
+def remember(dataset: EncodedDataset, name: str, make: Callable[[], Any]) -> Any:
+    """What `make` returns (JSON), kept beside the rows that it is a function of."""
+    if dataset.directory is None:
+        return make()
+    path = dataset.directory / f"{name}.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        made = make()
+    with contextlib.suppress(OSError):  # a directory of --cached_dataset may be read-only
+        write_json(path, made)
+    return made

@@ -1,0 +1,272 @@
+"""Rows that are read when they are asked for, and not kept.
+
+Owns: places of the lines of JSON Lines files, other sources' rows, taking and joining by row number, the
+digest of content and choice. Not here: the syntax of --dataset (sources.py), files of each kind (reading.py).
+"""
+
+import difflib
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, overload
+
+import numpy as np
+
+from swift.config.option import ConfigError
+from swift.data.reading import is_json_lines, list_files, read_file, read_line
+from swift.data.types import Row
+
+_BLOCK = 1 << 20  # bytes read at once
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A row that has not been parsed: cheap to send to another process."""
+
+    text: bytes
+    file: str
+    line: int
+
+
+class Part(Protocol):
+    """Rows of one origin."""
+
+    @property
+    def digest(self) -> str: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Row | Line: ...
+
+
+class JsonLines:
+    """A file of JSON Lines; only the places of its lines are in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def _scan(self) -> tuple[np.ndarray, np.ndarray, str]:
+        """[R, 2] bytes (start, end) of every line with a row, [R] its number, the file's sha256."""
+        digest, places, numbers, start = hashlib.sha256(), array("q"), array("q"), 0
+        with _opened(self.path) as handle:
+            for number, line in enumerate(handle, start=1):
+                digest.update(line)
+                end = start + len(line)
+                if line.strip(b"\xef\xbb\xbf \t\r\n\x0b\x0c"):
+                    places.append(start)
+                    places.append(end)
+                    numbers.append(number)
+                start = end
+        self._stamp = _stamp(self.path)
+        return np.array(places).reshape(-1, 2), np.array(numbers), digest.hexdigest()
+
+    @cached_property
+    def _handle(self) -> Any:
+        return _opened(self.path)
+
+    @property
+    def digest(self) -> str:
+        return self._scan[2]
+
+    def __len__(self) -> int:
+        return len(self._scan[1])
+
+    def __getitem__(self, index: int) -> Line:
+        (start, end), number = self._scan[0][index], int(self._scan[1][index])
+        text = os.pread(self._handle.fileno(), int(end - start), int(start))
+        return Line(text.removeprefix(b"\xef\xbb\xbf") if start == 0 else text, str(self.path), number)
+
+    def check_unchanged(self) -> None:
+        if _stamp(self.path) != self._stamp:
+            raise ConfigError(f"{self.path} changed while it was read", hint="start again")
+
+
+class OtherFile:
+    """A file of another kind, read whole when its first row is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def _rows(self) -> list[Row]:
+        return list(read_file(self.path))
+
+    @cached_property
+    def digest(self) -> str:
+        digest = hashlib.sha256()
+        with _opened(self.path) as handle:
+            while block := handle.read(_BLOCK):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self._rows[index]
+
+
+class InMemory(list[Row]):
+    """Rows that came from elsewhere than a file."""
+
+    @cached_property
+    def digest(self) -> str:
+        digest = hashlib.sha256()
+        for row in self:
+            known = [row.columns, row.file, row.line, row.problem]
+            digest.update(json.dumps(known, sort_keys=True, default=str).encode() + b"\n")
+        return digest.hexdigest()
+
+
+class Rows(Sequence[Row]):
+    """Rows of some parts, in an order. `recipe` says how they were chosen: with the content, the digest."""
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        *,
+        choose: Callable[[], np.ndarray] | None = None,
+        recipe: Any = "all",
+        columns: dict[str, Any] | None = None,
+    ) -> None:
+        self.parts = parts
+        self.recipe = recipe
+        self.columns = columns or {}
+        self._choose = choose
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """[parts + 1] the number of each part's first row."""
+        return np.cumsum([0, *map(len, self.parts)])
+
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """[R] which rows of all the parts', counted through."""
+        return np.arange(self._starts[-1]) if self._choose is None else self._choose()
+
+    @property
+    def digest(self) -> str:
+        known = [[part.digest for part in self.parts], self.recipe, self.columns]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> "list[Row]": ...
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [parse_row(item, self.columns) for item in self.unparsed(index)]
+        return parse_row(self._item(int(self.numbers[index])), self.columns)
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[index] for index in range(len(self)))
+
+    def unparsed(self, which: slice) -> list[Row | Line]:
+        """Rows for `parse_row`, which may run in another process."""
+        return [self._item(number) for number in self.numbers[which].tolist()]
+
+    def _item(self, number: int) -> Row | Line:
+        part = int(np.searchsorted(self._starts, number, side="right")) - 1 if len(self.parts) > 1 else 0
+        return self.parts[part][number - int(self._starts[part])]
+
+    def take(self, choose: Callable[["Rows"], Any], recipe: Any) -> "Rows":
+        """The rows with the numbers that `choose` returns, once they are asked for."""
+        return Rows(
+            self.parts,
+            choose=lambda: self.numbers[np.asarray(choose(self), dtype=np.int64)],
+            recipe=[self.recipe, recipe],
+            columns=self.columns,
+        )
+
+    def rename(self, columns: dict[str, Any]) -> "Rows":
+        """Renames columns, once it is seen that some row has each of them."""
+
+        def choose() -> np.ndarray:
+            _check_columns(self, columns)
+            return self.numbers
+
+        return Rows(self.parts, choose=choose, recipe=self.recipe, columns=columns)
+
+    def check_unchanged(self) -> None:
+        """Raises ConfigError where a file is no longer the one that the digest is of."""
+        for part in self.parts:
+            if isinstance(part, JsonLines):
+                part.check_unchanged()
+
+
+def open_path(path: Path) -> Rows:
+    """The rows of a file or folder. Raises ConfigError where it is missing or of a kind that is not known."""
+    files = list_files(path)
+    parts = [JsonLines(file) if is_json_lines(file) else OtherFile(file) for file in files]
+    for file in files:
+        _opened(file).close()
+
+    def choose() -> np.ndarray:
+        count = sum(map(len, parts))
+        if not count:
+            raise ConfigError(f"{path}: no rows in it")
+        return np.arange(count)
+
+    return Rows(parts, choose=choose)
+
+
+def join_rows(
+    several: Sequence[Rows], *, mix: Callable[[list[int]], np.ndarray] | None = None, recipe: Any = "joined"
+) -> Rows:
+    """All rows, one table after another, or in the order that `mix` makes of the tables' lengths."""
+    if len(several) == 1:
+        return several[0]
+
+    def choose() -> np.ndarray:
+        starts = np.cumsum([0, *(sum(map(len, rows.parts)) for rows in several)])
+        order = np.concatenate([rows.numbers + start for rows, start in zip(several, starts, strict=False)])
+        return order if mix is None else order[mix([len(rows) for rows in several])]
+
+    parts = [part for rows in several for part in rows.parts]
+    recipes = [[rows.recipe, len(rows.parts)] for rows in several]
+    return Rows(parts, choose=choose, recipe=[recipe, recipes])
+
+
+def parse_row(item: Row | Line, columns: dict[str, Any]) -> Row:
+    """The row itself, its columns renamed. Raises ConfigError where a line is not valid JSON."""
+    row = read_line(item.text.strip(), item.file, item.line) if isinstance(item, Line) else item
+    if not columns:
+        return row
+    # A renamed column wins over one that already has the new name.
+    kept = {name: value for name, value in row.columns.items() if name not in columns}
+    moved = {columns[name]: value for name, value in row.columns.items() if name in columns}
+    return Row({**kept, **moved}, row.file, row.line, row.problem)
+
+
+def _check_columns(rows: Rows, columns: dict[str, Any]) -> None:
+    known: set[str] = set()
+    for row in rows:
+        known.update(row.columns)
+        # Evaluation rows may have the new name already.
+        if all(old in known or new in known for old, new in columns.items()):
+            return
+    old = next(old for old, new in columns.items() if old not in known and new not in known)
+    near = difflib.get_close_matches(old, known, 1)
+    raise ConfigError(
+        f"--columns renames {old}, which no row has",
+        hint=f"did you mean {near[0]}?" if near else f"columns are {', '.join(sorted(known))}",
+    )
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

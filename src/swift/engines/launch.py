@@ -1,0 +1,41 @@
+"""Starts a command again as several processes, through torchrun's own agent.
+
+NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT mean what torchrun's flags of those names mean.
+"""
+
+import logging
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+from swift.utils import env
+from swift.utils.log import say
+
+FORWARDED = {
+    "NPROC_PER_NODE": "--nproc_per_node",
+    "NNODES": "--nnodes",
+    "NODE_RANK": "--node_rank",
+    "MASTER_ADDR": "--master_addr",
+    "MASTER_PORT": "--master_port",
+}
+
+
+def launch(module: str, argv: Sequence[str]) -> int:
+    """`python -m module argv...` in every process of this node; the exit code of the first that failed."""
+    options = [f"{flag}={value}" for name, flag in FORWARDED.items() if (value := env.read(name))]
+    if not env.read("MASTER_PORT") and env.read("NNODES", "1") == "1":
+        options.append("--standalone")  # a free port, so that two jobs on one machine do not meet
+    env.set_defaults({"OMP_NUM_THREADS": "1"})  # torchrun does so with a warning of five lines
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        run(parse_args([*options, "-m", module, *argv]))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode != 2:  # 2 is a mistake that the process itself has told in words
+            say(
+                f"process {rank} ended with exit code {failure.exitcode}; the others were stopped",
+                style="red",
+            )
+        return failure.exitcode if failure.exitcode > 0 else 1
+    return 0

@@ -1,0 +1,5 @@
+"""The old import path of what plugins add to: rewards and loss scales. New code may use it too."""
+
+from swift.plugins.hooks import ORM, AsyncORM, LossScale, loss_scale_map, orms, rm_plugins
+
+__all__ = ["ORM", "AsyncORM", "LossScale", "loss_scale_map", "orms", "rm_plugins"]

@@ -1,0 +1,150 @@
+"""Ids of words, remembered: most words of a data set have been encoded before.
+
+Owns: where a text can be cut so that its pieces are encoded alone as they are together, and what the pieces
+became. Tokenizers whose words are not independent get no memory. Not here: labels (tokenize.py).
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from tokenizers import Encoding
+
+_MOST_WORDS = 200_000  # remembered in one process: about 40 MB
+_BATCH = 64  # rows taken apart at once: their words stay in the processor's cache
+_LONGEST_WORD = 64  # characters; longer pieces seldom come twice
+_INDEPENDENT = ("Digits", "Split", "ByteLevel", "Punctuation")  # ways to split that stay inside a word
+_GAPS = ("  ", " \n", "\n ", "\t", "\r", "\x0b", "\x0c")
+_BORDER = re.compile(r" (?<=\S )(?=\S)")  # the space between two words
+
+# Both sides of a border, to see that it is one.
+_LEFT = ("a", "aB", "1", "12", ".", "?!", "'s", "don't", "(", '"', "é", "你", "。", "😀", "_", "-", "x\ny")
+_RIGHT = ("a", "Ab", "1", "123", ".", "(", "'s", '"', "é", "你", "😀", "_", "-", "a\n", "")
+
+
+# How many tokens of a piece come before a place in it.
+Count = Callable[[Encoding, str, int], int]
+
+
+class WordMemory:
+    """A tokenizer that remembers words. Can hold `_MOST_WORDS`, then starts anew."""
+
+    def __init__(self, backend: Any, cuts: re.Pattern[str], count_starts: Count, count_ends: Count) -> None:
+        self._backend = backend
+        self._cuts = cuts
+        self._counts = (count_starts, count_ends)
+        self._first: dict[str, bytes] = {}  # by what follows an added token: int32 ids
+        self._after: dict[str, bytes] = {}  # by what follows a space: ids of the space and it
+        self._long: list[tuple[dict[str, bytes], str]] = []  # of the last call
+        self._inside: dict[tuple[str, int, Count], int] = {}  # tokens before a place in a piece
+
+    def encode(
+        self, texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]]
+    ) -> Iterator[tuple[np.ndarray, list[int]]]:
+        """Per text: its ids [L] int32, and the tokens before the start and end of each span, in one list.
+
+        Spans are characters [start, end), ascending.
+        """
+        for first in range(0, len(texts), _BATCH):
+            rows = [self._split(text) for text in texts[first : first + _BATCH]]
+            self._learn(rows)
+            for parts, borders in zip(rows, spans[first : first + _BATCH], strict=True):
+                yield self._row(parts, list(chain.from_iterable(borders)))
+
+    def _split(self, text: str) -> list[list[str]]:
+        """The words of every part between added tokens; all but a part's first follow a space."""
+        parts = [part for part in self._cuts.split(text) if part]
+        if text.isascii() and not any(gap in text for gap in _GAPS):
+            return [part.split(" ") for part in parts]
+        return [_BORDER.split(part) for part in parts]
+
+    def _learn(self, rows: list[list[list[str]]]) -> None:
+        for known, word in self._long:
+            known.pop(word, None)
+        self._long = []
+        if len(self._first) + len(self._after) + len(self._inside) > _MOST_WORDS:
+            self._first, self._after, self._inside = {}, {}, {}
+        parts = list(chain.from_iterable(rows))
+        first = {words[0] for words in parts} - self._first.keys()
+        after = set(chain.from_iterable(words[1:] for words in parts)) - self._after.keys()
+        for known, new, space in ((self._first, first, ""), (self._after, after, " ")):
+            missing = sorted(new)
+            texts = [space + word for word in missing]
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+            for word, encoding in zip(missing, encodings, strict=True):
+                known[word] = np.array(encoding.ids, dtype=np.int32).tobytes()
+            self._long += [(known, word) for word in missing if len(word) > _LONGEST_WORD]
+
+    def _row(self, parts: list[list[str]], places: list[int]) -> tuple[np.ndarray, list[int]]:
+        ids: list[bytes] = []
+        found: list[int] = []
+        characters, size, wanted = 0, 0, iter(places)  # before this part; size in bytes
+        place = next(wanted, -1)
+        for words in parts:
+            encoded, length = [self._first[words[0]]], len(words[0])
+            if len(words) > 1:
+                encoded += map(self._after.__getitem__, words[1:])
+                length = sum(map(len, words)) + len(words) - 1
+            while characters <= place < characters + length:
+                number, before = _word_at(words, place - characters)
+                tokens = (size + sum(map(len, encoded[:number]))) // 4
+                text = words[0] if number == 0 else " " + words[number]
+                count = self._counts[len(found) % 2]
+                found.append(tokens + self._count(text, place - characters - before, count))
+                place = next(wanted, -1)
+            ids += encoded
+            characters += length
+            size += sum(map(len, encoded))
+        found += [size // 4] * (len(places) - len(found))
+        return np.frombuffer(b"".join(ids), dtype=np.int32), found
+
+    def _count(self, text: str, place: int, count: Count) -> int:
+        if place == 0:
+            return 0
+        if (text, place, count) not in self._inside:
+            encoding = self._backend.encode(text, add_special_tokens=False)
+            self._inside[text, place, count] = count(encoding, text, place)
+        return self._inside[text, place, count]
+
+
+def _word_at(words: list[str], place: int) -> tuple[int, int]:
+    """The number of the word that the character at `place` is in, and the characters before that word."""
+    number, before, end = 0, 0, len(words[0])
+    while place >= end:
+        number, before = number + 1, end
+        end += 1 + len(words[number])
+    return number, before
+
+
+def learn_words(backend: Any, count_starts: Count, count_ends: Count) -> WordMemory | None:
+    """A memory for this tokenizer; none where a word's ids may depend on its neighbours."""
+    added = list(backend.get_added_tokens_decoder().values())
+    splitter = _state(backend.pre_tokenizer)
+    steps = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else [splitter]
+    obstacles = (
+        any(token.lstrip or token.rstrip or token.single_word for token in added),
+        any(_BORDER.search(token.content) for token in added),
+        # The place of a token then depends on what stands around it.
+        '"trim_offsets": true' in json.dumps(_state(backend.post_processor)),
+        _state(backend.normalizer).get("type", "NFC") != "NFC",
+        bool(getattr(backend.model, "dropout", None)),
+        any(step.get("type") not in _INDEPENDENT or step.get("add_prefix_space") for step in steps),
+    )
+    if any(obstacles) or not all(_is_border(backend, left, right) for left in _LEFT for right in _RIGHT):
+        return None
+    contents = sorted((token.content for token in added), key=len, reverse=True)
+    cuts = re.compile(f"({'|'.join(map(re.escape, contents))})" if contents else "(?!)")
+    return WordMemory(backend, cuts, count_starts, count_ends)
+
+
+def _state(component: Any) -> dict[str, Any]:
+    """A part of a tokenizer as its file would have it; empty without one."""
+    return {} if component is None else json.loads(component.__getstate__())
+
+
+def _is_border(backend: Any, left: str, right: str) -> bool:
+    pieces = backend.pre_tokenizer.pre_tokenize_str(f"{left} {right}")
+    return any(start == len(left) for _, (start, _) in pieces)
