@@ -11,11 +11,10 @@ import yaml
 
 from swift.cli.flags import Given, Resolved, knobs_of
 from swift.cli.values import to_plain, to_word, to_words
-from swift.config.option import ConfigError
+from swift.config.option import ConfigError, is_secret
 
 SUFFIXES = (".yaml", ".yml", ".json")
 OF_A_RUN = ("swift_version", "command")  # what args.json of a run holds beside flags
-SECRET_ENDINGS = ("_token", "_secret", "_password", "api_key")
 
 
 def read_config(path: Path) -> tuple[list[Given], dict[str, str]]:
@@ -60,7 +59,7 @@ def dump_config(resolved: Resolved) -> str:
 
 
 def _dump_item(name: str, value: Any) -> str:
-    if name.endswith(SECRET_ENDINGS):
+    if is_secret(name):
         return f"{name}: null  # never printed"
     value = to_plain(value)
     flow = isinstance(value, list | dict)

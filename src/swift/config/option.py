@@ -119,6 +119,11 @@ def check_value(field: "Field[Any]", value: Any) -> None:
             raise ConfigError(f"--{field.name} must be {wanted}, got {value}")
 
 
+def is_secret(name: str) -> bool:
+    """Whether a flag holds a secret, which is never printed and never written to a file."""
+    return name.endswith(("_token", "_secret", "_password", "api_key"))
+
+
 def flatten(config: Any) -> dict[str, Any]:
     """Flat {flag: value} of a nested config; the inverse of `build`."""
     flat: dict[str, Any] = {}

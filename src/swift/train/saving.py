@@ -4,7 +4,6 @@ A checkpoint is written under a temporary name, described by a manifest, synced,
 called `checkpoint-N` is complete.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -19,18 +18,10 @@ from swift.config.option import ConfigError
 from swift.engines.protocol import Engine
 from swift.engines.ranks import Ranks
 from swift.train.state import TrainState
-from swift.utils.files import sync_directory, write_json
+from swift.utils.files import file_sha256, sync_directory, write_json
 
 MANIFEST, STATE, ARGS = "manifest.json", "trainer_state.json", "args.json"
 NAME = re.compile(r"checkpoint-(\d+)")
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def write_manifest(directory: Path) -> None:

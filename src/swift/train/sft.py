@@ -151,8 +151,7 @@ def run_loop(loop: Offline, state: TrainState) -> int:
 
 def open_sources(run: SftRun) -> tuple[Rows | None, Rows | None]:
     """Training and evaluation rows."""
-    seed = run.schedule.seed if run.data.data_seed is None else run.data.data_seed
-    return open_sets(run.data, seed=seed, use_hf=run.model.use_hf, token=run.model.hub_token)
+    return open_sets(run.data, seed=run.data_seed, use_hf=run.model.use_hf, token=run.model.hub_token)
 
 
 def encode(
@@ -193,10 +192,9 @@ def plan_steps(
     accumulation = run.schedule.gradient_accumulation_steps or math.ceil(ROWS_PER_STEP / size / ranks.world)
     if resumption:
         accumulation = keep_step_size(resumption.data["rows_per_step"], size, ranks.world)
-    seed = run.schedule.seed if run.data.data_seed is None else run.data.data_seed
     packs = pack_lengths(rows.lengths, run.data.packing_length or longest) if run.data.packing else None
     return StepPlan(
-        len(rows), size, accumulation, ranks.world, seed=seed,
+        len(rows), size, accumulation, ranks.world, seed=run.data_seed,
         shuffle=run.data.train_dataloader_shuffle, packs=packs,
     )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Atomic writes. A reader sees the old file or the new one, never half of one."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -37,6 +38,15 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file of any size; hashlib.file_digest is newer than Python 3.10."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync_directory(path: Path) -> None:

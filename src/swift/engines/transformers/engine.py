@@ -90,18 +90,20 @@ class TransformersEngine:
 
     def _even_out(
         self, batches: Sequence[Batch], objective: Objective
-    ) -> tuple[list[Batch], dict[str, float]]:
-        """As many micro-batches on every rank, and the units of the whole step.
+    ) -> tuple[list[Batch], list[dict[str, int]], dict[str, float]]:
+        """As many micro-batches on every rank, the units of each, and those of the whole step.
 
         Ranks with fewer rows than others run batches without a trained token: the exchanges inside the model
         and its backward need all of them.
         """
-        totals = add_units([objective.units(b) for b in (*batches, NOTHING)])
+        units, nothing = [objective.units(b) for b in batches], objective.units(NOTHING)
+        totals = add_units([*units, nothing])
         counts = self.ranks.gather([len(batches), *(totals[unit] for unit in sorted(totals))])
         longest = int(max(row[0] for row in counts))
         sums = [sum(column) for column in list(zip(*counts, strict=True))[1:]]
-        padding = [NOTHING] * (longest - len(batches))
-        return [*batches, *padding], dict(zip(sorted(totals), sums, strict=True))
+        missing = longest - len(batches)
+        step_units = dict(zip(sorted(totals), sums, strict=True))
+        return [*batches, *[NOTHING] * missing], [*units, *[nothing] * missing], step_units
 
     def forward(self, batches: Sequence[Batch], needs: frozenset[str]) -> list[TokenStats]:
         self.model.eval()
@@ -112,7 +114,7 @@ class TransformersEngine:
 
     def forward_backward(self, batches: Sequence[Batch], objective: Objective) -> Sums:
         self.model.train()
-        batches, step_units = self._even_out(batches, objective)
+        batches, units, step_units = self._even_out(batches, objective)
         results = []
         for i, batch in enumerate(batches, start=1):
             with self.wrapped.gradients(is_last=i == len(batches)):
@@ -121,18 +123,20 @@ class TransformersEngine:
                 loss = sum(term / max(step_units[unit], 1) for unit, term in result.terms.items())
                 (loss * self.wrapped.scale).backward()
             results.append(result)
-        return self._collect(results, batches, objective)
+        return self._collect(results, batches, units)
 
     def measure(self, batches: Sequence[Batch], objective: Objective) -> Sums:
         self.model.eval()
-        batches, _ = self._even_out(batches, objective)
+        batches, units, _ = self._even_out(batches, objective)
         with torch.no_grad():
             results = [objective(self._score(b, objective.needs), b.to(self.device)) for b in batches]
-        return self._collect(results, batches, objective)
+        return self._collect(results, batches, units)
 
-    def _collect(self, results: Sequence[LossSum], batches: Sequence[Batch], objective: Objective) -> Sums:
+    def _collect(
+        self, results: Sequence[LossSum], batches: Sequence[Batch], units: Sequence[dict[str, int]]
+    ) -> Sums:
         """Sums over all micro-batches and ranks: fetched from the device at once, exchanged at once."""
-        local = collect_sums(results, [objective.units(b) for b in batches])
+        local = collect_sums(results, units)
         local.add("tokens", sum(b.num_tokens for b in batches if b is not NOTHING), 0)
         names = sorted(local.pairs)
         numbers = self.ranks.sum([number for name in names for number in local.pairs[name]])
