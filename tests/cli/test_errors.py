@@ -203,7 +203,7 @@ def test_what_a_run_raises(
         raise raised
 
     inner: Callable[[str], Any] = main.load
-    monkeypatch.setattr(main, "load", lambda path: fail if path == "swift.train.sft:run_sft" else inner(path))
+    monkeypatch.setattr(main, "load", lambda path: fail if path == "swift.train.run:run_sft" else inner(path))
     assert run(RUNNABLE) == code
     assert capsys.readouterr().err == said
 

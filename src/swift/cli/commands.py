@@ -44,7 +44,7 @@ SFT, INFER, EXPORT, DATASET = (
 RLHF, MEGATRON, MEGATRON_EXPORT, WEB_UI = (
     f"swift.cli.pending:{name}Run" for name in ("Rlhf", "Megatron", "MegatronExport", "WebUi")
 )
-RUN_SFT, RUN_INFER = "swift.train.sft:run_sft", "swift.infer.run:run_infer"
+RUN_SFT, RUN_INFER = "swift.train.run:run_sft", "swift.infer.run:run_infer"
 RUN_EXPORT = "swift.export.run:run_export"
 WHOLE, ALL_TOKENS, LAST_ROUND = ("train_type", "full"), ("loss_scale", "all"), ("loss_scale", "last_round")
 

@@ -1,0 +1,84 @@
+"""The parts of a run, built from its config: engine, run directory, callbacks."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from swift.config.runs import SftRun
+from swift.engines.ranks import Ranks
+from swift.engines.transformers.engine import TransformersEngine
+from swift.models.adapters import add_lora
+from swift.models.load import load_model
+from swift.train.callbacks import Callback, Screen
+from swift.train.resume import Resumption
+from swift.train.rundir import new_run_directory
+from swift.train.saving import remove_partial
+from swift.train.trackers import JsonlTracker, Plotter, TensorBoardTracker
+from swift.utils.log import say, warn
+
+
+def build_engine(
+    run: SftRun,
+    model_path: Path,
+    total_steps: int,
+    ranks: Ranks,
+    device: torch.device,
+    resumption: Resumption | None,
+) -> TransformersEngine:
+    """Seeds everything, loads the weights, adds adapters. Each rank draws dropout of its own."""
+    seed_everything(run.schedule.seed + ranks.rank)
+    if device.type == "cuda" and torch.cuda.device_count() > 1 and ranks.world == 1:
+        warn(f"{torch.cuda.device_count()} GPUs are visible; NPROC_PER_NODE says how many are used")
+    model = load_model(model_path, dtype=run.model.torch_dtype, attention=run.model.attn_impl, device=device)
+    if run.tuner.train_type == "lora":
+        model = add_lora(model, run.tuner, seed=run.schedule.seed)
+    learning_rate = run.optim.learning_rate
+    if learning_rate is None:
+        learning_rate = 1e-4 if run.tuner.train_type == "lora" else 1e-5
+    checkpointing = run.schedule.gradient_checkpointing
+    return TransformersEngine(
+        model,
+        run.optim,
+        learning_rate=learning_rate,
+        total_steps=total_steps,
+        flat=run.schedule.padding_free,
+        own_attention=run.model.attn_impl is None or lacks_flash(run.model.attn_impl, model),
+        gradient_checkpointing=device.type == "cuda" if checkpointing is None else checkpointing,
+        ranks=ranks,
+        fsdp=run.parallel.fsdp is not None and ranks.world > 1,
+        resume_from=resumption.checkpoint if resumption else None,
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Every generator that training may draw from, of this process."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def lacks_flash(name: str, model: PreTrainedModel | PeftModel) -> bool:
+    """Whether flash attention was asked for and is not there: our own kernel does what it would have done."""
+    return name.startswith("flash") and model.config._attn_implementation == "sdpa"
+
+
+def open_run_directory(run: SftRun, root: Path, resumption: Resumption | None) -> Path:
+    """The checkpoint's own run directory when resuming into the same place, else a new one."""
+    if resumption and (run.output.output_dir is None or root in resumption.checkpoint.parents):
+        removed = remove_partial(resumption.run_directory)
+        for name in removed:
+            say(f"removed {name}: it was half-written when the run was killed")
+        return resumption.run_directory
+    return new_run_directory(root, run.output.add_version)
+
+
+def build_callbacks(run: SftRun, directory: Path) -> list[Callback]:
+    callbacks: list[Callback] = [JsonlTracker(directory)]
+    if "tensorboard" in run.output.report_to:
+        logging_dir = run.output.logging_dir
+        callbacks.append(TensorBoardTracker(Path(logging_dir) if logging_dir else directory / "runs"))
+    return [*callbacks, Plotter(directory), Screen()]
