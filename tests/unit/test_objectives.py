@@ -65,6 +65,14 @@ def test_a_batch_without_a_trained_token_still_has_a_gradient():
     assert term.item() == 0.0 and logits.grad.abs().sum() == 0.0
 
 
+def test_mean_logits_are_over_the_vocabulary_at_trained_positions():
+    logits = torch.randn(2, 11, dtype=torch.bfloat16, requires_grad=True)
+    mean = DenseLogits(logits, torch.tensor([1, 3])).mean(5)
+    assert mean.dtype == torch.float32 and not mean.requires_grad
+    torch.testing.assert_close(mean[[1, 3]], logits.detach().float().mean(-1))
+    assert mean[[0, 2, 4]].tolist() == [0.0, 0.0, 0.0]
+
+
 def test_positions_start_again_in_every_segment():
     batch = make_batch([3, 1, 2], trained_from=0)
     assert batch.positions().tolist() == [0, 1, 2, 0, 0, 1]

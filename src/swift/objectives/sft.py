@@ -16,6 +16,7 @@ class Sft:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logps", "correct"})
+    couples_rows: ClassVar[bool] = False
 
     def units(self, batch: Batch) -> dict[str, int]:
         return {"tokens": int(batch.trained.sum())}

@@ -84,4 +84,5 @@ def score(
     return TokenStats(
         logps=view.logps(labels_T) if "logps" in needs else None,
         correct=view.correct(labels_T) if "correct" in needs else None,
+        logits_mean=view.mean(batch.num_tokens) if "logits_mean" in needs else None,
     )
