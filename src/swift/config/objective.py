@@ -1,4 +1,4 @@
-"""What `swift rlhf` optimises when the answers are in the data: the method, its losses, its reference model.
+"""What `swift rlhf` optimises where answers are in the data: method, losses, reference model.
 
 Owns: the knobs, which of them belong to which method, and the refusal of contradictions. Not here: formulas
 (objectives/), how a reference model is run.
@@ -20,7 +20,8 @@ LOSSES: dict[str, tuple[str, ...]] = {
     "orpo": (),
     "rm": (),
 }  # fmt: skip
-RLHF_TYPES = tuple(LOSSES)
+NOT_YET = ("ppo", "grpo", "gkd")  # methods that sample answers themselves
+RLHF_TYPES = (*LOSSES, *NOT_YET)
 
 # What has an effect only with some methods, or only with some losses.
 METHODS_OF: dict[str, tuple[str, ...]] = {
@@ -70,7 +71,6 @@ class RlhfConfig:
     loss_type: tuple[str, ...] | None = option(
         None,
         help="loss, for dpo one or several; none = sigmoid (dpo, cpo), kto (kto), simpo (simpo)",
-        choices=tuple(sorted({name for names in LOSSES.values() for name in names})),
     )
     loss_weights: tuple[float, ...] | None = option(
         None, help="weight of each --loss_type, in the same order; none = 1 each"
@@ -148,6 +148,8 @@ class RlhfConfig:
 
     def check(self) -> None:
         """Raises ConfigError where flags contradict each other."""
+        if self.rlhf_type in NOT_YET:
+            return
         self._check_losses()
         changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
         for name in changed:

@@ -6,18 +6,20 @@ from swift.config.data import DataConfig
 from swift.config.dataset import DatasetOptions
 from swift.config.generation import ExportOptions, GenerationConfig, InferOptions
 from swift.config.model import ModelConfig
+from swift.config.objective import RlhfConfig
 from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
 from swift.config.parallel import ParallelConfig
 from swift.config.plugins import PluginConfig
 from swift.config.schedule import OutputConfig, ScheduleConfig
+from swift.config.task import TaskConfig
 from swift.config.template import TemplateConfig
 from swift.config.tuner import TunerConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SftRun:
-    """`swift sft`."""
+class TrainRun:
+    """What every training has."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -67,6 +69,38 @@ class SftRun:
                 f"--packing_length {length} is below --max_length {self.template.max_length}: "
                 "a row has to fit into a pack",
                 hint="lower --max_length, or raise --packing_length",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SftRun(TrainRun):
+    """`swift sft`."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+
+    def check_complete(self) -> None:
+        """`check` for a run whose values are all known."""
+        TrainRun.check_complete(self)
+        self.task.check()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RlhfRun(TrainRun):
+    """`swift rlhf`: preferences and rewards instead of answers to repeat."""
+
+    rlhf: RlhfConfig = field(default_factory=RlhfConfig)
+
+    def check_complete(self) -> None:
+        """`check` for a run whose values are all known."""
+        TrainRun.check_complete(self)
+        self.rlhf.check()
+        if self.data.cached_dataset:
+            raise ConfigError("--cached_dataset holds conversations for swift sft", hint="give --dataset")
+        if self.rlhf.ref_model and self.tuner.train_type != "full":
+            raise ConfigError(
+                f"--ref_model has no use with --train_type {self.tuner.train_type}: "
+                "the reference is the model without its adapters",
+                hint="leave --ref_model out",
             )
 
 

@@ -284,7 +284,9 @@ def open_entry(
     flat = Encoded(arrays[0], arrays[1], arrays[2] if len(arrays) > 2 else None)
     samples = () if rows is None else Samples(rows, table[:, 1], shape)
     places = _Places(about["files"], table)
-    dataset = EncodedDataset(flat, parts, places, values=values, samples=samples, directory=entry)
+    dataset = EncodedDataset(
+        flat, parts, places, values=values, shape=shape, samples=samples, directory=entry
+    )
     dataset.__dict__.update(num_trained=about["trained"], fingerprint=about["fingerprint"])
     return dataset, report
 

@@ -29,6 +29,9 @@ def collate_rows(dataset: EncodedDataset, indices: Sequence[int] | np.ndarray) -
     segment = {
         name: torch.from_numpy(np.repeat(values[chosen], counts)) for name, values in dataset.values.items()
     }
+    for name, by_place in dataset.by_place:
+        numbers = [by_place[min(i, len(by_place) - 1)] for count in counts for i in range(count)]
+        segment[name] = torch.tensor(numbers, dtype=torch.float32)
     token = {
         name: torch.from_numpy(np.concatenate([values[first:end] for first, end in spans]))
         for name, values in dataset.tokens.items()

@@ -62,6 +62,7 @@ class EncodedDataset:
         places: Sequence[Place],
         *,
         values: dict[str, np.ndarray] | None = None,
+        shape: str = "chat",
         samples: Sequence[Sample] = (),
         directory: Path | None = None,
     ) -> None:
@@ -73,6 +74,7 @@ class EncodedDataset:
         self.lengths = parts.sum(1)  # [R] tokens
         self.offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.lengths)])  # [R + 1]
         self.values = values or {}  # name -> [R] float32, numbers that go with a row
+        self.by_place = SHAPES[shape].by_place  # numbers of the first sequence of a row, of the second, ...
         self.tokens: dict[str, np.ndarray] = {}  # name -> [N] float32, what was computed about each position
         self.places = places  # where each row was read
         self.samples = samples  # empty where the rows come from --cached_dataset
@@ -173,7 +175,9 @@ def encode_rows(
     places = [place for chunk in chunks for place in chunk.places]
     flat = _concatenate([chunk.flat for chunk in chunks])
     values = name_values(shape, [row for chunk in chunks for row in chunk.values])
-    return EncodedDataset(flat, parts, places, values=values, samples=Samples(table, kept, shape)), report
+    return EncodedDataset(
+        flat, parts, places, values=values, shape=shape, samples=Samples(table, kept, shape)
+    ), report
 
 
 def pad_parts(rows: Sequence[Sequence[int]]) -> np.ndarray:

@@ -49,6 +49,11 @@ class Classification:
     needs: ClassVar[frozenset[str]] = frozenset({"class_logits"})
     couples_rows: ClassVar[bool] = False
 
+    @property
+    def is_one_class(self) -> bool:
+        """Whether a label is the number of a class."""
+        return self.problem_type == "single_label_classification"
+
     def units(self, batch: Batch) -> dict[str, int]:
         return {"sequences": 0 if is_filler(batch) else batch.num_segments}
 

@@ -8,12 +8,15 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from swift.config.runs import SftRun
+from swift.config.runs import TrainRun
 from swift.engines.ranks import Ranks
 from swift.engines.transformers.engine import TransformersEngine
 from swift.models.adapters import add_lora
+from swift.models.heads import load_scoring_model
 from swift.models.load import load_model
 from swift.train.callbacks import Callback, Screen
+from swift.train.method import Method
+from swift.train.preparing import Prepared
 from swift.train.resume import Resumption
 from swift.train.rundir import new_run_directory
 from swift.train.saving import remove_partial
@@ -22,8 +25,9 @@ from swift.utils.log import say, warn
 
 
 def build_engine(
-    run: SftRun,
-    model_path: Path,
+    run: TrainRun,
+    method: Method,
+    ready: Prepared,
     total_steps: int,
     ranks: Ranks,
     device: torch.device,
@@ -33,9 +37,18 @@ def build_engine(
     seed_everything(run.schedule.seed + ranks.rank)
     if device.type == "cuda" and torch.cuda.device_count() > 1 and ranks.world == 1:
         warn(f"{torch.cuda.device_count()} GPUs are visible; NPROC_PER_NODE says how many are used")
-    model = load_model(model_path, dtype=run.model.torch_dtype, attention=run.model.attn_impl, device=device)
+    loading = {"dtype": run.model.torch_dtype, "attention": run.model.attn_impl, "device": device}
+    if method.num_labels is None:
+        model = load_model(ready.model_path, **loading)
+    else:
+        model = load_scoring_model(
+            ready.model_path, ready.tokenizer, num_labels=method.num_labels, seed=run.schedule.seed, **loading
+        )
+    frozen = None
     if run.tuner.train_type == "lora":
         model = add_lora(model, run.tuner, seed=run.schedule.seed)
+    elif method.needs_reference:
+        frozen = load_model(ready.reference_path or ready.model_path, **loading)
     learning_rate = run.optim.learning_rate
     if learning_rate is None:
         learning_rate = 1e-4 if run.tuner.train_type == "lora" else 1e-5
@@ -51,6 +64,7 @@ def build_engine(
         ranks=ranks,
         fsdp=run.parallel.fsdp is not None and ranks.world > 1,
         resume_from=resumption.checkpoint if resumption else None,
+        frozen=frozen,
     )
 
 
@@ -66,7 +80,7 @@ def lacks_flash(name: str, model: PreTrainedModel | PeftModel) -> bool:
     return name.startswith("flash") and model.config._attn_implementation == "sdpa"
 
 
-def open_run_directory(run: SftRun, root: Path, resumption: Resumption | None) -> Path:
+def open_run_directory(run: TrainRun, root: Path, resumption: Resumption | None) -> Path:
     """The checkpoint's own run directory when resuming into the same place, else a new one."""
     if resumption and (run.output.output_dir is None or root in resumption.checkpoint.parents):
         removed = remove_partial(resumption.run_directory)
@@ -76,7 +90,7 @@ def open_run_directory(run: SftRun, root: Path, resumption: Resumption | None) -
     return new_run_directory(root, run.output.add_version)
 
 
-def build_callbacks(run: SftRun, directory: Path) -> list[Callback]:
+def build_callbacks(run: TrainRun, directory: Path) -> list[Callback]:
     callbacks: list[Callback] = [JsonlTracker(directory)]
     if "tensorboard" in run.output.report_to:
         logging_dir = run.output.logging_dir

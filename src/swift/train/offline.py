@@ -1,5 +1,6 @@
 """The loop of every method that learns from rows that exist: batch, gradients, step, log, evaluate, save."""
 
+import copy
 import math
 import resource
 import sys
@@ -10,16 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from swift.batch import Batch
 from swift.config.schedule import ScheduleConfig
-from swift.data.collate import collate_rows
+from swift.data.collate import collate, collate_rows
 from swift.data.encode import EncodedDataset
 from swift.data.loader import StepPlan
 from swift.engines.protocol import Engine, StepInfo, Sums
-from swift.objectives.types import Objective
 from swift.train.callbacks import Callback, EndEvent, EvalEvent, SaveEvent, StartEvent, StepEvent
+from swift.train.method import Method
 from swift.train.saving import Saver
+from swift.train.scoring import Step, mismatch
 from swift.train.state import TrainState, format_seconds, loss_and_metrics
 
 
@@ -51,7 +55,7 @@ class Offline:
     """Everything that one offline run needs, composed by the caller."""
 
     engine: Engine
-    objective: Objective
+    method: Method
     rows: EncodedDataset
     eval_rows: EncodedDataset | None
     plan: StepPlan
@@ -79,9 +83,10 @@ class Offline:
 
     def _train_step(self, state: TrainState, clock: "Clock") -> None:
         micro_batches = self.plan.micro_batches(state.step, self.engine.data_rank)
-        batches = [collate_rows(self.rows, rows) for rows in micro_batches]
+        order = self.plan.step_rows(state.step) if self.method.needs_mismatched else np.empty(0, np.int64)
         with clock.training():
-            sums = self.engine.forward_backward(batches, self.objective)
+            batches = self._batches(self.rows, micro_batches, order, state.running)
+            sums = self.engine.forward_backward(batches, self.method.objective)
             info = self.engine.optim_step()
         state.step += 1
         state.tokens += int(sums.pairs["tokens"][0])
@@ -95,6 +100,22 @@ class Offline:
             state.elapsed_seconds = clock.elapsed()
             path = self.saver.save(self.engine, state, metric, self._lower_is_better())
             self._tell("on_save", SaveEvent(state.step, path))
+
+    def _batches(
+        self,
+        rows: EncodedDataset,
+        micro_batches: Sequence[Sequence[int] | np.ndarray],
+        order: np.ndarray,
+        running: Sums,
+    ) -> list[Batch]:
+        """Batches as the objective reads them. `order`: all rows scored together, on any rank."""
+        batches = [collate_rows(rows, chosen) for chosen in micro_batches]
+        before = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
+        mismatched = [
+            collate([mismatch(rows[i], rows[before[i]]) for i in chosen])
+            for chosen in (micro_batches if before else [])
+        ]
+        return self.method.score(self.engine, Step(batches, mismatched, running))
 
     def _log_due(self, step: int) -> bool:
         return step == 1 or step % self.schedule.logging_steps == 0 or step == self.total_steps
@@ -147,8 +168,10 @@ class Offline:
             len(self.eval_rows),
         )
         mine = range(self.engine.data_rank * size, count, self.engine.data_world * size)
-        batches = [collate_rows(self.eval_rows, range(s, min(s + size, count))) for s in mine]
-        sums = self.engine.measure(batches, self.objective)
+        order = np.arange(count if self.method.needs_mismatched else 0)
+        chosen = [range(s, min(s + size, count)) for s in mine]
+        batches = self._batches(self.eval_rows, chosen, order, copy.deepcopy(state.running))
+        sums = self.engine.measure(batches, self.method.objective)
         seconds = time.perf_counter() - started
         metrics = {f"eval_{k}": v for k, v in loss_and_metrics(sums).items()}
         speed = {
