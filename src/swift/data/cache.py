@@ -186,7 +186,8 @@ class _Writer:
         parts = pad_parts(chunk.parts)
         self._rows.append(np.array([parts.sum(1), chunk.kept, files, lines], dtype=np.int64).T)
         self._parts.append(parts)
-        self._values.append(np.array(chunk.values, dtype=np.float32).reshape(len(chunk.values), -1))
+        if chunk.values:
+            self._values.append(np.array(chunk.values, dtype=np.float32))
         self._tokens += size
         self._trained += int(np.count_nonzero(flat.labels != IGNORED))
         return chunk
@@ -199,7 +200,7 @@ class _Writer:
         rows, width = np.concatenate(self._rows), max(parts.shape[1] for parts in self._parts)
         np.save(self._directory / "rows.npy", rows)
         parts = np.concatenate([np.pad(p, ((0, 0), (0, width - p.shape[1]))) for p in self._parts])
-        values = np.concatenate([v for v in self._values if len(v)]) if len(rows) else np.empty((0, 0))
+        values = np.concatenate(self._values)
         beside = [parts] if width > 1 else []
         if width > 1:
             np.save(self._directory / PARTS, parts)

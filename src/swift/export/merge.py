@@ -13,18 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from swift import __version__
 from swift.config.option import ConfigError
 from swift.export.compare import compare_logits, compute_logits, render_texts
 from swift.models.adapters import RUN_ARGS, load_adapter, merge
 from swift.models.directory import INDEX_FILES, read_json, weight_files
+from swift.models.heads import count_labels, load_scoring_model
 from swift.models.load import TOKENIZER_FILES, load_model, load_tokenizer
 from swift.utils.files import write_json
 from swift.utils.log import say, warn
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+HEAD_FIELDS = ("architectures", "id2label", "label2id", "pad_token_id", "problem_type")
 TOKENIZER_PARTS = (
     *TOKENIZER_FILES,
     "merges.txt",
@@ -87,7 +94,12 @@ def write_merged(plan: MergePlan, staging: Path) -> Reference | None:
     """All files of the merged model; None when the merge itself changed the logits."""
     tokenizer_source = choose_tokenizer_source(plan)
     tokenizer = load_tokenizer(tokenizer_source)
-    base = load_model(plan.base, dtype="float32", attention=None, device=plan.device)
+    labels = count_labels(plan.adapter)
+    loading = {"dtype": "float32", "attention": None, "device": plan.device}
+    if labels is None:
+        base = load_model(plan.base, **loading)
+    else:
+        base = load_scoring_model(plan.base, tokenizer, num_labels=labels, seed=0, **loading)
     model = load_adapter(base, plan.adapter, trainable=False)
     texts = render_texts(tokenizer)
     logits = compute_logits(model, tokenizer, texts)
@@ -134,7 +146,11 @@ def save(plan: MergePlan, merged: PreTrainedModel, staging: Path) -> None:
     merged.save_pretrained(staging, max_shard_size=plan.max_shard_bytes)
     config = read_json(plan.base / CONFIG)
     names = [name for name in ("torch_dtype", "dtype") if name in config] or ["torch_dtype"]
-    write_json(staging / CONFIG, config | dict.fromkeys(names, plan.dtype))
+    own: dict[str, Any] = dict.fromkeys(names, plan.dtype)
+    if count_labels(plan.adapter):
+        written = read_json(staging / CONFIG)
+        own |= {name: written.get(name) for name in HEAD_FIELDS}
+    write_json(staging / CONFIG, config | own)
     if (plan.base / GENERATION_CONFIG).is_file():
         shutil.copyfile(plan.base / GENERATION_CONFIG, staging / GENERATION_CONFIG)
 
@@ -171,7 +187,9 @@ def choose_tokenizer_source(plan: MergePlan) -> Path:
 def check_written(plan: MergePlan, staging: Path, reference: Reference) -> bool:
     """Loads the files as anyone would, with transformers alone: they must give what was merged."""
     gc.collect()  # the merged model, before another one takes as much memory
-    model = AutoModelForCausalLM.from_pretrained(staging, dtype=torch.float32).to(plan.device).eval()
+    has_head = count_labels(staging) is not None
+    auto_class = AutoModelForSequenceClassification if has_head else AutoModelForCausalLM
+    model = auto_class.from_pretrained(staging, dtype=torch.float32).to(plan.device).eval()
     found = compare_logits(reference.logits, compute_logits(model, reference.tokenizer, reference.texts))
     say(f"reloaded from disk: {found.describe_difference()}: {'PASS' if found.equal else 'FAIL'}")
     return found.equal

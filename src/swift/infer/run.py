@@ -12,10 +12,13 @@ from typing import Any, TypeVar
 from swift.config.option import ConfigError, default_of
 from swift.config.runs import InferRun
 from swift.data.datasets import use_plugins
+from swift.data.sources import load_rows
 from swift.infer.batch import answer_rows, load_questions, mend_last_line, report
 from swift.infer.chat import Chat
 from swift.infer.engine import TransformersInferEngine
+from swift.infer.scoring import TextScorer
 from swift.models.adapters import adapter_base, load_run_args
+from swift.models.heads import count_labels
 from swift.models.hub import resolve_adapter, resolve_model
 from swift.template.loss_scale import build_weights
 from swift.utils.log import say, warn
@@ -53,6 +56,9 @@ def run_infer(run: InferRun) -> int:
     source = find_source(run)
     run = source.run
     specs, columns = dataset_specs(source)
+    labels = count_labels(source.adapter or source.model)
+    if labels is not None:
+        return score_texts(source, labels, specs, columns)
     result_path = Path(run.infer.result_path) if run.infer.result_path else None
     if not specs:
         open_result_file(result_path)
@@ -76,6 +82,26 @@ def run_infer(run: InferRun) -> int:
         engine, questions, rejects, options=run.infer, sampling=run.generation, result_path=result_path
     )
     report(stats, rejects, metric=run.infer.metric, result_path=result_path)
+    return 0
+
+
+def score_texts(source: Source, labels: int, specs: tuple[str, ...], columns: dict[str, Any]) -> int:
+    """What a reward model or a classifier says about the conversations of a dataset."""
+    run = source.run
+    if not specs:
+        raise ConfigError(
+            f"{source.adapter or run.model.model} gives scores, not answers",
+            hint="name conversations to score with --val_dataset",
+        )
+    seed = run.generation.seed if run.infer.data_seed is None else run.infer.data_seed
+    hub = {"use_hf": run.model.use_hf, "token": run.model.hub_token}
+    rows = load_rows(specs, seed=seed, shuffle=run.infer.dataset_shuffle, columns=columns, **hub)
+    rows = rows[: run.infer.val_dataset_sample]
+    path = Path(run.infer.result_path) if run.infer.result_path else default_result_path(source)
+    open_result_file(path)
+    scorer = TextScorer.load(source.model, source.adapter, labels, run)
+    count = scorer.score_rows(rows, path, batch_size=run.infer.max_batch_size, strict=run.infer.strict)
+    say(f"{count} scores: {path}")
     return 0
 
 

@@ -3,12 +3,31 @@
 from pathlib import Path
 
 import torch
+from peft import TaskType
+from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from swift.config.option import ConfigError
+from swift.models.directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from swift.models.load import load_weights
 
 HEAD = "score"  # the name of the head in every decoder of transformers
+SUFFIX = "ForSequenceClassification"
+
+
+def count_labels(path: Path) -> int | None:
+    """Outputs of the head that a model or a checkpoint of adapters has; none = it is a language model."""
+    adapter = path / ADAPTER_CONFIG
+    if adapter.is_file():
+        if read_json(adapter).get("task_type") != TaskType.SEQ_CLS:
+            return None
+        with safe_open(path / ADAPTER_WEIGHTS[0], framework="pt") as tensors:
+            name = next(name for name in tensors.keys() if name.endswith(f"{HEAD}.weight"))  # noqa: SIM118
+            return int(tensors.get_slice(name).get_shape()[0])
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    names = config.get("architectures") or []
+    is_head = any(name.endswith(SUFFIX) for name in names)
+    return len(config.get("id2label") or (0, 0)) if is_head else None
 
 
 def load_scoring_model(

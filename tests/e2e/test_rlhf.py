@@ -1,0 +1,349 @@
+"""`swift rlhf` and the scoring tasks of `swift sft` as a user runs them, on a tiny model."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_sft import losses, only_run, read_log
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from swift.cli.main import run as run_command
+
+GOOD, BAD = "Thank you for asking.", "Now go away."
+
+
+def pair(i: int) -> dict:
+    return {"query": f"What about {i}?", "response": f"It is {i}. {GOOD}", "rejected_response": f"{i}. {BAD}"}
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_pairs(path: Path, count: int = 16) -> Path:
+    return write(path, [pair(i) for i in range(count)])
+
+
+def write_liked(path: Path, count: int = 16) -> Path:
+    rows = [
+        {
+            "query": f"What about {i}?",
+            "response": f"It is {i}. {GOOD if i % 2 else BAD}",
+            "label": bool(i % 2),
+        }
+        for i in range(count)
+    ]
+    return write(path, rows)
+
+
+def command(kind: str, model: Path, data: Path, output: Path, *flags: str) -> list[str]:
+    name = ["sft", "--task_type", kind] if kind in ("seq_cls", "embedding", "reranker") else None
+    return [
+        *(name or ["rlhf", "--rlhf_type", kind]), "--model", str(model), "--dataset", str(data),
+        "--output_dir", str(output), "--per_device_train_batch_size", "4", "--gradient_accumulation_steps",
+        "2",
+        "--learning_rate", "5e-3", "--logging_steps", "1", "--num_train_epochs", "3", *flags,
+    ]  # fmt: skip
+
+
+def train(*arguments, **keywords) -> Path:
+    assert run_command(command(*arguments, **keywords)) == 0
+    return only_run(arguments[3])
+
+
+def steps_of(run: Path, name: str) -> list[float]:
+    return [row[name] for row in read_log(run) if "loss" in row]
+
+
+def test_dpo_starts_at_ln_2_learns_and_goes_on_to_the_bit(tiny_llama_dir, tmp_path, capsys):
+    data = write_pairs(tmp_path / "pairs.jsonl", 20)
+    flags = ("--split_dataset_ratio", "0.2", "--save_steps", "2")
+    run = train("dpo", tiny_llama_dir, data, tmp_path / "out", *flags)
+    told = capsys.readouterr().err
+    assert GOOD in told and BAD in told  # both answers of the row that is shown
+    first, *_, last = [row for row in read_log(run) if "loss" in row]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert {first[f"rewards/{n}"] for n in ("chosen", "rejected", "margins", "accuracies")} == {0.0}
+    assert last["loss"] < 0.3 and last["rewards/accuracies"] == 1.0
+    assert last["rewards/margins"] == pytest.approx(last["rewards/chosen"] - last["rewards/rejected"])
+    assert {"logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"} <= last.keys()
+    evaluated = next(row for row in reversed(read_log(run)) if "eval_loss" in row)
+    assert evaluated["eval_rewards/accuracies"] == 1.0
+    curve, before = losses(run), load_file(run / "last" / "adapter_model.safetensors")
+    assert run_command(["rlhf", "--resume_from_checkpoint", str(run / "checkpoint-2")]) == 0
+    assert losses(run) == curve
+    after = load_file(run / "last" / "adapter_model.safetensors")
+    assert all((before[name] == after[name]).all() for name in before)
+
+
+def test_the_curve_knows_nothing_of_layouts(tiny_llama_dir, tmp_path):
+    """Micro-batches, packs, and a reference that was run beforehand, with all weights trained."""
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    flags = (
+        "--train_type",
+        "full",
+        "--save_strategy",
+        "no",
+        "--learning_rate",
+        "1e-3",
+        "--num_train_epochs",
+        "2",
+    )
+    layouts = {
+        "plain": (),
+        "one": ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8"),
+        "before": ("--precompute_ref_log_probs", "true"),
+        "cached": ("--precompute_ref_log_probs", "true", "--padding_free", "false"),
+    }
+    curves = {
+        name: [row[1:] for row in losses(train("dpo", tiny_llama_dir, data, tmp_path / name, *flags, *more))]
+        for name, more in layouts.items()
+    }
+    for name in layouts:
+        assert sum(curves[name], ()) == pytest.approx(sum(curves["plain"], ()), rel=2e-5), name
+    whole = ("--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1")
+    packed = ("--packing", "true", "--packing_length", "200")
+    curves = [
+        losses(train("dpo", tiny_llama_dir, data, tmp_path / name, *flags, *whole, *more))
+        for name, more in (("packed", packed), ("rows", ()))
+    ]
+    assert [row[1] for row in curves[0]] == pytest.approx([row[1] for row in curves[1]], rel=2e-5)
+
+
+def test_another_reference_model(tiny_llama_dir, make_tiny_model_dir, tmp_path):
+    """The first loss is that of the margin between the two models, computed from their own losses."""
+    data = write_pairs(tmp_path / "pairs.jsonl", 8)
+    other = make_tiny_model_dir(tmp_path, seed=5)
+    flags = ("--train_type", "full", "--save_strategy", "no", "--max_steps", "1", "--ref_model", str(other))
+    run = train("dpo", tiny_llama_dir, data, tmp_path / "out", *flags)
+    (row,) = (row for row in read_log(run) if "loss" in row)
+    assert abs(row["loss"] - math.log(2)) > 1e-3
+    assert row["rewards/margins"] == pytest.approx(row["rewards/chosen"] - row["rewards/rejected"], abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["orpo", "simpo", "cpo"])
+def test_methods_without_a_reference_learn(kind, tiny_llama_dir, tmp_path):
+    run = train(
+        kind, tiny_llama_dir, write_pairs(tmp_path / "p.jsonl"), tmp_path / "out", "--save_strategy", "no"
+    )
+    assert steps_of(run, "loss")[-1] < steps_of(run, "loss")[0] - 0.3
+    assert steps_of(run, "rewards/margins")[-1] > steps_of(run, "rewards/margins")[0]
+
+
+@pytest.mark.parametrize("losses_named", [("bco_pair",), ("aot", "sigmoid"), ("apo_zero", "sft")])
+def test_losses_that_need_more_than_a_pair(losses_named, tiny_llama_dir, tmp_path):
+    flags = ("--loss_type", *losses_named, "--save_steps", "2")
+    run = train("dpo", tiny_llama_dir, write_pairs(tmp_path / "p.jsonl"), tmp_path / "out", *flags)
+    curve = losses(run)
+    assert curve[-1][1] < curve[0][1] - 0.1
+    assert run_command(["rlhf", "--resume_from_checkpoint", str(run / "checkpoint-2")]) == 0
+    assert losses(run) == curve  # running means are part of a checkpoint
+
+
+def test_kto_learns_from_single_answers_in_any_layout(tiny_llama_dir, tmp_path):
+    data = write_liked(tmp_path / "liked.jsonl")
+    flags = ("--save_strategy", "no", "--lora_dropout", "0", "--split_dataset_ratio", "0.25")
+    run = train("kto", tiny_llama_dir, data, tmp_path / "out", *flags)
+    log = [row for row in read_log(run) if "loss" in row]
+    assert log[0]["loss"] == pytest.approx(0.5, abs=1e-6) and log[0]["kl"] == 0
+    evaluated = read_log(run)[-2]
+    assert evaluated["eval_rewards/margins"] > 0.3 and evaluated["eval_kl"] >= 0
+    margins = evaluated["eval_rewards/chosen"] - evaluated["eval_rewards/rejected"]
+    assert evaluated["eval_rewards/margins"] == pytest.approx(margins)
+    small = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8")
+    again = train("kto", tiny_llama_dir, data, tmp_path / "one", *flags, *small)
+    for name in ("loss", "grad_norm", "kl"):
+        assert steps_of(again, name) == pytest.approx(steps_of(run, name), rel=3e-5, abs=1e-7), name
+
+
+@pytest.mark.parametrize("train_type", ["lora", "full"])
+def test_a_reward_model_scores_texts_and_loads_anywhere(train_type, tiny_llama_dir, tmp_path):
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    run = train(
+        "rm", tiny_llama_dir, data, tmp_path / "out", "--train_type", train_type, "--num_train_epochs", "5"
+    )
+    assert steps_of(run, "rewards/accuracies")[-1] == 1.0
+    texts = [{"query": "What about 3?", "response": f"It is 3. {end}"} for end in (GOOD, BAD)]
+    asked, scores = write(tmp_path / "texts.jsonl", texts), tmp_path / "scores.jsonl"
+    source, found = run / "last", ["--adapters" if train_type == "lora" else "--model"]
+    score = ["infer", "--val_dataset", str(asked), "--max_batch_size", "2", "--result_path"]
+    assert run_command([*score, str(scores), *found, str(source)]) == 0
+    good, bad = (json.loads(line)["score"] for line in scores.read_text().splitlines())
+    assert good > bad + 1
+    if train_type == "lora":
+        source = tmp_path / "merged"
+        merge = ["export", "--merge_lora", "true", "--output_dir", str(source), "--adapters"]
+        assert run_command([*merge, str(run / "last")]) == 0
+        merged_scores = tmp_path / "merged.jsonl"
+        assert run_command([*score, str(merged_scores), "--model", str(source)]) == 0
+        merged = [json.loads(line)["score"] for line in merged_scores.read_text().splitlines()]
+        assert merged == pytest.approx([good, bad], abs=1e-4)
+    model = AutoModelForSequenceClassification.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    chats = [
+        [{"role": "user", "content": t["query"]}, {"role": "assistant", "content": t["response"]}]
+        for t in texts
+    ]
+    ids = tokenizer.apply_chat_template(chats, padding=True, return_dict=True, return_tensors="pt")
+    with torch.no_grad():
+        theirs = model(**ids).logits[:, 0].tolist()
+    assert theirs == pytest.approx([good, bad], abs=1e-4)
+
+
+TASKS = {
+    "seq_cls": (
+        [{"query": f"{'apple' if i % 2 else 'stone'} {i}", "label": i % 2} for i in range(16)],
+        ("--num_labels", "2"),
+    ),
+    "embedding": (
+        [
+            {"query": f"text {i}", "response": f"{i} {GOOD if i % 2 else BAD}", "label": i % 2}
+            for i in range(16)
+        ],
+        (),
+    ),
+    "infonce": (
+        [
+            {
+                "messages": [{"role": "user", "content": f"text {i}"}],
+                "positive_messages": [[{"role": "user", "content": f"{i} again"}]],
+                "negative_messages": [[{"role": "user", "content": f"other {i + j}"}] for j in (1, 2)],
+            }
+            for i in range(16)
+        ],
+        ("--loss_type", "infonce"),
+    ),
+    "reranker": (
+        [
+            {
+                "messages": [{"role": "user", "content": f"find {i}"}],
+                "positive_messages": [[{"role": "assistant", "content": f"{i}. {GOOD}"}]],
+                "negative_messages": [[{"role": "assistant", "content": f"{i}. {BAD}"}]],
+            }
+            for i in range(16)
+        ],
+        ("--loss_type", "listwise_reranker"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_tasks_of_whole_texts_learn_in_any_layout(name, tiny_llama_dir, tmp_path):
+    rows, flags = TASKS[name]
+    data = write(tmp_path / "rows.jsonl", rows)
+    kind = "embedding" if name == "infonce" else name
+    flags = (
+        *flags,
+        "--train_type",
+        "full",
+        "--learning_rate",
+        "2e-3",
+        "--save_strategy",
+        "no",
+        "--num_train_epochs",
+        "5",
+    )
+    curve = losses(train(kind, tiny_llama_dir, data, tmp_path / "out", *flags))
+    assert curve[-1][1] < 0.7 * curve[0][1]
+    if name != "infonce":  # whose candidates are those of the micro-batch
+        flags = (
+            *flags,
+            "--per_device_train_batch_size",
+            "2",
+            "--gradient_accumulation_steps",
+            "4",
+            "--padding_free",
+            "false",
+        )
+        again = losses(train(kind, tiny_llama_dir, data, tmp_path / "cut", *flags))
+        assert [row[1] for row in again] == pytest.approx([row[1] for row in curve], rel=1e-4)
+
+
+MISTAKES = {
+    "no rejected answer": (
+        "dpo",
+        [pair(0), {"query": "q", "response": "a"}],
+        (),
+        ["rows.jsonl:2", "no rejected answer"],
+    ),
+    "equal answers": (
+        "dpo",
+        [{**pair(0), "rejected_response": pair(0)["response"]}],
+        (),
+        ["chosen and rejected are the same", "rows.jsonl:1"],
+    ),
+    "one kind of label": (
+        "kto",
+        [{"query": "q", "response": "a", "label": True}] * 4,
+        (),
+        ["all 4 training rows are liked", "--rlhf_type kto"],
+    ),
+    "no label": ("kto", [{"query": "q", "response": "a"}], (), ["no label", "rows.jsonl:1"]),
+    "a step of one row": (
+        "kto",
+        [{"query": "q", "response": "a", "label": i % 2} for i in range(4)],
+        ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"),
+        ["a step has one row", "--gradient_accumulation_steps"],
+    ),
+    "reference with adapters": (
+        "dpo",
+        [pair(0)],
+        ("--ref_model", "x"),
+        ["--ref_model", "--train_type lora", "leave --ref_model out"],
+    ),
+    "flag of another method": (
+        "kto",
+        [pair(0)],
+        ("--rpo_alpha", "1"),
+        ["--rpo_alpha has no effect with --rlhf_type kto"],
+    ),
+    "unknown loss": (
+        "dpo",
+        [pair(0)],
+        ("--loss_type", "sigmoide"),
+        ["--loss_type sigmoide is not a loss of --rlhf_type dpo"],
+    ),
+    "weights": (
+        "dpo",
+        [pair(0)],
+        ("--loss_type", "sigmoid", "sft", "--loss_weights", "1"),
+        ["--loss_weights has 1 values for 2"],
+    ),
+    "not yet": ("grpo", [pair(0)], (), ["--rlhf_type grpo is not there yet"]),
+    "class out of range": (
+        "seq_cls",
+        [{"query": "q", "label": 3}],
+        ("--num_labels", "2"),
+        ["rows.jsonl line 1", "label 3 is not a class from 0 to 1"],
+    ),
+    "number of classes": (
+        "seq_cls",
+        [{"query": "q", "label": 1}],
+        (),
+        ["--task_type seq_cls needs --num_labels"],
+    ),
+    "no partner": ("embedding", [{"query": "q", "label": 1}], (), ["no positive_messages", "rows.jsonl:1"]),
+}
+
+
+@pytest.mark.parametrize("name", list(MISTAKES))
+def test_mistakes_are_told_before_weights_load(name, tiny_llama_dir, tmp_path, capfd):
+    kind, rows, flags, expected = MISTAKES[name]
+    data = write(tmp_path / "rows.jsonl", rows)
+    flags = (*flags, "--max_drop_ratio", "0.2")
+    assert run_command(command(kind, tiny_llama_dir, data, tmp_path / "out", *flags)) == 2
+    said = " ".join(capfd.readouterr().err.split())
+    assert all(part in said.replace(" line ", ":") or part in said for part in expected), said
+    assert "parameters" not in said and not (tmp_path / "out").exists()
+
+
+def test_a_language_model_is_no_reward_model(tiny_llama_dir, tmp_path, capfd):
+    """Adapters of one kind on the other, and a head that is not there."""
+    data = write_pairs(tmp_path / "pairs.jsonl", 8)
+    run = train("rm", tiny_llama_dir, data, tmp_path / "out", "--max_steps", "1")
+    assert run_command(["infer", "--adapters", str(run / "last")]) == 2
+    assert "gives scores, not answers" in capfd.readouterr().err
