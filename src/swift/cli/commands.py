@@ -47,9 +47,12 @@ RLHF, MEGATRON, MEGATRON_EXPORT, WEB_UI = (
 RUN_SFT, RUN_INFER = "swift.train.run:run_sft", "swift.infer.run:run_infer"
 RUN_EXPORT = "swift.export.run:run_export"
 WHOLE, ALL_TOKENS, LAST_ROUND = ("train_type", "full"), ("loss_scale", "all"), ("loss_scale", "last_round")
+PLAIN_TEXT = (ALL_TOKENS, ("use_chat_template", False))
 
 COMMANDS = (
-    Command("swift", "pt", SFT, None, "continue pre-training on plain text", True, (ALL_TOKENS,)),
+    Command(
+        "swift", "pt", SFT, RUN_SFT, "continue pre-training on plain text", True, PLAIN_TEXT, can_spread=True
+    ),
     Command("swift", "sft", SFT, RUN_SFT, "fine-tune on conversations", True, can_spread=True),
     Command(
         "swift", "rlhf", RLHF, None, "learn from preferences and rewards: DPO, KTO, GRPO", True, (LAST_ROUND,)

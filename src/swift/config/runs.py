@@ -6,6 +6,7 @@ from swift.config.data import DataConfig
 from swift.config.dataset import DatasetOptions
 from swift.config.generation import ExportOptions, GenerationConfig, InferOptions
 from swift.config.model import ModelConfig
+from swift.config.objective import SftConfig
 from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
 from swift.config.parallel import ParallelConfig
@@ -17,13 +18,14 @@ from swift.config.tuner import TunerConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SftRun:
-    """`swift sft`."""
+    """`swift sft` and `swift pt`."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     plugins: PluginConfig = field(default_factory=PluginConfig)
     tuner: TunerConfig = field(default_factory=TunerConfig)
+    objective: SftConfig = field(default_factory=SftConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -52,6 +54,8 @@ class SftRun:
                 hint="leave one of them out",
             )
         self.data.check()
+        self.template.check()
+        self.objective.check()
         if self.data.packing_length is not None:
             self._check_packing_length(self.data.packing_length)
         if self.schedule.max_steps < 0 and self.schedule.num_train_epochs == 0:
@@ -112,6 +116,7 @@ class ExportRun:
                     hint="give them to the training that uses the encoded rows",
                 )
             self.data.check()
+            self.template.check()
             return
         if not self.export.merge_lora:
             raise ConfigError(

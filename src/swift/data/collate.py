@@ -23,10 +23,12 @@ def collate(rows: Sequence[Encoded]) -> Batch:
     if any(r.loss_scale is not None for r in rows):
         weights = [np.ones(len(r.labels), np.float32) if r.loss_scale is None else r.loss_scale for r in rows]
         token["loss_scale"] = torch.from_numpy(np.concatenate([shift_left(w, 0.0) for w in weights]))
+    channels = [-1 if r.channel is None else r.channel for r in rows]
     return Batch(
         input_ids=torch.from_numpy(input_ids.astype(np.int64)),
         labels=torch.from_numpy(labels.astype(np.int64)),
         segment_ids=torch.from_numpy(segment_ids.astype(np.int64)),
         num_segments=len(rows),
         token=token,
+        segment={"channel": torch.tensor(channels)} if max(channels) >= 0 else {},
     )

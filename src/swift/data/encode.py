@@ -25,7 +25,7 @@ from swift.data.formats import PREFERENCE_DATA, to_sample
 from swift.data.rows import InMemory, Line, Rows, parse_row
 from swift.data.types import Row, RowError, Sample, place
 from swift.template.chat import ChatTemplate
-from swift.template.tokenize import IGNORED, Encoded, Rejected, encode_chats
+from swift.template.tokenize import IGNORED, Encoded, Rejected, cut_pieces, encode_chats
 from swift.utils.log import console
 
 _CHUNK = 500  # rows handed to the tokenizer, or to a worker process, at once
@@ -71,6 +71,7 @@ class EncodedDataset:
         self.places = places  # where each row was read
         self.samples = samples  # empty where the rows come from --cached_dataset
         self.directory = directory  # what it is mapped from, if it is
+        self.channels: np.ndarray | None = None  # [R] number of each row's channel, -1 = none
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -78,9 +79,9 @@ class EncodedDataset:
     def __getitem__(self, index: int) -> Encoded:
         end = self.offsets[index % len(self) + 1]
         kept = slice(end - self.lengths[index], end)
-        return Encoded(
-            self.ids[kept], self.labels[kept], None if self.loss_scale is None else self.loss_scale[kept]
-        )
+        scale = None if self.loss_scale is None else self.loss_scale[kept]
+        channel = None if self.channels is None else int(self.channels[index])
+        return Encoded(self.ids[kept], self.labels[kept], scale, channel)
 
     @property
     def num_tokens(self) -> int:
@@ -130,7 +131,7 @@ class Chunk:
 
     flat: Encoded  # [tokens of all]
     lengths: list[int]  # [K]
-    kept: list[int]  # [K] which rows these are, counted from the first of all
+    kept: list[int]  # [K] which rows these are, counted from the first of all; pieces of a row share one
     places: list[Place]  # [K]
     dropped: list[tuple[Place, Rejected]]
 
@@ -165,7 +166,7 @@ def make_report(total: int, chunks: Iterable[Chunk]) -> EncodeReport:
     unsupervised: set[str] = set()
     kept = 0
     for chunk in chunks:
-        kept += len(chunk.lengths)
+        kept += len(set(chunk.kept))
         for where, rejected in chunk.dropped:
             dropped.setdefault(rejected.reason, []).append(where)
             if rejected.unsupervised:
@@ -209,10 +210,12 @@ class Encoder:
         for number, where, outcome in outcomes:
             result = next(encoded) if isinstance(outcome, Sample) else outcome
             if isinstance(result, Encoded):
-                parts.append(result)
-                chunk.lengths.append(len(result.input_ids))
-                chunk.kept.append(number)
-                chunk.places.append(where)
+                split = self.truncation_strategy == "split" and len(result.input_ids) > self.max_length
+                for piece in cut_pieces(result, self.max_length) if split else [result]:
+                    parts.append(piece)
+                    chunk.lengths.append(len(piece.input_ids))
+                    chunk.kept.append(number)
+                    chunk.places.append(where)
             elif self.strict:
                 raise ConfigError(
                     f"{place(*where)}: {result.reason}",
@@ -316,7 +319,7 @@ def judge(report: EncodeReport, config: DataConfig, what: str) -> None:
 def _hint(report: EncodeReport) -> str | None:
     reason = max(report.dropped, key=lambda name: len(report.dropped[name]))
     if "--max_length" in reason:
-        return "raise --max_length, or cut rows with --truncation_strategy right"
+        return "raise --max_length, or cut rows with --truncation_strategy right (plain text: split)"
     if reason.startswith(PREFERENCE_DATA):
         return "use swift rlhf --rlhf_type dpo for these rows"
     if reason.startswith("no column"):

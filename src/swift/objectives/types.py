@@ -17,6 +17,8 @@ class TokenStats:
 
     logps: Tensor | None = None  # [T] natural log p(labels[t]); 0 where the token is not trained
     correct: Tensor | None = None  # [T] bool: labels[t] is the most likely token; False where not trained
+    mean_logps: Tensor | None = None  # [T] log p averaged over the vocabulary; 0 where not trained
+    router_logits: tuple[Tensor, ...] | None = None  # [T, experts] of every layer with a router
 
 
 @dataclass(frozen=True, slots=True)

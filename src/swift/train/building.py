@@ -6,13 +6,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from swift.config.option import ConfigError
 from swift.config.runs import SftRun
+from swift.data.channels import find_channels
+from swift.data.encode import EncodedDataset
 from swift.engines.ranks import Ranks
 from swift.engines.transformers.engine import TransformersEngine
 from swift.models.adapters import add_lora
 from swift.models.load import load_model
+from swift.objectives.sft import Sft
 from swift.train.callbacks import Callback, Screen
 from swift.train.resume import Resumption
 from swift.train.rundir import new_run_directory
@@ -50,8 +54,26 @@ def build_engine(
         gradient_checkpointing=device.type == "cuda" if checkpointing is None else checkpointing,
         ranks=ranks,
         fsdp=run.parallel.fsdp is not None and ranks.world > 1,
+        noise_alpha=run.objective.neftune_noise_alpha,
         resume_from=resumption.checkpoint if resumption else None,
     )
+
+
+def build_objective(
+    run: SftRun, config: PretrainedConfig, rows: EncodedDataset, eval_rows: EncodedDataset | None
+) -> Sft:
+    """The loss of a run. Raises ConfigError where model or rows have not what it needs."""
+    experts = getattr(config.get_text_config(), "num_experts_per_tok", None)
+    if run.objective.router_aux_loss_coef and not (experts and hasattr(config, "output_router_logits")):
+        raise ConfigError(
+            f"--router_aux_loss_coef {run.objective.router_aux_loss_coef:g}: a {config.model_type} model "
+            "gives out no choices of experts to balance",
+            hint="leave it out",
+        )
+    channels = ()
+    if run.objective.enable_channel_loss:
+        channels = find_channels([rows, *([] if eval_rows is None else [eval_rows])])
+    return Sft(run.objective, channels, experts or 0)
 
 
 def seed_everything(seed: int) -> None:

@@ -10,11 +10,10 @@ from swift.data.sources import open_sets
 from swift.engines.ranks import join_ranks, leave_ranks
 from swift.models.hub import resolve_model
 from swift.models.load import context_length, load_config, load_tokenizer, pick_device
-from swift.objectives.sft import Sft
 from swift.template.chat import ChatTemplate
 from swift.template.loss_scale import build_weights
 from swift.train import summary
-from swift.train.building import build_callbacks, build_engine, open_run_directory
+from swift.train.building import build_callbacks, build_engine, build_objective, open_run_directory
 from swift.train.offline import Offline
 from swift.train.preparing import check_equal_on_ranks, encode_sets, plan_steps
 from swift.train.resume import check_same_data, hide_secrets, load_resumption, with_model, with_system
@@ -48,8 +47,10 @@ def run_sft(run: SftRun) -> int:
     longest = min(longest, run.data.packing_length or longest)
     template = ChatTemplate(tokenizer, run.template)
     run = with_system(run, template.system)
-    tokenizer.chat_template = tokenizer.chat_template or template.source  # saved with every checkpoint
+    if run.template.use_chat_template:
+        tokenizer.chat_template = tokenizer.chat_template or template.source  # saved with every checkpoint
     rows, eval_rows = encode_sets(run, template, train_rows, eval_source, longest)
+    objective = build_objective(run, load_config(model_path), rows, eval_rows)
     ranks, device = join_ranks(pick_device(run.model.device), run.parallel.ddp_timeout)
     plan = plan_steps(run, rows, longest, ranks, resumption)
     data = {
@@ -85,8 +86,8 @@ def run_sft(run: SftRun) -> int:
     )  # fmt: skip
     state = resumption.state if resumption else TrainState()
     loop = Offline(
-        engine=engine, objective=Sft(), rows=rows, eval_rows=eval_rows, plan=plan, total_steps=total_steps,
-        schedule=run.schedule, saver=saver, run_directory=directory,
+        engine=engine, objective=objective, rows=rows, eval_rows=eval_rows, plan=plan,
+        total_steps=total_steps, schedule=run.schedule, saver=saver, run_directory=directory,
         callbacks=build_callbacks(run, directory) if ranks.is_main else [],
     )  # fmt: skip
     code = run_loop(loop, state)

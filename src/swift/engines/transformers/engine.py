@@ -24,6 +24,7 @@ from swift.engines.ranks import Ranks
 from swift.engines.transformers import checkpoint
 from swift.engines.transformers.attention import FLAT_ATTENTION
 from swift.engines.transformers.forward import refusal_of_flat, score
+from swift.engines.transformers.noise import EmbeddingNoise
 from swift.engines.transformers.wrap import (
     full_state,
     grad_norm,
@@ -56,6 +57,7 @@ class TransformersEngine:
         gradient_checkpointing: bool = False,
         ranks: Ranks | None = None,
         fsdp: bool = False,
+        noise_alpha: float | None = None,
         resume_from: Path | None = None,
     ) -> None:
         self.model = model
@@ -72,6 +74,7 @@ class TransformersEngine:
             enable_recompute(base)
         if resume_from:
             checkpoint.load_weights(model, resume_from)
+        self.noise = EmbeddingNoise(base.get_input_embeddings(), noise_alpha) if noise_alpha else None
         self.sharded = fsdp
         self.wrapped = wrap(model, base, self.ranks, fsdp)
         self.max_grad_norm = config.max_grad_norm
@@ -82,6 +85,8 @@ class TransformersEngine:
             self._load_state(resume_from)
 
     def _score(self, batch: Batch, needs: frozenset[str]) -> TokenStats:
+        if self.noise:
+            self.noise.batch = batch
         # Adapters are kept in float32 beside a half-precision model: autocast runs both in the model's dtype.
         is_half = self.dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(self.device.type, self.dtype, enabled=is_half):
