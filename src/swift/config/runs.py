@@ -56,10 +56,21 @@ class SftRun:
         self.data.check()
         self.template.check()
         self.objective.check()
+        self.output.profiled  # noqa: B018 - raises ConfigError
+        self._check_evaluation()
         if self.data.packing_length is not None:
             self._check_packing_length(self.data.packing_length)
         if self.schedule.max_steps < 0 and self.schedule.num_train_epochs == 0:
             raise ConfigError("--num_train_epochs 0 trains nothing", hint="give epochs or --max_steps")
+
+    def _check_evaluation(self) -> None:
+        if self.data.val_dataset or self.data.split_dataset_ratio or self.data.cached_dataset:
+            return
+        for flag in ("early_stop_interval", "eval_on_start"):
+            if getattr(self.schedule, flag):
+                raise ConfigError(
+                    f"--{flag} needs rows to evaluate", hint="--val_dataset or --split_dataset_ratio"
+                )
 
     def _check_packing_length(self, length: int) -> None:
         if not self.data.packing:

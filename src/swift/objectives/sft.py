@@ -84,8 +84,9 @@ class Sft:
         count = len(self.channels)
         channel_S = batch.segment.get("channel", batch.segment_ids.new_full((batch.num_segments,), -1))
         channel_T = (channel_S % (count + 1))[batch.segment_ids]  # -1, no channel, is the last place
-        totals = nll_T.new_zeros(count + 1).index_add(0, channel_T, nll_T)
-        counts = nll_T.new_zeros(count + 1).index_add(0, channel_T, batch.trained.to(nll_T.dtype))
+        zeros = nll_T.new_zeros(count + 1, dtype=torch.float64)
+        totals = zeros.index_add(0, channel_T, nll_T.double())
+        counts = zeros.index_add(0, channel_T, batch.trained.double())
         return {f"loss_{name}": (totals[i], counts[i]) for i, name in enumerate(self.channels)}
 
 

@@ -1,12 +1,14 @@
 """The parts of a run, built from its config: engine, run directory, callbacks."""
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 
 from swift.config.option import ConfigError
 from swift.config.runs import SftRun
@@ -17,11 +19,15 @@ from swift.engines.transformers.engine import TransformersEngine
 from swift.models.adapters import add_lora
 from swift.models.load import load_model
 from swift.objectives.sft import Sft
-from swift.train.callbacks import Callback, Screen
+from swift.plugins.callbacks import Callback, callbacks_map, extra_callbacks
+from swift.train.callbacks import EarlyStop, Screen
+from swift.train.hf_callbacks import HfCallbacks, check_hf_callback
+from swift.train.profiling import Profiler
 from swift.train.resume import Resumption
 from swift.train.rundir import new_run_directory
 from swift.train.saving import remove_partial
-from swift.train.trackers import JsonlTracker, Plotter, TensorBoardTracker
+from swift.train.trackers import JsonlTracker, Plotter
+from swift.train.tracking import TrackedRun, Tracking, load_trackers
 from swift.utils.log import say, warn
 
 
@@ -98,9 +104,40 @@ def open_run_directory(run: SftRun, root: Path, resumption: Resumption | None) -
     return new_run_directory(root, run.output.add_version)
 
 
-def build_callbacks(run: SftRun, directory: Path) -> list[Callback]:
-    callbacks: list[Callback] = [JsonlTracker(directory)]
-    if "tensorboard" in run.output.report_to:
-        logging_dir = run.output.logging_dir
-        callbacks.append(TensorBoardTracker(Path(logging_dir) if logging_dir else directory / "runs"))
+def find_callbacks(run: SftRun) -> list[Any]:
+    """The users' own, by --callbacks and from `extra_callbacks`. Raises ConfigError."""
+    named = [callbacks_map.find(name) for name in run.output.callbacks]
+    found = [value() if isinstance(value, type) else value for value in (*named, *extra_callbacks)]
+    for callback in found:
+        if isinstance(callback, TrainerCallback):
+            check_hf_callback(callback)
+        elif not isinstance(callback, Callback):
+            raise ConfigError(
+                f"{type(callback).__name__} is not a callback", hint="derive it from swift.plugin.Callback"
+            )
+    return found
+
+
+def build_callbacks(
+    run: SftRun, directory: Path, flags: dict[str, Any], own: Sequence[Any]
+) -> list[Callback]:
+    """Those of one process: the first one's. `flags`: the run's, without secrets; `own`: the users'."""
+    log = JsonlTracker(directory)
+    about = TrackedRun(directory, run.output, flags)
+    callbacks: list[Callback] = [log, *(Tracking(t, about) for t in load_trackers(run.output.report_to))]
+    callbacks += [callback for callback in own if isinstance(callback, Callback)]
+    if theirs := [callback for callback in own if isinstance(callback, TrainerCallback)]:
+        callbacks.append(HfCallbacks(theirs, flags))
+    schedule = run.schedule
+    if schedule.early_stop_interval:
+        callbacks.append(
+            EarlyStop(
+                log.path,
+                metric=schedule.best_metric,
+                lower_is_better=schedule.lower_is_better,
+                patience=schedule.early_stop_interval,
+            )
+        )
+    if run.output.profiled:
+        callbacks.append(Profiler(directory / "profile", run.output.profiled))
     return [*callbacks, Plotter(directory), Screen()]

@@ -13,13 +13,20 @@ from swift.models.load import context_length, load_config, load_tokenizer, pick_
 from swift.template.chat import ChatTemplate
 from swift.template.loss_scale import build_weights
 from swift.train import summary
-from swift.train.building import build_callbacks, build_engine, build_objective, open_run_directory
+from swift.train.building import (
+    build_callbacks,
+    build_engine,
+    build_objective,
+    find_callbacks,
+    open_run_directory,
+)
 from swift.train.offline import Offline
 from swift.train.preparing import check_equal_on_ranks, encode_sets, plan_steps
 from swift.train.resume import check_same_data, hide_secrets, load_resumption, with_model, with_system
 from swift.train.rundir import check_writable, output_root
 from swift.train.saving import Saver
 from swift.train.state import TrainState
+from swift.train.tracking import load_trackers
 from swift.utils.files import append_jsonl, write_json
 from swift.utils.log import say
 
@@ -29,6 +36,8 @@ def run_sft(run: SftRun) -> int:
     run, resumption = load_resumption(run)
     use_plugins(run.plugins)
     build_weights(run.template.loss_scale)  # a wrong name is told before anything is downloaded
+    load_trackers(run.output.report_to)
+    own_callbacks = find_callbacks(run)
     if run.model.torch_dtype == "float16":
         raise ConfigError("--torch_dtype float16 cannot train yet", hint="use bfloat16 or float32")
     assert run.model.model is not None
@@ -88,7 +97,8 @@ def run_sft(run: SftRun) -> int:
     loop = Offline(
         engine=engine, objective=objective, rows=rows, eval_rows=eval_rows, plan=plan,
         total_steps=total_steps, schedule=run.schedule, saver=saver, run_directory=directory,
-        callbacks=build_callbacks(run, directory) if ranks.is_main else [],
+        callbacks=build_callbacks(run, directory, args, own_callbacks) if ranks.is_main else [],
+        follows_wishes=bool(own_callbacks or run.schedule.early_stop_interval),
     )  # fmt: skip
     code = run_loop(loop, state)
     leave_ranks()
