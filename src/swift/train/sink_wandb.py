@@ -1,5 +1,7 @@
 """Weights & Biases. Its own variables hold: WANDB_MODE=offline, WANDB_PROJECT, WANDB_API_KEY."""
 
+import uuid
+
 import wandb
 
 from swift.train.tracking import TrackedRun
@@ -25,7 +27,7 @@ class WandbSink:
 
 
 def open_sink(run: TrackedRun) -> WandbSink:
-    identity = run.identity("wandb") or wandb.util.generate_id()
+    identity = run.identity("wandb") or uuid.uuid4().hex
     run.keep_identity("wandb", identity)
     opened = wandb.init(
         project=run.output.project, name=run.name, id=identity, resume="allow", dir=str(run.directory),
