@@ -44,14 +44,27 @@ def test_awkward_values_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[
         "2",
     ]
     argv += ["--response_prefix", "", "--save_strategy", "no", "--max_steps", "-1", "--lora_alpha", "1.5"]
-    argv += ["--deepspeed", '{"zero": 3}', "--reward_weights", "1", "0.5", "--model", "none", "--beta=-0.1"]
+    argv += [
+        "--deepspeed",
+        '{"zero": 3}',
+        "--reward_weights",
+        "1",
+        "0.5",
+        "--model",
+        "none",
+        "--sft_alpha=-0.1",
+    ]
     first = print_config(argv, capsys)
     values = yaml.safe_load(first)
     assert values["system"] == 'two\nlines: "quoted" # 你好'
     assert values["dataset"] == ["a b.jsonl#5", "[z", "x: y"]
     assert (values["columns"], values["learning_rate"], values["model"]) == ({"问": "query"}, 5e-7, None)
     assert (values["save_strategy"], values["max_steps"], values["lora_alpha"]) == ("no", -1, 1.5)
-    assert (values["deepspeed"], values["reward_weights"], values["beta"]) == ('{"zero": 3}', [1, 0.5], -0.1)
+    assert (values["deepspeed"], values["reward_weights"], values["sft_alpha"]) == (
+        '{"zero": 3}',
+        [1, 0.5],
+        -0.1,
+    )
     saved = tmp_path / "config.yml"
     saved.write_text(first, encoding="utf-8")
     assert print_config(["rlhf", str(saved)], capsys) == first
@@ -66,11 +79,12 @@ def test_groups_and_defaults_of_the_command(capsys: pytest.CaptureFixture[str]) 
         "# template",
         "# plugins",
         "# tuner",
-        "# objective",
         "# optim",
         "# schedule",
         "# parallel",
         "# output",
+        "# task",
+        "# sft",
         "# not yet in this version",
     ]
     assert "loss_scale: all\n" in text and text.endswith("streaming: true\n")

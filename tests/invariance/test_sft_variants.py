@@ -1,13 +1,15 @@
 """Every variant of the SFT loss gives the same step however the step is laid out, on a mixture of experts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from test_layouts import assert_equal
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from swift.config.objective import SftConfig
 from swift.config.optim import OptimConfig
+from swift.config.sft import SftConfig
 from swift.data.collate import collate
 from swift.engines.transformers.engine import TransformersEngine
 from swift.objectives.sft import Sft
@@ -40,7 +42,7 @@ def make_rows() -> list[Encoded]:
         ids = random.randint(3, 250, length).astype(np.int32)
         labels = ids.copy()
         labels[: length if i == 4 else random.randint(1, length - 1)] = -100
-        rows.append(Encoded(ids, labels, None, channel=i % 3 - 1))
+        rows.append(Encoded(ids, labels, None))
     return rows
 
 
@@ -52,6 +54,8 @@ def step(variant: SftConfig, size: int, options: dict) -> tuple[float, dict[str,
     rows = make_rows()
     torch.manual_seed(3)
     batches = [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+    channels = torch.tensor([i % 3 - 1 for i in range(len(rows))]).split(size)
+    batches = [replace(b, segment={"channel": c}) for b, c in zip(batches, channels, strict=True)]
     sums = engine.forward_backward(batches, Sft(variant, ("a", "b"), 2))
     means = sums.means()
     loss = sum(v for k, v in means.items() if k.startswith("loss/"))

@@ -7,8 +7,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from transformers.trainer_pt_utils import LabelSmoother
 
 from swift.batch import IGNORED, Batch
-from swift.config.objective import SftConfig
 from swift.config.option import ConfigError
+from swift.config.sft import SftConfig
 from swift.objectives.logits import DenseLogits
 from swift.objectives.router import segment_balance
 from swift.objectives.sft import Sft
@@ -73,6 +73,14 @@ def test_a_batch_without_a_trained_token_still_has_a_gradient():
     term = Sft()(stats_of(batch, logits), batch).terms["tokens"]
     term.backward()
     assert term.item() == 0.0 and logits.grad.abs().sum() == 0.0
+
+
+def test_mean_logits_are_over_the_vocabulary_at_trained_positions():
+    logits = torch.randn(2, 11, dtype=torch.bfloat16, requires_grad=True)
+    mean = DenseLogits(logits, torch.tensor([1, 3])).mean(5)
+    assert mean.dtype == torch.float32 and not mean.requires_grad
+    torch.testing.assert_close(mean[[1, 3]], logits.detach().float().mean(-1))
+    assert mean[[0, 2, 4]].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_positions_start_again_in_every_segment():

@@ -38,24 +38,32 @@ class Command:
         return frozenset(common | words | {f"{self.program}:{word}" for word in words})
 
 
-SFT, INFER, EXPORT, DATASET = (
-    f"swift.config.runs:{name}Run" for name in ("Sft", "Infer", "Export", "Dataset")
+SFT, RLHF, INFER, EXPORT, DATASET = (
+    f"swift.config.runs:{name}Run" for name in ("Sft", "Rlhf", "Infer", "Export", "Dataset")
 )
-RLHF, MEGATRON, MEGATRON_EXPORT, WEB_UI = (
-    f"swift.cli.pending:{name}Run" for name in ("Rlhf", "Megatron", "MegatronExport", "WebUi")
+MEGATRON, MEGATRON_EXPORT, WEB_UI = (
+    f"swift.cli.pending:{name}Run" for name in ("Megatron", "MegatronExport", "WebUi")
 )
-RUN_SFT, RUN_INFER = "swift.train.run:run_sft", "swift.infer.run:run_infer"
+RUN_PT, RUN_SFT, RUN_RLHF = (f"swift.train.run:run_{name}" for name in ("pt", "sft", "rlhf"))
+RUN_INFER = "swift.infer.run:run_infer"
 RUN_EXPORT = "swift.export.run:run_export"
 WHOLE, ALL_TOKENS, LAST_ROUND = ("train_type", "full"), ("loss_scale", "all"), ("loss_scale", "last_round")
 PLAIN_TEXT = (ALL_TOKENS, ("use_chat_template", False))
 
 COMMANDS = (
     Command(
-        "swift", "pt", SFT, RUN_SFT, "continue pre-training on plain text", True, PLAIN_TEXT, can_spread=True
+        "swift", "pt", SFT, RUN_PT, "continue pre-training on plain text", True, PLAIN_TEXT, can_spread=True
     ),
     Command("swift", "sft", SFT, RUN_SFT, "fine-tune on conversations", True, can_spread=True),
     Command(
-        "swift", "rlhf", RLHF, None, "learn from preferences and rewards: DPO, KTO, GRPO", True, (LAST_ROUND,)
+        "swift",
+        "rlhf",
+        RLHF,
+        RUN_RLHF,
+        "learn from preferences and rewards: DPO, KTO, reward models",
+        True,
+        (LAST_ROUND,),
+        can_spread=True,
     ),
     Command("swift", "infer", INFER, RUN_INFER, "chat with a model, or answer a dataset", True),
     Command("swift", "deploy", INFER, None, "serve a model over an OpenAI-compatible API"),

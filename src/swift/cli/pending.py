@@ -3,30 +3,12 @@
 from dataclasses import dataclass, field
 
 from swift.config.data import DataConfig
-from swift.config.generation import ExportOptions, GenerationConfig
+from swift.config.generation import ExportOptions
 from swift.config.model import ModelConfig
-from swift.config.optim import OptimConfig
-from swift.config.parallel import ParallelConfig
 from swift.config.plugins import PluginConfig
-from swift.config.schedule import OutputConfig, ScheduleConfig
+from swift.config.schedule import OutputConfig
 from swift.config.template import TemplateConfig
 from swift.config.tuner import TunerConfig
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RlhfRun:
-    """`swift rlhf`: a training run that also samples."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    template: TemplateConfig = field(default_factory=TemplateConfig)
-    plugins: PluginConfig = field(default_factory=PluginConfig)
-    tuner: TunerConfig = field(default_factory=TunerConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
-    output: OutputConfig = field(default_factory=OutputConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,35 +1,219 @@
-"""What is learnt from a row: the loss of supervised fine-tuning and its variants."""
+"""What `swift rlhf` optimises where answers are in the data: method, losses, reference model.
 
-from dataclasses import dataclass
+Owns: the knobs, which of them belong to which method, and the refusal of contradictions. Not here: formulas
+(objectives/), how a reference model is run.
+"""
+
+from dataclasses import dataclass, fields
 
 from swift.config.option import ConfigError, option
 
+# method -> the losses it knows, its default first; () = it has one loss without a name.
+LOSSES: dict[str, tuple[str, ...]] = {
+    "dpo": (
+        "sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",
+        "aot_pair", "apo_zero", "apo_down", "discopop", "sft",
+    ),
+    "cpo": ("sigmoid", "hinge", "ipo", "simpo"),
+    "simpo": ("simpo",),
+    "kto": ("kto", "apo_zero_unpaired"),
+    "orpo": (),
+    "rm": (),
+}  # fmt: skip
+NOT_YET = ("ppo", "grpo", "gkd")  # methods that sample answers themselves
+RLHF_TYPES = (*LOSSES, *NOT_YET)
+
+# What has an effect only with some methods, or only with some losses.
+METHODS_OF: dict[str, tuple[str, ...]] = {
+    "beta": ("dpo", "cpo", "simpo", "kto", "orpo"),
+    "loss_weights": ("dpo",),
+    "label_smoothing": ("dpo", "cpo", "simpo"),
+    "rpo_alpha": ("dpo",),
+    "ld_alpha": ("dpo",),
+    "discopop_tau": ("dpo",),
+    "reference_free": ("dpo",),
+    "f_divergence_type": ("dpo",),
+    "f_alpha_divergence_coef": ("dpo",),
+    "cpo_alpha": ("cpo", "simpo"),
+    "simpo_gamma": ("cpo", "simpo"),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+    "center_rewards_coefficient": ("rm",),
+    "ref_model": ("dpo", "kto"),
+    "ref_adapters": ("dpo", "kto"),
+    "precompute_ref_log_probs": ("dpo", "kto"),
+    "sync_ref_model": ("dpo", "kto"),
+    "ref_model_sync_steps": ("dpo", "kto"),
+    "ref_model_mixup_alpha": ("dpo", "kto"),
+}
+LOSSES_OF: dict[str, tuple[str, ...]] = {
+    "label_smoothing": ("sigmoid", "robust", "exo_pair", "aot", "aot_pair", "simpo"),
+    "discopop_tau": ("discopop",),
+    "simpo_gamma": ("simpo",),
+    "f_divergence_type": ("sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop"),
+}
+REFERENCE_FLAGS = ("ref_model", "ref_adapters", "precompute_ref_log_probs", "sync_ref_model")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SftConfig:
-    enable_channel_loss: bool = option(
-        False, help="log a loss for every value of the rows' column channel, as loss_<channel>"
+class RlhfConfig:
+    rlhf_type: str = option(
+        "dpo",
+        help="method: dpo, kto, orpo, simpo or cpo from preferences; rm trains a reward model",
+        choices=RLHF_TYPES,
     )
-    enable_dft_loss: bool = option(
-        False, help="weigh every token by the probability that the model gives it (arXiv:2508.05629)"
+    beta: float | None = option(
+        None,
+        help="strength of the pull towards the reference model (orpo: weight of the odds ratio); "
+        "none = 2 for simpo, 0.1 otherwise",
+        range=(0, None),
     )
-    label_smoothing_factor: float = option(
-        0.0, help="share of the target that is spread evenly over the vocabulary", range=(0, 1)
+    loss_type: tuple[str, ...] | None = option(
+        None,
+        help="loss, for dpo one or several; none = sigmoid (dpo, cpo), kto (kto), simpo (simpo)",
     )
-    neftune_noise_alpha: float | None = option(
-        None, help="strength of the noise on embeddings (arXiv:2310.05914); none = no noise", range=(0, None)
+    loss_weights: tuple[float, ...] | None = option(
+        None, help="weight of each --loss_type, in the same order; none = 1 each"
     )
-    router_aux_loss_coef: float = option(
-        0.0, help="weight of the loss that balances the experts of each row; 0 = off", range=(0, None)
+    label_smoothing: float = option(
+        0.0,
+        help="share of pairs expected to be the wrong way round (exo_pair: 0 counts as 0.001)",
+        range=(0, 0.5),
     )
-    acc_strategy: str = option(
-        "token", help="accuracy in the log: of tokens, or of whole rows (seq)", choices=("token", "seq")
+    rpo_alpha: float | None = option(
+        None,
+        help="dpo: weight of the chosen answer's likelihood; none = off, where ms-swift 3.7 had 1",
+        range=(0, None),
+    )
+    ld_alpha: float | None = option(
+        None,
+        help="dpo: weight of tokens behind the shorter answer's length; none = 1, as all others",
+        range=(0, 1),
+    )
+    discopop_tau: float = option(0.05, help="temperature of the blend in the discopop loss")
+    reference_free: bool = option(
+        False, help="dpo: compare answers as if the reference found all equally likely"
+    )
+    f_divergence_type: str = option(
+        "reverse_kl",
+        help="dpo: how distance from the reference is measured",
+        choices=("reverse_kl", "js_divergence", "alpha_divergence"),
+    )
+    f_alpha_divergence_coef: float = option(
+        1.0, help="alpha of alpha_divergence; towards 0 it is reverse_kl, 1 is the forward KL"
+    )
+    cpo_alpha: float = option(
+        1.0,
+        help="cpo, simpo: weight of the chosen answer's likelihood; 0 for SimPO as published",
+        range=(0, None),
+    )
+    simpo_gamma: float = option(
+        1.0, help="simpo: margin by which the chosen answer has to win", range=(0, None)
+    )
+    desirable_weight: float = option(1.0, help="kto: weight of answers that are liked", range=(0, None))
+    undesirable_weight: float = option(1.0, help="kto: weight of answers that are not", range=(0, None))
+    center_rewards_coefficient: float | None = option(
+        None, help="rm: pull of the two rewards' sum towards 0; none = off (0.01 is usual)", range=(0, None)
+    )
+    ref_model: str | None = option(
+        None, help="reference model; none = the model as it is before training (without its new adapters)"
+    )
+    ref_adapters: tuple[str, ...] = option((), help="adapters of the reference model, checkpoint directories")
+    precompute_ref_log_probs: bool = option(
+        False, help="run the reference once over all rows before training, then free it"
+    )
+    sync_ref_model: bool = option(False, help="let the reference follow the trained model")
+    ref_model_sync_steps: int = option(
+        512, help="steps between two updates of the reference", unit="steps", range=(1, None)
+    )
+    ref_model_mixup_alpha: float = option(
+        0.6, help="share of the trained model in an updated reference", range=(0, 1)
     )
 
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The losses in use; empty for a method with a single one."""
+        return LOSSES[self.rlhf_type][:1] if self.loss_type is None else self.loss_type
+
+    @property
+    def beta_value(self) -> float:
+        """`beta`, or the method's own."""
+        default = 2.0 if self.rlhf_type == "simpo" else 0.1
+        return default if self.beta is None else self.beta
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether batches need the column ref_logps."""
+        return self.rlhf_type == "kto" or (self.rlhf_type == "dpo" and not self.reference_free)
+
     def check(self) -> None:
-        """Raises ConfigError where these flags contradict each other."""
-        if self.enable_dft_loss and self.label_smoothing_factor:
+        """Raises ConfigError where flags contradict each other."""
+        if self.rlhf_type in NOT_YET:
+            return
+        self._check_losses()
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        for name in changed:
+            methods = METHODS_OF.get(name, RLHF_TYPES)
+            if self.rlhf_type not in methods:
+                raise ConfigError(
+                    f"--{name} has no effect with --rlhf_type {self.rlhf_type}",
+                    hint=f"it belongs to {', '.join(methods)}; leave it out",
+                )
+            losses = [n for n in LOSSES_OF.get(name, self.losses) if n in LOSSES[self.rlhf_type]]
+            if self.losses and not set(losses) & set(self.losses):
+                raise ConfigError(
+                    f"--{name} has no effect with --loss_type {' '.join(self.losses)}",
+                    hint=f"it belongs to {', '.join(losses)}",
+                )
+            if name in REFERENCE_FLAGS and self.reference_free:
+                raise ConfigError(
+                    f"--{name} and --reference_free true contradict each other", hint="leave one of them out"
+                )
+        self._check_companions(changed)
+
+    def _check_losses(self) -> None:
+        known, given = LOSSES[self.rlhf_type], self.loss_type or ()
+        if given and not known:
+            raise ConfigError(f"--rlhf_type {self.rlhf_type} has one loss: leave --loss_type out")
+        for name in given:
+            if name not in known:
+                raise ConfigError(
+                    f"--loss_type {name} is not a loss of --rlhf_type {self.rlhf_type}",
+                    hint=f"it has {', '.join(known)}",
+                )
+        if len(set(given)) < len(given):
+            raise ConfigError(f"--loss_type names a loss twice: {' '.join(given)}")
+        if len(given) > 1 and self.rlhf_type != "dpo":
             raise ConfigError(
-                "--enable_dft_loss and --label_smoothing_factor are two targets for one token",
-                hint="leave one of them out",
+                f"--loss_type {' '.join(given)}: only --rlhf_type dpo mixes losses", hint="name one of them"
+            )
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):
+            raise ConfigError(
+                f"--loss_weights has {len(self.loss_weights)} values for {len(self.losses)} in --loss_type",
+                hint="give one weight for each loss, in the same order",
+            )
+
+    def _check_companions(self, changed: list[str]) -> None:
+        """Values and pairs of flags that make no sense together."""
+        if self.beta == 0:
+            raise ConfigError("--beta must be above 0, got 0", hint="0.1 is usual")
+        if self.label_smoothing == 0.5 and "robust" in self.losses:
+            raise ConfigError(
+                "--label_smoothing 0.5 makes the robust loss infinite", hint="give less than 0.5"
+            )
+        if self.discopop_tau <= 0:
+            raise ConfigError(f"--discopop_tau must be above 0, got {self.discopop_tau}")
+        if "f_alpha_divergence_coef" in changed and self.f_divergence_type != "alpha_divergence":
+            raise ConfigError("--f_alpha_divergence_coef needs --f_divergence_type alpha_divergence")
+        if self.f_alpha_divergence_coef == 0:
+            raise ConfigError(
+                "--f_alpha_divergence_coef 0 is the reverse KL", hint="use --f_divergence_type reverse_kl"
+            )
+        for name in ("ref_model_sync_steps", "ref_model_mixup_alpha"):
+            if name in changed and not self.sync_ref_model:
+                raise ConfigError(f"--{name} has no effect without --sync_ref_model true")
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ConfigError(
+                "--sync_ref_model and --precompute_ref_log_probs contradict each other",
+                hint="a reference that changes cannot be run beforehand; leave one of them out",
             )

@@ -6,26 +6,27 @@ from swift.config.data import DataConfig
 from swift.config.dataset import DatasetOptions
 from swift.config.generation import ExportOptions, GenerationConfig, InferOptions
 from swift.config.model import ModelConfig
-from swift.config.objective import SftConfig
+from swift.config.objective import RlhfConfig
 from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
 from swift.config.parallel import ParallelConfig
 from swift.config.plugins import PluginConfig
 from swift.config.schedule import OutputConfig, ScheduleConfig
+from swift.config.sft import SftConfig
+from swift.config.task import TaskConfig
 from swift.config.template import TemplateConfig
 from swift.config.tuner import TunerConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SftRun:
-    """`swift sft` and `swift pt`."""
+class TrainRun:
+    """What every training has."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     plugins: PluginConfig = field(default_factory=PluginConfig)
     tuner: TunerConfig = field(default_factory=TunerConfig)
-    objective: SftConfig = field(default_factory=SftConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -55,7 +56,6 @@ class SftRun:
             )
         self.data.check()
         self.template.check()
-        self.objective.check()
         self.output.profiled  # noqa: B018 - raises ConfigError
         self._check_evaluation()
         if self.data.packing_length is not None:
@@ -82,6 +82,40 @@ class SftRun:
                 f"--packing_length {length} is below --max_length {self.template.max_length}: "
                 "a row has to fit into a pack",
                 hint="lower --max_length, or raise --packing_length",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SftRun(TrainRun):
+    """`swift sft` and `swift pt`."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+
+    def check_complete(self) -> None:
+        """`check` for a run whose values are all known."""
+        TrainRun.check_complete(self)
+        self.task.check()
+        self.sft.check(learns_text=self.task.task_type == "causal_lm")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RlhfRun(TrainRun):
+    """`swift rlhf`: preferences and rewards instead of answers to repeat."""
+
+    rlhf: RlhfConfig = field(default_factory=RlhfConfig)
+
+    def check_complete(self) -> None:
+        """`check` for a run whose values are all known."""
+        TrainRun.check_complete(self)
+        self.rlhf.check()
+        if self.data.cached_dataset:
+            raise ConfigError("--cached_dataset holds conversations for swift sft", hint="give --dataset")
+        if self.rlhf.ref_model and self.tuner.train_type != "full":
+            raise ConfigError(
+                f"--ref_model has no use with --train_type {self.tuner.train_type}: "
+                "the reference is the model without its adapters",
+                hint="leave --ref_model out",
             )
 
 

@@ -27,7 +27,7 @@ def find_channels(datasets: Sequence[EncodedDataset]) -> tuple[str, ...]:
         )
     number = {name: i for i, name in enumerate(names)} | {None: -1}
     for dataset, values in zip(datasets, found, strict=True):
-        dataset.channels = np.array([number[value] for value in values], dtype=np.int64)
+        dataset.values["channel"] = np.array([number[value] for value in values], dtype=np.float32)
     return tuple(names)
 
 

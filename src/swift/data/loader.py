@@ -58,12 +58,21 @@ class StepPlan:
 
     def micro_batches(self, step: int, data_rank: int = 0) -> list[np.ndarray]:
         """Row numbers of each micro-batch of one rank, fewer at the end of an epoch. Steps count from 0."""
+        mine, size = self._items(step)[data_rank :: self.data_world], self.micro_batch_size
+        return [self._rows_of(mine[i : i + size], step) for i in range(0, len(mine), size)]
+
+    def step_rows(self, step: int) -> np.ndarray:
+        """All row numbers of a step, in an order that does not depend on how the step is cut up."""
+        return self._rows_of(self._items(step), step)
+
+    def _items(self, step: int) -> np.ndarray:
         epoch, index = divmod(step, self.steps_per_epoch)
         order = epoch_order(self.num_items, self.seed, epoch, self.shuffle)
-        first, size = index * self.items_per_step, self.micro_batch_size
-        mine = order[first + data_rank : first + self.items_per_step : self.data_world]
-        items = [mine[i : i + size] for i in range(0, len(mine), size)]
+        return order[index * self.items_per_step : (index + 1) * self.items_per_step]
+
+    def _rows_of(self, items: np.ndarray, step: int) -> np.ndarray:
         if self.packs is None:
             return items
+        epoch = step // self.steps_per_epoch
         packs = epoch_packs(self.packs, self.seed, epoch) if self.shuffle else self.packs
-        return [np.concatenate([packs[i] for i in batch]) for batch in items]
+        return np.concatenate([packs[i] for i in items])

@@ -11,7 +11,7 @@ from typing import Any
 
 from swift.data.formats import SYSTEM, Columns, to_sample
 from swift.data.messages import parse_json, parse_messages
-from swift.data.types import Row, RowError, Sample
+from swift.data.types import Row, RowError, Sample, parse_number
 from swift.template.types import Message
 
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
@@ -46,7 +46,8 @@ class PromptSample:
 def to_preference(row: Row) -> PreferenceSample:
     """A pair from {messages, rejected_response | rejected_messages} or {[prompt], chosen, rejected}."""
     columns = _columns_of(row)
-    margin = _parse_margin(columns.take(("margin",)))
+    given = columns.take(("margin",))
+    margin = None if given in (None, "") else parse_number(given, "margin")
     rejected_tools = columns.take(("rejected_tools",))
     if columns.has("chosen") or columns.has("rejected"):
         chosen, rejected = _from_pair(columns, row)
@@ -154,15 +155,6 @@ def _listed(value: Any) -> list[Message]:
     if isinstance(value, dict):
         value = [value]
     return parse_messages(value) if isinstance(value, list) else []
-
-
-def _parse_margin(value: Any) -> float | None:
-    if value is None or value == "":
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise RowError("a margin that is not a number") from error
 
 
 def _columns_of(row: Row) -> Columns:

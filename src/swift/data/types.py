@@ -34,6 +34,16 @@ class RowError(ValueError):
     """A row that cannot be understood; the message is a short reason, the same for the same fault."""
 
 
+def parse_number(value: Any, name: str) -> float:
+    """The column `name`, which has to be a number. Raises RowError."""
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        value = value.lower() == "true"
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise RowError(f"no {name}" if value is None else f"a {name} that is not a number") from error
+
+
 def place(file: str, line: int) -> str:
     """How messages name a row: "data.jsonl line 3", "data.csv row 3"."""
     unit = "row" if PurePath(file).suffix.lower() in _COUNTED_IN_ROWS else "line"

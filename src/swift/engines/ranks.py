@@ -32,12 +32,12 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
-    def share(self, value: Value) -> Value:
-        """Rank 0's value, on every rank; anything that can be pickled."""
+    def share(self, value: Value, source: int = 0) -> Value:
+        """Rank `source`'s value, on every rank; anything that can be pickled."""
         if self.world == 1:
             return value
         box: list[Any] = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=source)
         shared: Value = box[0]
         return shared
 

@@ -31,7 +31,7 @@ def add_lora(model: PreTrainedModel, config: TunerConfig, *, seed: int) -> PeftM
     are float32 (PEFT's default): updates at usual learning rates would be lost in the short mantissa.
     """
     peft_config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        task_type=TaskType.CAUSAL_LM if model.can_generate() else TaskType.SEQ_CLS,
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,

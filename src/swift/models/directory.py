@@ -81,3 +81,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must hold a JSON object")
     return value
+
+
+def describe_weights(path: Path) -> str:
+    """Names, sizes and times of the files of a model: another text as soon as one of them is another."""
+    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".json"))
+    return "\n".join(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)

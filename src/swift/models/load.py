@@ -5,6 +5,7 @@ Not here: finding the directory (hub.py), adapters (adapters.py).
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -80,16 +81,30 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
 def load_model(
     path: Path, *, dtype: str | None, attention: str | None, device: torch.device
 ) -> PreTrainedModel:
-    """The model in evaluation mode on `device`.
+    """The language model in evaluation mode on `device`.
 
     dtype: None = config.json's on a GPU, float32 on a CPU. attention: a name of `--attn_impl`, or any other
     that is registered with transformers; None = transformers' choice.
     """
+    return load_weights(AutoModelForCausalLM, path, dtype=dtype, attention=attention, device=device)
+
+
+def load_weights(
+    auto_class: Any,
+    path: Path,
+    *,
+    dtype: str | None,
+    attention: str | None,
+    device: torch.device,
+    may_lack: tuple[str, ...] = (),
+    **config_changes: Any,
+) -> PreTrainedModel:
+    """As `load_model`, of any of transformers' auto classes. `may_lack`: tensors that may start anew."""
     silence_transformers()
     check_model_directory(path)
     by_device = torch.float32 if device.type == "cpu" else "auto"
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto_class.from_pretrained(
             path,
             dtype=getattr(torch, dtype) if dtype else by_device,
             attn_implementation=choose_attention(attention),
@@ -97,6 +112,7 @@ def load_model(
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, with the name
+            **config_changes,
         )
     except LOAD_ERRORS as error:
         raise cannot_load(f"the model in {path}", error) from error
@@ -106,7 +122,7 @@ def load_model(
         raise ConfigError(
             f"the weights in {path} do not fit its config.json: {name} is {found}, not {wanted}"
         )
-    missing = sorted(report["missing_keys"])
+    missing = sorted(set(report["missing_keys"]) - set(may_lack))
     if missing:
         raise ConfigError(f"the weights in {path} lack {len(missing)} tensors, the first is {missing[0]}")
     if device.type == "cpu" and model.dtype in HALF and torch.backends.cpu.get_cpu_capability() in SLOW_HALF:

@@ -22,8 +22,12 @@ class LogitsView(Protocol):
         """[T] bool: labels[t] has the highest logit."""
         ...
 
+    def mean(self, num_tokens: int) -> Tensor:
+        """[num_tokens] mean logit over the vocabulary, without gradient, 0 at positions without logits."""
+        ...
+
     def mean_logps(self, num_tokens: int) -> Tensor:
-        """[T = num_tokens] log p averaged over the vocabulary, 0 at positions without logits."""
+        """[num_tokens] log p averaged over the vocabulary, 0 at positions without logits."""
         ...
 
 
@@ -45,6 +49,11 @@ class DenseLogits:
     def correct(self, labels_T: Tensor) -> Tensor:
         hit_N = self.logits_NV.detach().argmax(-1) == labels_T[self.positions_N]
         return torch.zeros_like(labels_T, dtype=torch.bool).index_copy(0, self.positions_N, hit_N)
+
+    def mean(self, num_tokens: int) -> Tensor:
+        logits_NV = self.logits_NV.detach()
+        mean_N = logits_NV.mean(-1, dtype=torch.promote_types(logits_NV.dtype, torch.float32))
+        return mean_N.new_zeros(num_tokens).index_copy(0, self.positions_N, mean_N)
 
     def mean_logps(self, num_tokens: int) -> Tensor:
         wide_NV = self.logits_NV if self.logits_NV.dtype == torch.float64 else self.logits_NV.float()

@@ -1,12 +1,14 @@
 """Supervised fine-tuning: weighted cross entropy over the trained tokens, and its variants."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from swift.batch import Batch
-from swift.config.objective import SftConfig
+from swift.config.sft import SftConfig
+from swift.objectives.reduce import segment_sum
 from swift.objectives.router import segment_balance
 from swift.objectives.types import LossSum, TokenStats
 
@@ -21,6 +23,8 @@ class Sft:
     `channels` name the values of batch.segment["channel"] (-1 = none). The losses of channels, weighed by
     their tokens, make up the loss of their rows. `experts_per_token` is a fact about the model.
     """
+
+    couples_rows: ClassVar[bool] = False
 
     config: SftConfig = field(default_factory=SftConfig)
     channels: tuple[str, ...] = ()
@@ -39,7 +43,7 @@ class Sft:
     def units(self, batch: Batch) -> dict[str, int]:
         units = {"tokens": int(batch.trained.sum())}
         if self.config.router_aux_loss_coef:
-            units["routed"] = int((batch.segment_lengths() * trained_per_segment(batch).gt(0)).sum())
+            units["routed"] = int((batch.segment_lengths() * has_trained(batch)).sum())
         return units
 
     def __call__(self, stats: TokenStats, batch: Batch) -> LossSum:
@@ -49,7 +53,7 @@ class Sft:
         terms, metrics = {"tokens": nll_T.sum()}, {}
         if self.config.acc_strategy == "seq":
             wrong_T = trained_T & ~stats.correct
-            has_S, wrong_S = trained_per_segment(batch) > 0, sum_by_segment(wrong_T, batch)
+            has_S, wrong_S = has_trained(batch), segment_sum(wrong_T.long(), batch)
             metrics["seq_acc"] = ((has_S & (wrong_S == 0)).sum(), has_S.sum())
         else:
             metrics["token_acc"] = (stats.correct.sum(), trained_T.sum())
@@ -58,7 +62,7 @@ class Sft:
         if self.config.router_aux_loss_coef:
             assert stats.router_logits is not None
             balance_S = segment_balance(stats.router_logits, batch, self.experts_per_token)
-            tokens_S = batch.segment_lengths() * trained_per_segment(batch).gt(0)
+            tokens_S = batch.segment_lengths() * has_trained(batch)
             balance = (balance_S * tokens_S).sum()
             terms["routed"] = self.config.router_aux_loss_coef * balance
             metrics["aux_loss"] = (balance.detach(), tokens_S.sum())
@@ -82,20 +86,16 @@ class Sft:
     def _channel_losses(self, nll_T: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Sum and count of every channel, also of those without a row here: all ranks log the same names."""
         count = len(self.channels)
-        channel_S = batch.segment.get("channel", batch.segment_ids.new_full((batch.num_segments,), -1))
-        channel_T = (channel_S % (count + 1))[batch.segment_ids]  # -1, no channel, is the last place
+        none_S = batch.segment_ids.new_full((batch.num_segments,), -1)
+        channel_T = (batch.segment.get("channel", none_S).long() % (count + 1))[
+            batch.segment_ids
+        ]  # -1, no channel, is the last place
         zeros = nll_T.new_zeros(count + 1, dtype=torch.float64)
         totals = zeros.index_add(0, channel_T, nll_T.double())
         counts = zeros.index_add(0, channel_T, batch.trained.double())
         return {f"loss_{name}": (totals[i], counts[i]) for i, name in enumerate(self.channels)}
 
 
-def sum_by_segment(values_T: Tensor, batch: Batch) -> Tensor:
-    """[S] int64 sums of whole numbers or truths."""
-    zeros_S = torch.zeros(batch.num_segments, dtype=torch.int64, device=values_T.device)
-    return zeros_S.index_add(0, batch.segment_ids, values_T.long())
-
-
-def trained_per_segment(batch: Batch) -> Tensor:
-    """[S] int64 trained tokens."""
-    return sum_by_segment(batch.trained, batch)
+def has_trained(batch: Batch) -> Tensor:
+    """[S] bool: the segment has a trained token."""
+    return segment_sum(batch.trained.long(), batch) > 0

@@ -1,6 +1,7 @@
 """What an engine hands to an objective, and what it gets back.
 
-Shapes: T = tokens of the micro-batch, S = segments. Not here: any formula, any normalisation over ranks.
+Shapes: T = tokens of the micro-batch, S = segments, C = classes, D = width of an embedding.
+Not here: any formula, any normalisation over ranks.
 """
 
 from dataclasses import dataclass
@@ -13,12 +14,16 @@ from swift.batch import Batch
 
 @dataclass(frozen=True, slots=True)
 class TokenStats:
-    """What the model said about each token of a batch. Only the fields an objective needs are filled."""
+    """What the model said about a batch, in float32 at least. Only what the objective needs is filled."""
 
     logps: Tensor | None = None  # [T] natural log p(labels[t]); 0 where the token is not trained
     correct: Tensor | None = None  # [T] bool: labels[t] is the most likely token; False where not trained
+    logits_mean: Tensor | None = None  # [T] mean logit over the vocabulary, no gradient; 0 where not trained
     mean_logps: Tensor | None = None  # [T] log p averaged over the vocabulary; 0 where not trained
     router_logits: tuple[Tensor, ...] | None = None  # [T, experts] of every layer with a router
+    scores: Tensor | None = None  # [S] one number a segment, of a reward or reranking head
+    class_logits: Tensor | None = None  # [S, C] of a classification head with C classes
+    embeddings: Tensor | None = None  # [S, D]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,7 @@ class Objective(Protocol):
     """A pure function of (stats, batch). It sees no process group and no global count."""
 
     needs: frozenset[str]  # fields of TokenStats
+    couples_rows: bool  # the loss of a row depends on which other rows share its micro-batch
 
     def units(self, batch: Batch) -> dict[str, int]:
         """How many tokens, pairs or sequences of `batch` each term is averaged over."""

@@ -22,6 +22,8 @@ from swift.plugins.callbacks import (
     StepEvent,
     Stop,
     Wish,
+    callbacks_map,
+    extra_callbacks,
 )
 
 HEARD = {"on_train_begin", "on_step_end", "on_log", "on_evaluate", "on_save", "on_train_end"}
@@ -37,6 +39,20 @@ def check_hf_callback(callback: TrainerCallback) -> None:
             f"the callback {kind.__name__} waits for {silent[0]}, which is not called here",
             hint=f"called are {', '.join(sorted(HEARD))}",
         )
+
+
+def find_callbacks(names: Sequence[str]) -> list[Callback | TrainerCallback]:
+    """The users' own, by --callbacks and from `extra_callbacks`. Raises ConfigError."""
+    named = [callbacks_map.find(name) for name in names]
+    found = [value() if isinstance(value, type) else value for value in (*named, *extra_callbacks)]
+    for callback in found:
+        if isinstance(callback, TrainerCallback):
+            check_hf_callback(callback)
+        elif not isinstance(callback, Callback):
+            raise ConfigError(
+                f"{type(callback).__name__} is not a callback", hint="derive it from swift.plugin.Callback"
+            )
+    return found
 
 
 class HfCallbacks(Callback):

@@ -1,5 +1,6 @@
 """The loop of every method that learns from rows that exist: batch, gradients, step, log, evaluate, save."""
 
+import copy
 import math
 import resource
 import sys
@@ -10,14 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from swift.batch import Batch
 from swift.config.schedule import ScheduleConfig
-from swift.data.collate import collate
+from swift.data.collate import collate, collate_rows
 from swift.data.encode import EncodedDataset
 from swift.data.loader import StepPlan
 from swift.engines.protocol import Engine, StepInfo, Sums
-from swift.objectives.types import Objective
 from swift.plugins.callbacks import (
     Callback,
     EndEvent,
@@ -29,7 +31,9 @@ from swift.plugins.callbacks import (
     Stop,
     Wish,
 )
+from swift.train.method import Method
 from swift.train.saving import Saver
+from swift.train.scoring import Step, mismatch
 from swift.train.state import TrainState, format_seconds, loss_and_metrics
 from swift.utils.log import say
 
@@ -62,7 +66,7 @@ class Offline:
     """Everything that one offline run needs, composed by the caller."""
 
     engine: Engine
-    objective: Objective
+    method: Method
     rows: EncodedDataset
     eval_rows: EncodedDataset | None
     plan: StepPlan
@@ -108,9 +112,10 @@ class Offline:
     def _train_step(self, state: TrainState, clock: "Clock") -> Stop | None:
         """One optimizer step and what is due after it; the wish of a callback to end the run."""
         micro_batches = self.plan.micro_batches(state.step, self.engine.data_rank)
-        batches = [collate([self.rows[i] for i in rows]) for rows in micro_batches]
+        order = self.plan.step_rows(state.step) if self.method.needs_mismatched else np.empty(0, np.int64)
         with clock.training():
-            sums = self.engine.forward_backward(batches, self.objective)
+            batches = self._batches(self.rows, micro_batches, order, state.running)
+            sums = self.engine.forward_backward(batches, self.method.objective)
             info = self.engine.optim_step()
         state.step += 1
         state.tokens += int(sums.pairs["tokens"][0])
@@ -128,6 +133,22 @@ class Offline:
             self._tell("on_save", SaveEvent(state.step, path))
             wishes += self._take_wishes()
         return next((wish for wish in wishes if isinstance(wish, Stop)), None)
+
+    def _batches(
+        self,
+        rows: EncodedDataset,
+        micro_batches: Sequence[Sequence[int] | np.ndarray],
+        order: np.ndarray,
+        running: Sums,
+    ) -> list[Batch]:
+        """Batches as the objective reads them. `order`: all rows scored together, on any rank."""
+        batches = [collate_rows(rows, chosen) for chosen in micro_batches]
+        before = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
+        mismatched = [
+            collate([mismatch(rows[i], rows[before[i]]) for i in chosen])
+            for chosen in (micro_batches if before else [])
+        ]
+        return self.method.score(self.engine, Step(batches, mismatched, running))
 
     def _log_due(self, step: int) -> bool:
         return step == 1 or step % self.schedule.logging_steps == 0 or step == self.total_steps
@@ -178,8 +199,10 @@ class Offline:
             len(self.eval_rows),
         )
         mine = range(self.engine.data_rank * size, count, self.engine.data_world * size)
-        batches = [collate([self.eval_rows[i] for i in range(s, min(s + size, count))]) for s in mine]
-        sums = self.engine.measure(batches, self.objective)
+        order = np.arange(count if self.method.needs_mismatched else 0)
+        chosen = [range(s, min(s + size, count)) for s in mine]
+        batches = self._batches(self.eval_rows, chosen, order, copy.deepcopy(state.running))
+        sums = self.engine.measure(batches, self.method.objective)
         seconds = time.perf_counter() - started
         metrics = {f"eval_{k}": v for k, v in loss_and_metrics(sums).items()}
         speed = {

@@ -1,28 +1,135 @@
 """From --dataset to encoded rows, and from rows to the steps of a run. No model is needed for any of it."""
 
 import math
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
 from swift.config.option import ConfigError
-from swift.config.runs import SftRun
+from swift.config.runs import RlhfRun, TrainRun
 from swift.data.audit import audit
 from swift.data.cache import encode_cached, join_datasets, open_exported, remember
+from swift.data.channels import find_channels
+from swift.data.datasets import use_plugins
 from swift.data.encode import EncodedDataset
 from swift.data.loader import StepPlan
 from swift.data.pack import pack_lengths
 from swift.data.rows import Rows
+from swift.data.sources import open_sets
+from swift.data.types import place
 from swift.engines.ranks import Ranks
+from swift.models.hub import resolve_model
+from swift.models.load import context_length, load_config, load_tokenizer
+from swift.objectives.classification import Classification
+from swift.objectives.sft import Sft
+from swift.objectives.types import Objective
 from swift.template.chat import ChatTemplate
+from swift.template.loss_scale import build_weights
 from swift.train import summary
-from swift.train.resume import Resumption
+from swift.train.hf_callbacks import find_callbacks
+from swift.train.method import Method
+from swift.train.resume import Resumption, with_model, with_system
+from swift.train.rundir import check_writable, output_root
+from swift.train.tracking import load_trackers
 from swift.utils.log import warn
 
 ROWS_PER_STEP = 16  # what --gradient_accumulation_steps aims at when it is not given
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a run knows before the first weight is loaded."""
+
+    run: TrainRun
+    root: Path  # where run directories go
+    model_path: Path
+    reference_path: Path | None  # of --ref_model
+    tokenizer: PreTrainedTokenizerBase
+    rows: EncodedDataset
+    eval_rows: EncodedDataset | None
+    eval_source: Rows | None
+    max_length: int  # tokens a row may have
+    callbacks: list[Any]  # the users' own
+
+
+def prepare(run: TrainRun, method: Method) -> Prepared:
+    """Finds the model and encodes the rows. Most mistakes end here, as a ConfigError."""
+    use_plugins(run.plugins)
+    build_weights(run.template.loss_scale)  # a wrong name is told before anything is downloaded
+    if run.model.torch_dtype == "float16":
+        raise ConfigError("--torch_dtype float16 cannot train yet", hint="use bfloat16 or float32")
+    if run.template.truncation_strategy == "split" and method.shape != "chat":
+        raise ConfigError("--truncation_strategy split is for plain text alone", hint="swift pt, swift sft")
+    load_trackers(run.output.report_to)
+    callbacks = find_callbacks(run.output.callbacks)
+    assert run.model.model is not None
+    root = output_root(run.output, run.model.model)
+    check_writable(root)
+    hub = {"use_hf": run.model.use_hf, "token": run.model.hub_token}
+    model_path = resolve_model(run.model.model, revision=run.model.model_revision, **hub)
+    reference = run.rlhf.ref_model if isinstance(run, RlhfRun) else None
+    reference_path = resolve_model(reference, revision=None, **hub) if reference else None
+    if Path(run.model.model).is_dir():
+        run = with_model(run, str(model_path))
+    tokenizer = load_tokenizer(model_path)
+    train_rows, eval_source = open_sets(run.data, seed=run.data_seed, **hub)
+    longest = run.template.max_length or context_length(load_config(model_path)) or 2048
+    longest = min(longest, run.data.packing_length or longest)
+    if not method.learns_text:  # rows may consist of a question alone
+        run = replace(run, template=replace(run.template, loss_scale="all"))
+    template = ChatTemplate(tokenizer, run.template)
+    run = with_system(run, template.system)
+    if run.template.use_chat_template:
+        tokenizer.chat_template = tokenizer.chat_template or template.source  # saved with every checkpoint
+    rows, eval_rows = encode_sets(
+        run, template, train_rows, eval_source, max_length=longest, shape=method.shape
+    )
+    return Prepared(
+        run, root, model_path, reference_path, tokenizer, rows, eval_rows, eval_source, longest, callbacks
+    )
+
+
+def learn_facts(objective: Objective, ready: Prepared) -> Objective:
+    """The objective with what it must know of model and rows. Raises ConfigError where they lack it."""
+    if not isinstance(objective, Sft):
+        return objective
+    config, channels = load_config(ready.model_path), ()
+    experts = getattr(config.get_text_config(), "num_experts_per_tok", None)
+    coefficient = objective.config.router_aux_loss_coef
+    if coefficient and not (experts and hasattr(config, "output_router_logits")):
+        raise ConfigError(
+            f"--router_aux_loss_coef {coefficient:g}: a {config.model_type} model gives out no choices of "
+            "experts to balance",
+            hint="leave it out",
+        )
+    if objective.config.enable_channel_loss:
+        channels = find_channels([d for d in (ready.rows, ready.eval_rows) if d is not None])
+    return replace(objective, channels=channels, experts_per_token=experts or 0)
+
+
+def describe_data(rows: EncodedDataset, plan: StepPlan) -> dict[str, Any]:
+    """What a resumed run must find again, and every rank must have."""
+    return {
+        "rows": len(rows),
+        "rows_per_step": plan.items_per_step,
+        "tokens": rows.num_tokens,
+        "fingerprint": rows.fingerprint,
+        "packs": plan.packs and plan.packs.fingerprint,
+    }
+
+
 def encode_sets(
-    run: SftRun, template: ChatTemplate, train: Rows | None, evaluation: Rows | None, max_length: int
+    run: TrainRun,
+    template: ChatTemplate,
+    train: Rows | None,
+    evaluation: Rows | None,
+    *,
+    max_length: int,
+    shape: str,
 ) -> tuple[EncodedDataset, EncodedDataset | None]:
     """Tokens of both sets, with what was dropped and why."""
     encoded = []
@@ -34,7 +141,7 @@ def encode_sets(
         if rows is not None:
             dataset, report = encode_cached(
                 rows, template, config=run.data, template_config=run.template, max_length=max_length,
-                what=what, plugins=run.plugins.external_plugins,
+                what=what, plugins=run.plugins.external_plugins, shape=shape,
             )  # fmt: skip
             summary.tell_drops(report, what)
             found.insert(0, dataset)
@@ -52,7 +159,7 @@ def encode_sets(
 
 
 def plan_steps(
-    run: SftRun, rows: EncodedDataset, longest: int, ranks: Ranks, resumption: Resumption | None
+    run: TrainRun, rows: EncodedDataset, longest: int, ranks: Ranks, resumption: Resumption | None
 ) -> StepPlan:
     """How rows, or packs of them, make up steps. `longest`: the tokens of a row that may not be exceeded."""
     size = run.schedule.per_device_train_batch_size
@@ -85,4 +192,29 @@ def check_equal_on_ranks(ranks: Ranks, data: dict[str, Any]) -> None:
         raise ConfigError(
             f"process {ranks.rank} has other training data than process 0: {data} instead of {first}",
             hint="give every node the same files",
+        )
+
+
+def check_rows(method: Method, rows: EncodedDataset, plan: StepPlan) -> None:
+    """Raises ConfigError where a method cannot learn from rows each of which is as it should be."""
+    labels = rows.values.get("label")
+    if method.shape == "kto" and labels is not None and len(set(labels.tolist())) < 2:
+        what = "liked" if labels[0] else "disliked"
+        raise ConfigError(
+            f"all {len(rows)} training rows are {what}: --rlhf_type kto learns from both kinds",
+            hint="add rows with the other label",
+        )
+    classes = method.num_labels or 1
+    if isinstance(method.objective, Classification) and method.objective.is_one_class and labels is not None:
+        wrong = np.flatnonzero((labels != np.round(labels)) | (labels < 0) | (labels >= classes))
+        if len(wrong):
+            raise ConfigError(
+                f"{place(*rows.places[wrong[0]])}: label {labels[wrong[0]]:g} is not a class from 0 to "
+                f"{classes - 1} (--num_labels {classes})",
+                hint="number the classes from 0, or raise --num_labels",
+            )
+    if method.needs_mismatched and plan.items_per_step == 1 and plan.packs is None:
+        raise ConfigError(
+            "--rlhf_type kto compares the rows of a step, and a step has one row",
+            hint="raise --gradient_accumulation_steps or --per_device_train_batch_size",
         )

@@ -4,10 +4,10 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from swift.config.option import ConfigError, build, flatten, is_secret, iterate_knobs
-from swift.config.runs import SftRun
+from swift.config.runs import TrainRun
 from swift.train.saving import ARGS, STATE, find_checkpoint
 from swift.train.state import TrainState
 from swift.utils.log import say
@@ -19,7 +19,10 @@ FIXED = (
     "lr_scheduler_type", "learning_rate", "train_dataloader_shuffle", "packing", "packing_length",
     "agent_template", "is_binary_loss_scale", "use_chat_template", "enable_dft_loss",
     "label_smoothing_factor", "router_aux_loss_coef", "neftune_noise_alpha",
+    "rlhf_type", "beta", "loss_type", "loss_weights", "ref_model", "label_smoothing", "rpo_alpha",
 )  # fmt: skip
+
+Run = TypeVar("Run", bound=TrainRun)
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Resumption:
         return self.checkpoint.parent
 
 
-def load_resumption(run: SftRun) -> tuple[SftRun, Resumption | None]:
+def load_resumption(run: Run) -> tuple[Run, Resumption | None]:
     """Finds and verifies --resume_from_checkpoint. Flags left at their defaults take its values."""
     if not run.schedule.resume_from_checkpoint:
         return run, None
@@ -44,18 +47,18 @@ def load_resumption(run: SftRun) -> tuple[SftRun, Resumption | None]:
     content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     given = flatten(run)
     values: dict[str, Any] = {}
-    for knob in iterate_knobs(SftRun):
+    for knob in iterate_knobs(type(run)):
         default = list(knob.default) if isinstance(knob.default, tuple) else knob.default
         inherits = given[knob.name] == default and knob.name in saved
         value = saved[knob.name] if inherits else given[knob.name]
-        values[knob.name] = tuple(value) if isinstance(knob.default, tuple) else value
+        values[knob.name] = tuple(value) if isinstance(value, list) else value
         if knob.name in FIXED and knob.name in saved and value != saved[knob.name]:
             raise ConfigError(
                 f"--{knob.name} {value} differs from the checkpoint's {saved[knob.name]}",
                 hint="leave the flag out to go on, or start a new run without --resume_from_checkpoint",
             )
     values["resume_from_checkpoint"] = str(checkpoint)
-    resumed = build(SftRun, values)
+    resumed = build(type(run), values)
     resumed.check_complete()
     state = TrainState.from_dict(content["state"])
     say(f"resuming from {checkpoint} after step {state.step}; flags that were not given are taken from it")
@@ -77,11 +80,11 @@ def hide_secrets(flat: dict[str, Any]) -> dict[str, Any]:
     return {k: (None if is_secret(k) else v) for k, v in flat.items()}
 
 
-def with_system(run: SftRun, system: str | None) -> SftRun:
+def with_system(run: Run, system: str | None) -> Run:
     """The run with the system prompt itself in place of the .txt file that holds it."""
     return dataclasses.replace(run, template=dataclasses.replace(run.template, system=system))
 
 
-def with_model(run: SftRun, model: str) -> SftRun:
+def with_model(run: Run, model: str) -> Run:
     """The run with another --model, for a path made absolute."""
     return dataclasses.replace(run, model=dataclasses.replace(run.model, model=model))

@@ -1,91 +1,86 @@
 """A training run: config -> rows -> engine -> loop. What can be refused is, before weights load."""
 
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
 
 from swift import __version__
-from swift.config.option import ConfigError, flatten
-from swift.config.runs import SftRun
-from swift.data.datasets import use_plugins
-from swift.data.sources import open_sets
-from swift.engines.ranks import join_ranks, leave_ranks
-from swift.models.hub import resolve_model
-from swift.models.load import context_length, load_config, load_tokenizer, pick_device
-from swift.template.chat import ChatTemplate
-from swift.template.loss_scale import build_weights
+from swift.config.option import flatten
+from swift.config.runs import RlhfRun, SftRun, TrainRun
+from swift.engines.ranks import Ranks, join_ranks, leave_ranks
+from swift.engines.transformers.engine import TransformersEngine
+from swift.models.directory import describe_weights
+from swift.models.load import pick_device
 from swift.train import summary
-from swift.train.building import (
-    build_callbacks,
-    build_engine,
-    build_objective,
-    find_callbacks,
-    open_run_directory,
-)
+from swift.train.building import build_callbacks, build_engine, open_run_directory
+from swift.train.method import Method, rlhf_method, sft_method
 from swift.train.offline import Offline
-from swift.train.preparing import check_equal_on_ranks, encode_sets, plan_steps
-from swift.train.resume import check_same_data, hide_secrets, load_resumption, with_model, with_system
-from swift.train.rundir import check_writable, output_root
+from swift.train.preparing import (
+    Prepared,
+    check_equal_on_ranks,
+    check_rows,
+    describe_data,
+    learn_facts,
+    plan_steps,
+    prepare,
+)
+from swift.train.resume import check_same_data, hide_secrets, load_resumption
 from swift.train.saving import Saver
+from swift.train.scoring import precompute_reference
 from swift.train.state import TrainState
-from swift.train.tracking import load_trackers
 from swift.utils.files import append_jsonl, write_json
-from swift.utils.log import say
+from swift.utils.log import say, warn
+
+Run = TypeVar("Run", bound=TrainRun)
+
+
+def run_pt(run: SftRun) -> int:
+    """`swift pt`; returns the exit code."""
+    return train(run, "pt", lambda run: sft_method(run.task, run.sft))
 
 
 def run_sft(run: SftRun) -> int:
+    """`swift sft`; returns the exit code."""
+    return train(run, "sft", lambda run: sft_method(run.task, run.sft))
+
+
+def run_rlhf(run: RlhfRun) -> int:
+    """`swift rlhf`; returns the exit code."""
+    return train(run, "rlhf", lambda run: rlhf_method(run.rlhf))
+
+
+def train(run: Run, command: str, build_method: Callable[[Run], Method]) -> int:
     """Trains as `run` says; returns the exit code."""
     run, resumption = load_resumption(run)
-    use_plugins(run.plugins)
-    build_weights(run.template.loss_scale)  # a wrong name is told before anything is downloaded
-    load_trackers(run.output.report_to)
-    own_callbacks = find_callbacks(run)
-    if run.model.torch_dtype == "float16":
-        raise ConfigError("--torch_dtype float16 cannot train yet", hint="use bfloat16 or float32")
-    assert run.model.model is not None
-    root = output_root(run.output, run.model.model)
-    check_writable(root)
-    model_path = resolve_model(
-        run.model.model, use_hf=run.model.use_hf, revision=run.model.model_revision, token=run.model.hub_token
-    )
-    if Path(run.model.model).is_dir():
-        run = with_model(run, str(model_path))
-    tokenizer = load_tokenizer(model_path)
-    train_rows, eval_source = open_sets(
-        run.data, seed=run.data_seed, use_hf=run.model.use_hf, token=run.model.hub_token
-    )
-    longest = run.template.max_length or context_length(load_config(model_path)) or 2048
-    longest = min(longest, run.data.packing_length or longest)
-    template = ChatTemplate(tokenizer, run.template)
-    run = with_system(run, template.system)
-    if run.template.use_chat_template:
-        tokenizer.chat_template = tokenizer.chat_template or template.source  # saved with every checkpoint
-    rows, eval_rows = encode_sets(run, template, train_rows, eval_source, longest)
-    objective = build_objective(run, load_config(model_path), rows, eval_rows)
+    method = build_method(run)
+    if method.objective.couples_rows:
+        warn("the loss compares the rows of a micro-batch: it depends on --per_device_train_batch_size")
+    ready = prepare(run, method)
+    method = replace(method, objective=learn_facts(method.objective, ready))
+    run, tokenizer, rows = ready.run, ready.tokenizer, ready.rows
     ranks, device = join_ranks(pick_device(run.model.device), run.parallel.ddp_timeout)
-    plan = plan_steps(run, rows, longest, ranks, resumption)
-    data = {
-        "rows": len(rows),
-        "rows_per_step": plan.items_per_step,
-        "tokens": rows.num_tokens,
-        "fingerprint": rows.fingerprint,
-        "packs": plan.packs and plan.packs.fingerprint,
-    }
+    plan = plan_steps(run, rows, ready.max_length, ranks, resumption)
+    check_rows(method, rows, plan)
+    data = describe_data(rows, plan)
     check_equal_on_ranks(ranks, data)
     if resumption:
         check_same_data(resumption, data)
     total_steps = plan.total_steps(run.schedule.num_train_epochs, run.schedule.max_steps)
-    engine = build_engine(run, model_path, total_steps, ranks, device, resumption)
+    engine = build_engine(run, method, ready, total_steps, ranks, device, resumption)
     dtype = str(engine.dtype).removeprefix("torch.")
     summary.tell_weights(engine.model, f"{run.model.model}, {run.tuner.train_type}, {dtype}, {engine.device}")
+    if isinstance(run, RlhfRun) and run.rlhf.precompute_ref_log_probs:
+        precompute(run, ready, engine, ranks)
     if plan.packs:
         summary.tell_packs(plan.packs, flat=engine.flat)
     summary.tell_steps(plan, total_steps, rows)
     summary.tell_sample(tokenizer, rows)
-    directory = ranks.share(open_run_directory(run, root, resumption) if ranks.is_main else root)
-    args = hide_secrets({**flatten(run), "swift_version": __version__, "command": "sft"})
+    directory = ranks.share(open_run_directory(run, ready.root, resumption) if ranks.is_main else ready.root)
+    args = hide_secrets({**flatten(run), "swift_version": __version__, "command": command})
     if ranks.is_main:
         write_json(directory / "args.json", args)
-        if eval_source is not None and not run.data.val_dataset and not resumption:
-            append_jsonl(directory / "val_dataset.jsonl", (row.columns for row in eval_source))
+        if ready.eval_source is not None and not run.data.val_dataset and not resumption:
+            append_jsonl(directory / "val_dataset.jsonl", (row.columns for row in ready.eval_source))
     saver = Saver(
         directory, tokenizer, args, data,
         only_model=run.schedule.save_only_model,
@@ -95,14 +90,26 @@ def run_sft(run: SftRun) -> int:
     )  # fmt: skip
     state = resumption.state if resumption else TrainState()
     loop = Offline(
-        engine=engine, objective=objective, rows=rows, eval_rows=eval_rows, plan=plan,
+        engine=engine, method=method, rows=rows, eval_rows=ready.eval_rows, plan=plan,
         total_steps=total_steps, schedule=run.schedule, saver=saver, run_directory=directory,
-        callbacks=build_callbacks(run, directory, args, own_callbacks) if ranks.is_main else [],
-        follows_wishes=bool(own_callbacks or run.schedule.early_stop_interval),
+        callbacks=build_callbacks(run, directory, args, ready.callbacks) if ranks.is_main else [],
+        follows_wishes=bool(ready.callbacks or run.schedule.early_stop_interval),
     )  # fmt: skip
     code = run_loop(loop, state)
     leave_ranks()
     return code
+
+
+def precompute(run: RlhfRun, ready: Prepared, engine: TransformersEngine, ranks: Ranks) -> None:
+    """Runs the reference model over all rows, once; a copy of it is no longer needed afterwards."""
+    key = describe_weights(ready.reference_path or ready.model_path)
+    for rows in (ready.rows, ready.eval_rows):
+        if rows is not None:
+            precompute_reference(
+                engine, rows, batch_size=run.schedule.per_device_eval_batch_size, ranks=ranks,
+                key=f"{key} {engine.dtype}",
+            )  # fmt: skip
+    engine.drop_reference()
 
 
 def run_loop(loop: Offline, state: TrainState) -> int:

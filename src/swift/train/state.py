@@ -13,6 +13,7 @@ class TrainState:
     step: int = 0
     window: Sums = field(default_factory=Sums)
     whole: Sums = field(default_factory=Sums)  # of the whole run, for the closing summary
+    running: Sums = field(default_factory=Sums)  # means over the whole run that an objective reads
     tokens: int = 0
     elapsed_seconds: float = 0.0  # training time of all processes that worked on this run
     best_metric: float | None = None
@@ -27,13 +28,16 @@ class TrainState:
         def sums(name: str) -> Sums:
             return Sums({k: (float(v[0]), float(v[1])) for k, v in values[name]["pairs"].items()})
 
-        return cls(**{**values, "window": sums("window"), "whole": sums("whole")})
+        return cls(**{**values, **{name: sums(name) for name in ("window", "whole", "running")}})
 
 
 def loss_and_metrics(sums: Sums) -> dict[str, float]:
     """Means ready for a log line: `loss` is the sum of its terms' means, the rest goes by its own name."""
     means = sums.means()
     terms = [v for k, v in means.items() if k.startswith("loss/")]
+    liked, disliked = means.get("rewards/chosen"), means.get("rewards/rejected")
+    if liked is not None and disliked is not None:  # of answers that come one at a time
+        means.setdefault("rewards/margins", liked - disliked)
     return {"loss": sum(terms), **{k: v for k, v in means.items() if not k.startswith("loss/")}}
 
 

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
+from rich.console import Group
 from rich.panel import Panel
+from rich.rule import Rule
 from rich.text import Text
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -70,9 +72,12 @@ def sample_text(pieces: Sequence[tuple[str, float]]) -> Text:
 
 
 def tell_sample(tokenizer: PreTrainedTokenizerBase, rows: EncodedDataset) -> None:
-    """One row as the model sees it."""
-    text = sample_text(trained_segments(tokenizer, rows[0]))
-    if len(rows[0].input_ids) > SHOWN_TOKENS:
-        text.truncate(4 * SHOWN_TOKENS, overflow="ellipsis")
-    panel = Panel(text, title="one row as the model sees it: green is trained", title_align="left")
-    console().print(panel, soft_wrap=False)
+    """One row as the model sees it: its sequences one below the other."""
+    texts = []
+    for sequence in rows.sequences(0):
+        text = sample_text(trained_segments(tokenizer, sequence))
+        if len(sequence.input_ids) > SHOWN_TOKENS:
+            text.truncate(4 * SHOWN_TOKENS, overflow="ellipsis")
+        texts += [Rule(style="dim"), text]
+    title = "one row as the model sees it: green is trained"
+    console().print(Panel(Group(*texts[1:]), title=title, title_align="left"), soft_wrap=False)

@@ -26,6 +26,7 @@ from swift.engines.transformers.attention import FLAT_ATTENTION
 from swift.engines.transformers.forward import refusal_of_flat, score
 from swift.engines.transformers.noise import EmbeddingNoise
 from swift.engines.transformers.wrap import (
+    Wrapped,
     full_state,
     grad_norm,
     load_optimizer_state,
@@ -59,7 +60,9 @@ class TransformersEngine:
         fsdp: bool = False,
         noise_alpha: float | None = None,
         resume_from: Path | None = None,
+        frozen: PreTrainedModel | None = None,
     ) -> None:
+        """`frozen`: the reference of full-parameter training; with adapters it is the model without them."""
         self.model = model
         self.ranks = ranks or Ranks()
         self.data_rank, self.data_world = self.ranks.rank, self.ranks.world
@@ -77,12 +80,20 @@ class TransformersEngine:
         self.noise = EmbeddingNoise(base.get_input_embeddings(), noise_alpha) if noise_alpha else None
         self.sharded = fsdp
         self.wrapped = wrap(model, base, self.ranks, fsdp)
+        self.frozen = None if frozen is None else self._freeze(frozen)
         self.max_grad_norm = config.max_grad_norm
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(model, config, learning_rate)
         self.scheduler = build_scheduler(self.optimizer, config, total_steps)
         if resume_from:
             self._load_state(resume_from)
+
+    def _freeze(self, model: PreTrainedModel) -> Wrapped:
+        """The reference as it runs beside the model: sliced where that one is, else whole."""
+        model.requires_grad_(False).eval()
+        if self.own_attention:
+            model.set_attn_implementation(FLAT_ATTENTION)
+        return wrap(model, model, self.ranks, True) if self.sharded else Wrapped(model, 1.0)
 
     def _score(self, batch: Batch, needs: frozenset[str]) -> TokenStats:
         if self.noise:
@@ -157,9 +168,22 @@ class TransformersEngine:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        assert isinstance(self.model, PeftModel), "a frozen copy for full training is not built here"
-        with self.model.disable_adapter():
+        if self.frozen is None:
+            assert isinstance(self.model, PeftModel), "full training has a frozen copy"
+            with self.model.disable_adapter():
+                yield
+            return
+        trained, self.wrapped = self.wrapped, self.frozen
+        try:
             yield
+        finally:
+            self.wrapped = trained
+
+    def drop_reference(self) -> None:
+        """Frees the frozen copy, once nothing asks for it any more."""
+        self.frozen = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def save(self, path: Path, *, resumable: bool) -> None:
         state = full_state(self.model) if self.sharded else None

@@ -4,6 +4,9 @@ Flat: one row of T tokens, segments kept apart by the attention. Padded: [B, L] 
 models whose attention cannot be replaced. Both give the same stats.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -14,6 +17,7 @@ from swift.objectives.logits import DenseLogits
 from swift.objectives.types import TokenStats
 
 PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+HEADS = frozenset({"scores", "class_logits", "embeddings"})
 NEEDS_OWN_ATTENTION = ("attn_logit_softcapping", "linear_conv_kernel_dim", "mamba_d_state")
 
 
@@ -56,6 +60,52 @@ def padded_arguments(batch: Batch, device: torch.device) -> tuple[dict[str, obje
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}, index_T
 
 
+@contextmanager
+def watched(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """(input, output) of `module` whenever the model calls it.
+
+    Models pool before they return, and know nothing of segments; a part of one cannot be called by itself,
+    because DDP and FSDP watch the whole.
+    """
+    calls: list[tuple[Tensor, Tensor]] = []
+    handle = module.register_forward_hook(lambda _module, inputs, output: calls.append((inputs[0], output)))
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def score_segments(
+    model: nn.Module,
+    batch: Batch,
+    needs: frozenset[str],
+    *,
+    flat: bool,
+    own_attention: bool,
+    device: torch.device,
+) -> TokenStats:
+    """What the model says at the last token of each segment: the output of its head, or what enters it."""
+    last_S = batch.segment_lengths().cumsum(0) - 1
+    name = "lm_head" if "embeddings" in needs else "score"
+    head = next(module for path, module in model.named_modules() if path.rpartition(".")[2] == name)
+    if flat:
+        arguments = flat_arguments(batch, device, own_attention=own_attention)
+    else:
+        arguments, index_T = padded_arguments(batch, device)
+        last_S = index_T[last_S]
+    with watched(head) as calls:
+        model(**arguments, use_cache=False)
+    entered, said = (x.flatten(0, 1)[last_S.to(device)] for x in calls[0])
+    if "embeddings" in needs:
+        return TokenStats(embeddings=widen(entered))
+    return TokenStats(scores=widen(said)[:, 0], class_logits=widen(said))
+
+
+def widen(values: Tensor) -> Tensor:
+    """In float32 at least."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def score(
     model: nn.Module,
     batch: Batch,
@@ -70,6 +120,8 @@ def score(
     `batch` is on the host: shapes that depend on its values are worked out there, without waiting for a GPU.
     `own_attention`: the flat kernel is ours, not one of transformers.
     """
+    if needs & HEADS:
+        return score_segments(model, batch, needs, flat=flat, own_attention=own_attention, device=device)
     trained_N = batch.trained.nonzero().squeeze(1)
     positions_N = trained_N.to(device)
     routing = {"output_router_logits": True} if "router_logits" in needs else {}
@@ -87,6 +139,7 @@ def score(
     return TokenStats(
         logps=view.logps(labels_T) if "logps" in needs else None,
         correct=view.correct(labels_T) if "correct" in needs else None,
+        logits_mean=view.mean(batch.num_tokens) if "logits_mean" in needs else None,
         mean_logps=view.mean_logps(batch.num_tokens) if "mean_logps" in needs else None,
         router_logits=router_logits(output, index_T) if routing else None,
     )

@@ -1,0 +1,106 @@
+"""Which conversations, and which numbers beside them, a row holds for each way of training.
+
+Owns: the table of row shapes. Not here: the columns of each (formats.py, preference.py), tokens (encode.py).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from swift.data.formats import to_sample
+from swift.data.messages import parse_messages
+from swift.data.preference import to_kto, to_preference
+from swift.data.types import Row, RowError, Sample, parse_number
+from swift.template.types import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A row as it is trained on: conversations that stay together, and numbers that go with them."""
+
+    samples: tuple[Sample, ...]
+    values: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How rows are read. Raises RowError for a row that is not of this shape."""
+
+    read: Callable[[Row], Example]
+    values: tuple[str, ...] = ()  # names of an example's numbers
+    # Name -> number of the first sequence, of the second, ...; the last one counts for all after it.
+    by_place: tuple[tuple[str, tuple[float, ...]], ...] = ()
+
+
+def _read_chat(row: Row) -> Example:
+    return Example((to_sample(row),))
+
+
+def _read_pair(row: Row) -> Example:
+    pair = to_preference(row)
+    return Example((pair.chosen, pair.rejected), (pair.margin or 0.0,))
+
+
+def _read_kto(row: Row) -> Example:
+    liked = to_kto(row)
+    return Example((liked.sample,), (float(liked.label),))
+
+
+def _read_labelled(row: Row) -> Example:
+    sample = to_sample(row)
+    return Example((sample,), (parse_number(sample.extra.get("label"), "label"),))
+
+
+def _read_alike(row: Row) -> Example:
+    """Two texts and how alike they are: messages and positive_messages, or query and response."""
+    anchor, others = _read_group(row)
+    if len(others) != 1:
+        raise RowError(f"{len(others)} texts to compare with, where there should be one")
+    return Example((anchor, others[0]), (parse_number(anchor.extra.get("label"), "label"),))
+
+
+def _read_anchors(row: Row) -> Example:
+    anchor, others = _read_group(row)
+    return Example((anchor, *others))
+
+
+def _read_documents(row: Row) -> Example:
+    """A query with each of its documents, the right one first."""
+    query, documents = _read_group(row, "assistant")
+    joined = (replace(query, messages=(*query.messages, *document.messages)) for document in documents)
+    return Example(tuple(joined))
+
+
+def _read_group(row: Row, role: str = "user") -> tuple[Sample, list[Sample]]:
+    """What is asked, its right partner and any wrong ones. `role` says what is given as mere text."""
+    columns = {name: value for name, value in row.columns.items() if name not in _PARTNERS}
+    positive, negative = (row.columns.get(name) or [] for name in _PARTNERS)
+    wrong = row.columns.get("rejected_response") or []
+    anchor = to_sample(replace(row, columns={k: v for k, v in columns.items() if k != "rejected_response"}))
+    if not positive and anchor.messages[-1]["role"] == "assistant":  # query and response
+        positive = [anchor.messages[-1]["content"]]
+        negative = [wrong] if isinstance(wrong, str) else list(wrong)
+        anchor = replace(anchor, messages=anchor.messages[:-1])
+    if not positive:
+        raise RowError("no positive_messages")
+    texts = [_as_messages(value, role) for value in (*positive, *negative)]
+    return anchor, [replace(anchor, messages=tuple(messages), extra={}) for messages in texts]
+
+
+def _as_messages(value: Any, role: str) -> list[Message]:
+    """A text, which `role` says, or a list of messages."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return parse_messages([value] if isinstance(value, dict) else value)
+
+
+_PARTNERS = ("positive_messages", "negative_messages")
+SHAPES: dict[str, Shape] = {
+    "chat": Shape(_read_chat),
+    "pair": Shape(_read_pair, ("margin",)),  # chosen, rejected
+    "kto": Shape(_read_kto, ("label",)),  # 1 = liked
+    "labelled": Shape(_read_labelled, ("label",)),  # a class or a number
+    "alike": Shape(_read_alike, ("label",)),  # two texts
+    "anchors": Shape(_read_anchors, by_place=(("role", (0, 1, 2)),)),  # anchor, positive, negatives
+    "documents": Shape(_read_documents, by_place=(("label", (1, 0)),)),  # of one query
+}

@@ -1,0 +1,68 @@
+"""The objective that a config asks for."""
+
+from collections.abc import Callable
+
+from swift.config.objective import RlhfConfig
+from swift.objectives.kto import Kto
+from swift.objectives.preference import Preference
+from swift.objectives.reward import Reward
+from swift.objectives.types import Objective
+
+
+def build_objective(config: RlhfConfig) -> Objective:
+    """The objective of `config.rlhf_type`. Raises ConfigError where flags contradict each other."""
+    config.check()
+    return BUILDERS[config.rlhf_type](config)
+
+
+def _build_dpo(config: RlhfConfig) -> Preference:
+    return Preference(
+        loss_type=config.losses,
+        loss_weights=config.loss_weights or (1.0,) * len(config.losses),
+        beta=config.beta_value,
+        label_smoothing=config.label_smoothing,
+        rpo_alpha=config.rpo_alpha or 0.0,
+        ld_alpha=1.0 if config.ld_alpha is None else config.ld_alpha,
+        discopop_tau=config.discopop_tau,
+        reference_free=config.reference_free,
+        f_divergence_type=config.f_divergence_type,
+        f_alpha_divergence_coef=config.f_alpha_divergence_coef,
+    )
+
+
+def _build_cpo(config: RlhfConfig) -> Preference:
+    return Preference(
+        loss_type=config.losses,
+        beta=config.beta_value,
+        label_smoothing=config.label_smoothing,
+        rpo_alpha=config.cpo_alpha,
+        simpo_gamma=config.simpo_gamma,
+        reference_free=True,
+    )
+
+
+def _build_orpo(config: RlhfConfig) -> Preference:
+    return Preference(loss_type=("orpo",), beta=config.beta_value, rpo_alpha=1.0, reference_free=True)
+
+
+def _build_kto(config: RlhfConfig) -> Kto:
+    return Kto(
+        loss_type=config.losses[0],
+        beta=config.beta_value,
+        desirable_weight=config.desirable_weight,
+        undesirable_weight=config.undesirable_weight,
+    )
+
+
+def _build_reward(config: RlhfConfig) -> Reward:
+    return Reward(center=config.center_rewards_coefficient or 0.0)
+
+
+BUILDERS: dict[str, Callable[[RlhfConfig], Objective]] = {
+    "dpo": _build_dpo,
+    "cpo": _build_cpo,
+    "simpo": _build_cpo,
+    "orpo": _build_orpo,
+    "kto": _build_kto,
+    "rm": _build_reward,
+}

@@ -1,0 +1,28 @@
+"""How far the policy has gone from the reference on given answers. A measurement, never a loss."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from swift.batch import Batch
+from swift.objectives.types import LossSum, TokenStats
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Metric `kl`: log policy - log reference, summed over each answer and averaged over answers.
+
+    Reads token["ref_logps"] [T]. Its mean over answers of the policy estimates the KL divergence.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"logps"})
+    couples_rows: ClassVar[bool] = False
+
+    def units(self, _: Batch) -> dict[str, int]:
+        return {}
+
+    def __call__(self, stats: TokenStats, batch: Batch) -> LossSum:
+        assert stats.logps is not None, "Distance needs logps"
+        if "ref_logps" not in batch.token:  # the engine's batch without rows
+            return LossSum({}, {"kl": (stats.logps.sum() * 0, stats.logps.new_zeros(()))})
+        ratio_T = (stats.logps - batch.token["ref_logps"]) * batch.trained
+        return LossSum({}, {"kl": (ratio_T.sum(), ratio_T.new_full((), batch.num_segments))})

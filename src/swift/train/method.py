@@ -1,0 +1,63 @@
+"""What one training method is made of, beside what all of them share."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from swift.config.objective import LOSSES, NOT_YET, RlhfConfig
+from swift.config.option import ConfigError
+from swift.config.sft import SftConfig
+from swift.config.task import TaskConfig
+from swift.objectives.build import build_objective
+from swift.objectives.classification import Classification
+from swift.objectives.embedding import EmbeddingPairs, InfoNce, ListwiseReranker, PointwiseReranker
+from swift.objectives.sft import Sft
+from swift.objectives.types import Objective
+from swift.train.scoring import Scorer, score_bco, score_kto, score_nothing, score_reference
+
+
+@dataclass(frozen=True)
+class Method:
+    """`objective` over rows of `shape` (data/shapes.py), whose batches `score` has completed."""
+
+    objective: Objective
+    shape: str = "chat"
+    score: Scorer = score_nothing
+    needs_reference: bool = False
+    needs_mismatched: bool = False  # `score` also wants prompts with the answers of other rows
+    learns_text: bool = True  # the tokens of answers; no = whole texts are scored or embedded
+    num_labels: int | None = None  # outputs of a head on the last token; none = the language model itself
+
+
+def sft_method(task: TaskConfig, variants: SftConfig) -> Method:
+    """The method of `swift sft`."""
+    if task.task_type == "seq_cls":
+        assert task.num_labels is not None, "check_complete has run"
+        return Method(Classification(task.problem), "labelled", num_labels=task.num_labels, learns_text=False)
+    if task.task_type == "embedding":
+        objective: Objective = InfoNce() if task.loss == "infonce" else EmbeddingPairs(task.loss)
+        shape = "anchors" if task.loss == "infonce" else "alike"
+        return Method(objective, shape, learns_text=False)
+    if task.task_type == "reranker":
+        objective = PointwiseReranker() if task.loss == "pointwise_reranker" else ListwiseReranker()
+        return Method(objective, "documents", num_labels=1, learns_text=False)
+    return Method(Sft(variants))
+
+
+def rlhf_method(config: RlhfConfig) -> Method:
+    """The method of `swift rlhf`. Raises ConfigError where flags contradict each other."""
+    if config.rlhf_type in NOT_YET:
+        raise ConfigError(
+            f"--rlhf_type {config.rlhf_type} is not there yet", hint=f"there are {', '.join(LOSSES)}"
+        )
+    objective = build_objective(config)
+    if config.rlhf_type == "rm":
+        return Method(objective, "pair", num_labels=1)
+    if config.rlhf_type == "kto":
+        estimates = "kto" in config.losses
+        score = score_kto if estimates else score_reference
+        return Method(objective, "kto", score, needs_reference=True, needs_mismatched=estimates)
+    if "bco_pair" in config.losses:
+        return Method(objective, "pair", partial(score_bco, config.beta_value), needs_reference=True)
+    if config.needs_reference:
+        return Method(objective, "pair", score_reference, needs_reference=True)
+    return Method(objective, "pair")

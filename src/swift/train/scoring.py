@@ -1,0 +1,143 @@
+"""What an objective reads beside the model's own answer: computed by forward passes, handed over as columns.
+
+Owns: reference log-probabilities and the distance estimate of KTO. Not here: any loss.
+Shapes: T = tokens of a batch, S = its segments, N = tokens of a data set.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from rich.progress import track
+
+from swift.batch import IGNORED, Batch
+from swift.data.collate import collate_rows
+from swift.data.encode import EncodedDataset
+from swift.engines.protocol import Engine, Sums
+from swift.engines.ranks import Ranks
+from swift.objectives.distance import Distance
+from swift.template.tokenize import Encoded
+from swift.utils import env
+from swift.utils.log import console
+
+LOGPS = frozenset({"logps"})
+REF_LOGPS = "ref_logps"
+
+
+@dataclass(frozen=True)
+class Step:
+    """The rows of one step, or of an evaluation, on this rank."""
+
+    batches: list[Batch]
+    mismatched: list[Batch]  # the same prompts with answers to others, where the method asks for them
+    running: Sums  # sums of the whole run so far; a scorer may add to them
+
+
+class Scorer(Protocol):
+    """The batches with more columns. Called by every rank, also by one without batches."""
+
+    def __call__(self, engine: Engine, step: Step) -> list[Batch]: ...
+
+
+def score_nothing(_engine: Engine, step: Step) -> list[Batch]:
+    """For objectives that read the model's own answer alone."""
+    return step.batches
+
+
+def score_reference(engine: Engine, step: Step) -> list[Batch]:
+    """For objectives that compare with the model as it was before training."""
+    return add_reference(engine, step.batches)
+
+
+def add_reference(engine: Engine, batches: list[Batch]) -> list[Batch]:
+    """token["ref_logps"] [T]: what the model answered before training. Known ones are not computed again."""
+    # Whether a data set brings them along is the same on every rank; one without batches has nothing to ask.
+    if batches and all(REF_LOGPS in batch.token for batch in batches):
+        return batches
+    with engine.reference():
+        stats = engine.forward(batches, LOGPS)
+    return [
+        replace(batch, token={**batch.token, REF_LOGPS: found.logps})
+        for batch, found in zip(batches, stats, strict=True)
+        if found.logps is not None
+    ]
+
+
+def score_kto(engine: Engine, step: Step) -> list[Batch]:
+    """token["ref_logps"], and segment["kl"] [S]: how far the policy is from the reference, one number.
+
+    Estimated on answers to other prompts, over the whole step and at least 0: arXiv:2402.01306 section 4.1.
+    """
+    sums = engine.measure(add_reference(engine, step.mismatched), Distance())
+    kl = max(sums.means()["kl"], 0.0)
+    return with_constant(add_reference(engine, step.batches), "kl", kl)
+
+
+def score_bco(beta: float, engine: Engine, step: Step) -> list[Batch]:
+    """token["ref_logps"], and segment["bco_delta"] [S]: the mean reward of all answers up to this step.
+
+    arXiv:2404.04656 section 3.2; the mean counts every answer once.
+    """
+    batches = add_reference(engine, step.batches)
+    total, count = engine.measure(batches, Distance()).pairs["kl"]
+    step.running.add("reward", beta * total, count)
+    return with_constant(batches, "bco_delta", step.running.means()["reward"])
+
+
+def with_constant(batches: Sequence[Batch], name: str, value: float) -> list[Batch]:
+    """The batches with the same number beside every segment."""
+    return [
+        replace(batch, segment={**batch.segment, name: torch.full((batch.num_segments,), value)})
+        for batch in batches
+    ]
+
+
+def mismatch(prompt: Encoded, answer: Encoded) -> Encoded:
+    """The prompt of one row with the answer of another."""
+    trained = [int(np.argmax(row.labels != IGNORED)) for row in (prompt, answer)]
+    head, tail = prompt.cut(0, trained[0]), answer.cut(trained[1], len(answer.labels))
+    return Encoded(
+        np.concatenate([head.input_ids, tail.input_ids]), np.concatenate([head.labels, tail.labels]), None
+    )
+
+
+def precompute_reference(
+    engine: Engine, dataset: EncodedDataset, *, batch_size: int, ranks: Ranks, key: str
+) -> None:
+    """Reference log-probabilities of all rows, in `dataset.tokens` from now on; kept in the cache.
+
+    Each rank scores its share. `key` names the reference model.
+    """
+    digest = hashlib.sha256(f"{key}\n{dataset.fingerprint}".encode()).hexdigest()[:32]
+    file = env.cache_root() / "reference" / f"{digest}.npy"
+    if not ranks.share(file.exists()):
+        logps_N = _score_rows(engine, dataset, batch_size)
+        logps_N = np.sum([ranks.share(logps_N, rank) for rank in range(ranks.world)], axis=0)
+        if ranks.is_main:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.with_suffix(".tmp").open("wb") as handle:
+                np.save(handle, logps_N)
+            file.with_suffix(".tmp").replace(file)
+    ranks.barrier()
+    dataset.tokens[REF_LOGPS] = np.load(file, mmap_mode="r") if file.exists() else logps_N
+
+
+def _score_rows(engine: Engine, dataset: EncodedDataset, batch_size: int) -> np.ndarray:
+    """[N] reference log-probabilities of the rows of this rank, 0 at the others."""
+    logps_N = np.zeros(dataset.num_tokens, dtype=np.float32)
+    stride = batch_size * engine.data_world
+    with engine.reference():
+        for start in track(
+            range(0, len(dataset), stride), "reference model", console=console(), transient=True
+        ):
+            first = min(start + engine.data_rank * batch_size, len(dataset))
+            rows = range(first, min(first + batch_size, len(dataset)))
+            batches = [collate_rows(dataset, rows)] if rows else []
+            for stats in engine.forward(batches, LOGPS):
+                assert stats.logps is not None
+                span = slice(dataset.offsets[rows[0]], dataset.offsets[rows[-1] + 1])
+                logps_N[span] = stats.logps.float().cpu().numpy()
+    return logps_N
