@@ -1,5 +1,18 @@
-"""The old import path of what plugins add to: rewards and loss scales. New code may use it too."""
+"""The old import path of what plugins add to: rewards, loss scales, callbacks. New code may use it too."""
 
+from swift.plugins.callbacks import Callback, Save, Stop, callbacks_map, extra_callbacks
 from swift.plugins.hooks import ORM, AsyncORM, LossScale, loss_scale_map, orms, rm_plugins
 
-__all__ = ["ORM", "AsyncORM", "LossScale", "loss_scale_map", "orms", "rm_plugins"]
+__all__ = [
+    "ORM",
+    "AsyncORM",
+    "Callback",
+    "LossScale",
+    "Save",
+    "Stop",
+    "callbacks_map",
+    "extra_callbacks",
+    "loss_scale_map",
+    "orms",
+    "rm_plugins",
+]

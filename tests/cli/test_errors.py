@@ -124,7 +124,8 @@ def test_later_flag_that_is_off_does_not_stop(words: list[str], calls: list[Any]
 def test_switching_off_what_is_on_by_default_does_stop(
     capsys: pytest.CaptureFixture[str], calls: list[Any]
 ) -> None:
-    assert "--use_chat_template is not yet" in errors([*RUNNABLE, "--use_chat_template", "false"], capsys)[0]
+    command = [*RUNNABLE, "--add_non_thinking_prefix", "false"]
+    assert "--add_non_thinking_prefix is not yet" in errors(command, capsys)[0]
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.run], ids=lambda c: c.title)

@@ -167,7 +167,10 @@ def test_refused_and_later_values(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["sft", "--report_to", "wandb", "tensorboard", "--print_config"]) == 0
     assert "report_to: [wandb, tensorboard]\n" in capsys.readouterr().out
     assert run(["sft", "--report_to", "paper", "--print_config"]) == 2
-    assert "--report_to must be one of tensorboard, none, got paper" in capsys.readouterr().err
+    assert (
+        "--report_to must be one of tensorboard, wandb, swanlab, mlflow, all, none, got paper"
+        in capsys.readouterr().err
+    )
 
 
 def test_unneeded_flag_has_no_effect_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:

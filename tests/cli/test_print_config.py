@@ -83,6 +83,8 @@ def test_groups_and_defaults_of_the_command(capsys: pytest.CaptureFixture[str]) 
         "# schedule",
         "# parallel",
         "# output",
+        "# task",
+        "# sft",
         "# not yet in this version",
     ]
     assert "loss_scale: all\n" in text and text.endswith("streaming: true\n")

@@ -15,6 +15,7 @@ from swift.data.types import Row
 from swift.template.tokenize import IGNORED, encode_chats
 
 LONG = "word " * 200
+TEMPLATE_FLAGS = ("truncation_strategy", "loss_scale", "use_chat_template")
 
 
 def rows_of(*columns: dict[str, Any]) -> list[Row]:
@@ -26,7 +27,7 @@ def good(count: int) -> list[dict[str, Any]]:
 
 
 def run(rows: list[Row], *, max_length: int = 120, **flags: Any) -> tuple[EncodedDataset, EncodeReport]:
-    template_flags = {key: flags.pop(key) for key in ("truncation_strategy", "loss_scale") if key in flags}
+    template_flags = {key: flags.pop(key) for key in TEMPLATE_FLAGS if key in flags}
     return encode_rows(
         rows,
         family_template("smollm2", **template_flags),
@@ -169,3 +170,20 @@ def test_worker_processes_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     (alone, alone_report), (together, report) = run(rows), run(rows, dataset_num_proc=2)
     assert together.fingerprint == alone.fingerprint
     assert report == alone_report
+
+
+def test_plain_documents_are_split_into_pieces_that_lose_nothing() -> None:
+    documents = [{"text": LONG}, {"text": "short"}, {"text": "word " * 20 + "end"}]
+    plain = {"use_chat_template": False, "loss_scale": "all"}
+    whole, _ = run(rows_of(*documents), max_length=5000, **plain)
+    long, short, last = whole.lengths.tolist()
+    size = last - 1  # the rest of the last document, its eos, has nothing to learn and is left out
+    dataset, report = run(rows_of(*documents), max_length=size, truncation_strategy="split", **plain)
+    assert (report.total, report.kept, report.num_dropped) == (3, 3, 0)
+    pieces = [size] * (long // size) + [long % size] * (long % size > 1)
+    assert dataset.lengths.tolist() == [*pieces, short, size]
+    assert [place[1] for place in dataset.places] == [1] * len(pieces) + [2, 3]
+    assert dataset.ids[: sum(pieces)].tolist() == whole[0].input_ids[: sum(pieces)].tolist()
+    for i in range(len(dataset)):  # every token but the first of a piece
+        assert dataset[i].labels.tolist() == [IGNORED, *dataset[i].input_ids[1:].tolist()]
+    assert dataset.samples[len(pieces)].messages[0]["content"] == "short"

@@ -244,3 +244,21 @@ def test_date_of_a_template_does_not_depend_on_the_day() -> None:
 def test_pickled_template_renders_the_same() -> None:
     template, messages = family_template("qwen3"), chat("q", "a")
     assert pickle.loads(pickle.dumps(template)).render(messages) == template.render(messages)
+
+
+def test_plain_text_is_the_bare_words_between_bos_and_eos() -> None:
+    """The template of the tokenizer plays no part; --loss_scale says which words are trained."""
+    chat = [
+        {"role": "user", "content": "Q?\n"}, {"role": "assistant", "content": " one\n\n"},
+        {"role": "user", "content": "more"}, {"role": "assistant", "content": "two "},
+    ]  # fmt: skip
+    tokenizer = build_tokenizer(("<s>", "</s>"), "</s>", "{{ 'not this' }}")
+    template = ChatTemplate(tokenizer, TemplateConfig(use_chat_template=False))
+    rendered = template.render(chat)
+    assert rendered.text == "Q?\n one\n\nmoretwo </s>"
+    assert [rendered.text[s.start : s.end] for s in rendered.spans] == [" one\n\n", "two </s>"]
+    assert template.prompt(chat[:1]) == "Q?\n"
+    assert tokenizer.decode(template.stop_token_ids) == "</s>"
+    everything = ChatTemplate(tokenizer, TemplateConfig(use_chat_template=False, loss_scale="all"))
+    document = everything.render([{"role": "assistant", "content": "  All of it. "}])
+    assert (document.text, document.spans[0].start, document.spans[0].end) == ("  All of it. </s>", 0, 17)

@@ -38,19 +38,22 @@ class Command:
         return frozenset(common | words | {f"{self.program}:{word}" for word in words})
 
 
-TRAIN, SFT, RLHF, INFER, EXPORT, DATASET = (
-    f"swift.config.runs:{name}Run" for name in ("Train", "Sft", "Rlhf", "Infer", "Export", "Dataset")
+SFT, RLHF, INFER, EXPORT, DATASET = (
+    f"swift.config.runs:{name}Run" for name in ("Sft", "Rlhf", "Infer", "Export", "Dataset")
 )
 MEGATRON, MEGATRON_EXPORT, WEB_UI = (
     f"swift.cli.pending:{name}Run" for name in ("Megatron", "MegatronExport", "WebUi")
 )
-RUN_SFT, RUN_RLHF = "swift.train.run:run_sft", "swift.train.run:run_rlhf"
+RUN_PT, RUN_SFT, RUN_RLHF = (f"swift.train.run:run_{name}" for name in ("pt", "sft", "rlhf"))
 RUN_INFER = "swift.infer.run:run_infer"
 RUN_EXPORT = "swift.export.run:run_export"
 WHOLE, ALL_TOKENS, LAST_ROUND = ("train_type", "full"), ("loss_scale", "all"), ("loss_scale", "last_round")
+PLAIN_TEXT = (ALL_TOKENS, ("use_chat_template", False))
 
 COMMANDS = (
-    Command("swift", "pt", TRAIN, None, "continue pre-training on plain text", True, (ALL_TOKENS,)),
+    Command(
+        "swift", "pt", SFT, RUN_PT, "continue pre-training on plain text", True, PLAIN_TEXT, can_spread=True
+    ),
     Command("swift", "sft", SFT, RUN_SFT, "fine-tune on conversations", True, can_spread=True),
     Command(
         "swift",

@@ -12,6 +12,7 @@ from swift.config.option import ConfigError
 from swift.config.parallel import ParallelConfig
 from swift.config.plugins import PluginConfig
 from swift.config.schedule import OutputConfig, ScheduleConfig
+from swift.config.sft import SftConfig
 from swift.config.task import TaskConfig
 from swift.config.template import TemplateConfig
 from swift.config.tuner import TunerConfig
@@ -54,10 +55,22 @@ class TrainRun:
                 hint="leave one of them out",
             )
         self.data.check()
+        self.template.check()
+        self.output.profiled  # noqa: B018 - raises ConfigError
+        self._check_evaluation()
         if self.data.packing_length is not None:
             self._check_packing_length(self.data.packing_length)
         if self.schedule.max_steps < 0 and self.schedule.num_train_epochs == 0:
             raise ConfigError("--num_train_epochs 0 trains nothing", hint="give epochs or --max_steps")
+
+    def _check_evaluation(self) -> None:
+        if self.data.val_dataset or self.data.split_dataset_ratio or self.data.cached_dataset:
+            return
+        for flag in ("early_stop_interval", "eval_on_start"):
+            if getattr(self.schedule, flag):
+                raise ConfigError(
+                    f"--{flag} needs rows to evaluate", hint="--val_dataset or --split_dataset_ratio"
+                )
 
     def _check_packing_length(self, length: int) -> None:
         if not self.data.packing:
@@ -74,14 +87,16 @@ class TrainRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SftRun(TrainRun):
-    """`swift sft`."""
+    """`swift sft` and `swift pt`."""
 
     task: TaskConfig = field(default_factory=TaskConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
 
     def check_complete(self) -> None:
         """`check` for a run whose values are all known."""
         TrainRun.check_complete(self)
         self.task.check()
+        self.sft.check(learns_text=self.task.task_type == "causal_lm")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,6 +161,7 @@ class ExportRun:
                     hint="give them to the training that uses the encoded rows",
                 )
             self.data.check()
+            self.template.check()
             return
         if not self.export.merge_lora:
             raise ConfigError(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from swift.config.option import option
+from swift.config.option import ConfigError, option
 
 STRATEGIES = ("no", "steps", "epoch")
 
@@ -35,6 +35,12 @@ class ScheduleConfig:
     eval_steps: float | None = option(
         None, help="steps between evaluations, or a share of all; none = --save_steps"
     )
+    eval_on_start: bool = option(False, help="evaluate once before the first step")
+    early_stop_interval: int | None = option(
+        None,
+        help="stop after this many evaluations without a better --metric_for_best_model; none = never",
+        range=(1, None),
+    )
     save_strategy: str = option(
         "steps", help="when to save (the last step is always saved unless 'no')", choices=STRATEGIES
     )
@@ -52,6 +58,18 @@ class ScheduleConfig:
     )
     seed: int = option(42, help="seed of everything random")
 
+    @property
+    def best_metric(self) -> str:
+        """The name of --metric_for_best_model in the log."""
+        return f"eval_{self.metric_for_best_model.removeprefix('eval_')}"
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether it is better when it is lower."""
+        if self.greater_is_better is not None:
+            return not self.greater_is_better
+        return self.metric_for_best_model.endswith("loss")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutputConfig:
@@ -60,5 +78,34 @@ class OutputConfig:
     output_dir: str | None = option(None, help="where runs go; none = output/<model name>")
     add_version: bool = option(True, help="give every run a directory vN-date of its own")
     logging_dir: str | None = option(None, help="TensorBoard directory; none = runs/ in the run directory")
-    report_to: tuple[str, ...] = option(("tensorboard",), help="trackers", choices=("tensorboard", "none"))
+    report_to: tuple[str, ...] = option(
+        ("tensorboard",),
+        help="trackers that are sent every number; all = those that are installed",
+        choices=("tensorboard", "wandb", "swanlab", "mlflow", "all", "none"),
+    )
+    run_name: str | None = option(None, help="name of the run in trackers; none = the run directory's")
+    project: str | None = option(None, help="project (MLflow: experiment) in trackers; none = theirs")
+    swanlab_mode: str = option(
+        "cloud", help="where SwanLab keeps runs", choices=("cloud", "local", "offline", "disabled")
+    )
+    swanlab_workspace: str | None = option(None, help="SwanLab workspace; none = your own")
+    swanlab_token: str | None = option(None, help="SwanLab API key; none = that of `swanlab login`")
+    callbacks: tuple[str, ...] = option(
+        (), help="callbacks by the name they are registered under, or file.py:name"
+    )
+    profile_steps: str | None = option(
+        None, help="leave a profile of these steps in the run directory, such as 10:13; none = no profile"
+    )
     create_checkpoint_symlink: bool = option(True, help="keep the links last and best up to date")
+
+    @property
+    def profiled(self) -> range | None:
+        """The steps of --profile_steps, first to last. Raises ConfigError."""
+        if self.profile_steps is None:
+            return None
+        first, _, last = self.profile_steps.partition(":")
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+            raise ConfigError(
+                f"--profile_steps {self.profile_steps} is not FIRST:LAST", hint="for example 10:13"
+            )
+        return range(int(first), int(last) + 1)

@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass
 
-from swift.config.option import option
+from swift.config.option import ConfigError, option
 
 AGENT_TEMPLATES = ("hermes", "qwen3_coder", "glm4_5", "llama3", "react_en", "react_zh")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TemplateConfig:
+    use_chat_template: bool = option(
+        True, help="write conversations as the model's chat template does; no = their bare text, ended by eos"
+    )
     system: str | None = option(
         None, help="system prompt (text or a .txt file) for rows that have none of their own"
     )
@@ -16,7 +19,9 @@ class TemplateConfig:
         None, help="longest row; none = the model's context", unit="tokens", range=(1, None)
     )
     truncation_strategy: str = option(
-        "delete", help="what becomes of a longer row", choices=("delete", "left", "right")
+        "delete",
+        help="what becomes of a longer row; split = several rows of it, for plain text",
+        choices=("delete", "left", "right", "split"),
     )
     loss_scale: str = option(
         "default",
@@ -36,3 +41,11 @@ class TemplateConfig:
         None, help="handed to the chat template; none = the template's default"
     )
     response_prefix: str | None = option(None, help="text that every generated answer starts with")
+
+    def check(self) -> None:
+        """Raises ConfigError where these flags contradict each other."""
+        if self.truncation_strategy == "split" and self.use_chat_template:
+            raise ConfigError(
+                "--truncation_strategy split would cut conversations apart: it is for plain text",
+                hint="use swift pt or --use_chat_template false, or another strategy",
+            )

@@ -26,7 +26,7 @@ from swift.data.rows import InMemory, Line, Rows, parse_row
 from swift.data.shapes import SHAPES, Example
 from swift.data.types import Row, RowError, Sample, place
 from swift.template.chat import ChatTemplate
-from swift.template.tokenize import IGNORED, Encoded, Rejected, encode_chats
+from swift.template.tokenize import IGNORED, Encoded, Rejected, cut_pieces, encode_chats
 from swift.utils.log import console
 
 _CHUNK = 500  # rows handed to the tokenizer, or to a worker process, at once
@@ -145,7 +145,7 @@ class Chunk:
 
     flat: Encoded  # [tokens of all]
     parts: list[tuple[int, ...]]  # [K] tokens of each sequence of a row
-    kept: list[int]  # [K] which rows these are, counted from the first of all
+    kept: list[int]  # [K] which rows these are, counted from the first of all; pieces of a row share one
     places: list[Place]  # [K]
     dropped: list[tuple[Place, Rejected]]
     values: list[tuple[float, ...]]  # [K]
@@ -199,7 +199,7 @@ def make_report(total: int, chunks: Iterable[Chunk]) -> EncodeReport:
     unsupervised: set[str] = set()
     kept = 0
     for chunk in chunks:
-        kept += len(chunk.parts)
+        kept += len(set(chunk.kept))
         for where, rejected in chunk.dropped:
             dropped.setdefault(rejected.reason, []).append(where)
             if rejected.unsupervised:
@@ -244,11 +244,15 @@ class Encoder:
             found = [next(encoded) for _ in outcome.samples] if isinstance(outcome, Example) else [outcome]
             rejected = next((part for part in found if isinstance(part, Rejected)), None)
             if rejected is None:
-                parts += found
-                chunk.parts.append(tuple(len(part.input_ids) for part in found))
-                chunk.kept.append(number)
-                chunk.places.append(where)
-                chunk.values.append(outcome.values)
+                splits = self.truncation_strategy == "split"
+                for row in (
+                    [[piece] for piece in cut_pieces(found[0], self.max_length)] if splits else [found]
+                ):
+                    parts += row
+                    chunk.parts.append(tuple(len(part.input_ids) for part in row))
+                    chunk.kept.append(number)
+                    chunk.places.append(where)
+                    chunk.values.append(outcome.values)
             elif self.strict:
                 raise ConfigError(
                     f"{place(*where)}: {rejected.reason}",
@@ -352,7 +356,7 @@ def judge(report: EncodeReport, config: DataConfig, what: str) -> None:
 def _hint(report: EncodeReport) -> str | None:
     reason = max(report.dropped, key=lambda name: len(report.dropped[name]))
     if "--max_length" in reason:
-        return "raise --max_length, or cut rows with --truncation_strategy right"
+        return "raise --max_length, or cut rows with --truncation_strategy right (plain text: split)"
     if reason.startswith(PREFERENCE_DATA):
         return "use swift rlhf --rlhf_type dpo for these rows"
     if reason.startswith("no column"):

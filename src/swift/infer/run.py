@@ -28,7 +28,7 @@ Group = TypeVar("Group")
 # What a checkpoint's args.json settles, by group. Lengths and loss settings belong to training alone.
 TAKEN = {
     "model": ("model", "model_revision", "use_hf", "torch_dtype"),
-    "template": ("system", "enable_thinking", "response_prefix", "agent_template"),
+    "template": ("system", "enable_thinking", "response_prefix", "agent_template", "use_chat_template"),
 }
 
 

@@ -26,6 +26,10 @@ class LogitsView(Protocol):
         """[num_tokens] mean logit over the vocabulary, without gradient, 0 at positions without logits."""
         ...
 
+    def mean_logps(self, num_tokens: int) -> Tensor:
+        """[num_tokens] log p averaged over the vocabulary, 0 at positions without logits."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class DenseLogits:
@@ -49,4 +53,9 @@ class DenseLogits:
     def mean(self, num_tokens: int) -> Tensor:
         logits_NV = self.logits_NV.detach()
         mean_N = logits_NV.mean(-1, dtype=torch.promote_types(logits_NV.dtype, torch.float32))
+        return mean_N.new_zeros(num_tokens).index_copy(0, self.positions_N, mean_N)
+
+    def mean_logps(self, num_tokens: int) -> Tensor:
+        wide_NV = self.logits_NV if self.logits_NV.dtype == torch.float64 else self.logits_NV.float()
+        mean_N = wide_NV.mean(-1) - wide_NV.logsumexp(-1)
         return mean_N.new_zeros(num_tokens).index_copy(0, self.positions_N, mean_N)

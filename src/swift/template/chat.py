@@ -16,7 +16,7 @@ from swift.template.agents import check_calls, choose_agent, split_turns, with_a
 from swift.template.jinja import Renderer
 from swift.template.loss_scale import build_weights
 from swift.template.shape import learn_shape
-from swift.template.specs import chatml
+from swift.template.specs import chatml, plain_text
 from swift.template.turns import find_turns
 from swift.template.types import Message, Rendered
 
@@ -35,7 +35,7 @@ class ChatTemplate:
         self.config = config
         self.system = _read_system(config.system)
         self.response_prefix = _unescape(config.response_prefix or "")
-        self.source = tokenizer.get_chat_template() if tokenizer.chat_template else _fallback(tokenizer)
+        self.source = _choose_source(tokenizer, config.use_chat_template)
         variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         if config.enable_thinking is not None:
             variables["enable_thinking"] = config.enable_thinking
@@ -109,10 +109,18 @@ def _unescape(text: str) -> str:
     return text.replace("\\n", "\n")
 
 
-def _fallback(tokenizer: PreTrainedTokenizerBase) -> str:
-    """ChatML; its turns end with eos where the vocabulary has no token of that name."""
-    known = any(token.content == _CHATML_END for token in tokenizer.added_tokens_decoder.values())
+def _choose_source(tokenizer: PreTrainedTokenizerBase, use_chat_template: bool) -> str:
+    """The tokenizer's own template; plain text where none is wanted; else ChatML.
+
+    ChatML's turns end with eos where the vocabulary has no token of its name.
+    """
+    if use_chat_template and tokenizer.chat_template:
+        return tokenizer.get_chat_template()
     ids = tokenizer("a").input_ids
     starts_with_bos = bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+    opening = tokenizer.bos_token if starts_with_bos else ""
+    if not use_chat_template:
+        return plain_text(tokenizer.eos_token or "", opening=opening)
+    known = any(token.content == _CHATML_END for token in tokenizer.added_tokens_decoder.values())
     end = _CHATML_END if known or not tokenizer.eos_token else tokenizer.eos_token
-    return chatml(end, opening=tokenizer.bos_token if starts_with_bos else "")
+    return chatml(end, opening=opening)

@@ -6,14 +6,25 @@ _CHATML = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
+_PLAIN_TEXT = """{{- '@OPENING@' }}{% for message in messages %}{{ message['content'] }}{% endfor %}\
+{%- if not add_generation_prompt %}{{ '@END@' }}{% endif %}"""
+
 
 def chatml(end_of_turn: str, *, opening: str = "") -> str:
     """Jinja source of ChatML with the given end of a turn; it names no variables, so any tool can use it.
 
     Source: https://github.com/openai/openai-python/blob/v0.28.1/chatml.md
     """
-    source = _CHATML
-    for name, value in (("@OPENING@", opening), ("@END@", end_of_turn)):
+    return _fill(_CHATML, opening, end_of_turn)
+
+
+def plain_text(end: str, *, opening: str = "") -> str:
+    """Jinja source of the bare text of all messages, one after another: `end` is the token that ends it."""
+    return _fill(_PLAIN_TEXT, opening, end)
+
+
+def _fill(source: str, opening: str, end: str) -> str:
+    for name, value in (("@OPENING@", opening), ("@END@", end)):
         source = source.replace(name, value.replace("\\", "\\\\").replace("'", "\\'"))
     return source
 

@@ -56,7 +56,7 @@ def encode_chats(
     """Encodes every conversation, in order, with one call of the tokenizer for all.
 
     `tools`: one list per conversation. `max_length` counts tokens; `truncation_strategy` says what becomes of
-    a longer row: "delete", or keep its last ("left") or first ("right") tokens.
+    a longer row: "delete", or keep its last ("left") or first ("right") tokens; "split" leaves it whole.
     """
     backend = fast_backend(template)
     rendered = [
@@ -180,7 +180,7 @@ def _label(
 ) -> Encoded | Rejected:
     """Labels of a row, and what is left of it within `max_length`."""
     length = len(ids)
-    too_long = max_length is not None and length > max_length
+    too_long = max_length is not None and length > max_length and truncation_strategy != "split"
     if too_long and truncation_strategy == "delete":
         return Rejected(f"longer than --max_length {max_length}")
     labels = np.full(length, IGNORED, dtype=np.int32)
@@ -202,6 +202,22 @@ def _label(
             return Rejected(f"no trained token within --max_length {max_length}")
         return Rejected(NOTHING_TRAINED, unsupervised=True)
     return Encoded(ids, labels, scale)
+
+
+def cut_pieces(row: Encoded, max_length: int) -> list[Encoded]:
+    """A row as rows of `max_length` tokens and the rest; without pieces that have no trained token.
+
+    The first token of a piece is not trained: nothing stands before it.
+    """
+    pieces = []
+    for start in range(0, len(row.input_ids), max_length):
+        kept = slice(start, start + max_length)
+        labels = row.labels[kept].copy()
+        labels[0] = IGNORED
+        if labels.max() != IGNORED:
+            scale = None if row.loss_scale is None else row.loss_scale[kept]
+            pieces.append(Encoded(row.input_ids[kept], labels, scale))
+    return pieces
 
 
 def token_range(encoding: Encoding, text: str, start: int, end: int) -> tuple[int, int]:

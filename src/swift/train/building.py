@@ -1,26 +1,32 @@
 """The parts of a run, built from its config: engine, run directory, callbacks."""
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
-from swift.config.runs import TrainRun
+from swift.config.runs import SftRun, TrainRun
 from swift.engines.ranks import Ranks
 from swift.engines.transformers.engine import TransformersEngine
 from swift.models.adapters import add_lora
 from swift.models.heads import load_scoring_model
 from swift.models.load import load_model
-from swift.train.callbacks import Callback, Screen
+from swift.plugins.callbacks import Callback
+from swift.train.callbacks import EarlyStop, Screen
+from swift.train.hf_callbacks import HfCallbacks
 from swift.train.method import Method
 from swift.train.preparing import Prepared
+from swift.train.profiling import Profiler
 from swift.train.resume import Resumption
 from swift.train.rundir import new_run_directory
 from swift.train.saving import remove_partial
-from swift.train.trackers import JsonlTracker, Plotter, TensorBoardTracker
+from swift.train.trackers import JsonlTracker, Plotter
+from swift.train.tracking import TrackedRun, Tracking, load_trackers
 from swift.utils.log import say, warn
 
 
@@ -63,6 +69,7 @@ def build_engine(
         gradient_checkpointing=device.type == "cuda" if checkpointing is None else checkpointing,
         ranks=ranks,
         fsdp=run.parallel.fsdp is not None and ranks.world > 1,
+        noise_alpha=run.sft.neftune_noise_alpha if isinstance(run, SftRun) else None,
         resume_from=resumption.checkpoint if resumption else None,
         frozen=frozen,
     )
@@ -90,9 +97,26 @@ def open_run_directory(run: TrainRun, root: Path, resumption: Resumption | None)
     return new_run_directory(root, run.output.add_version)
 
 
-def build_callbacks(run: TrainRun, directory: Path) -> list[Callback]:
-    callbacks: list[Callback] = [JsonlTracker(directory)]
-    if "tensorboard" in run.output.report_to:
-        logging_dir = run.output.logging_dir
-        callbacks.append(TensorBoardTracker(Path(logging_dir) if logging_dir else directory / "runs"))
+def build_callbacks(
+    run: TrainRun, directory: Path, flags: dict[str, Any], own: Sequence[Callback | TrainerCallback]
+) -> list[Callback]:
+    """Those of one process: the first one's. `flags`: the run's, without secrets; `own`: the users'."""
+    log = JsonlTracker(directory)
+    about = TrackedRun(directory, run.output, flags)
+    callbacks: list[Callback] = [log, *(Tracking(t, about) for t in load_trackers(run.output.report_to))]
+    callbacks += [callback for callback in own if isinstance(callback, Callback)]
+    if theirs := [callback for callback in own if isinstance(callback, TrainerCallback)]:
+        callbacks.append(HfCallbacks(theirs, flags))
+    schedule = run.schedule
+    if schedule.early_stop_interval:
+        callbacks.append(
+            EarlyStop(
+                log.path,
+                metric=schedule.best_metric,
+                lower_is_better=schedule.lower_is_better,
+                patience=schedule.early_stop_interval,
+            )
+        )
+    if run.output.profiled:
+        callbacks.append(Profiler(directory / "profile", run.output.profiled))
     return [*callbacks, Plotter(directory), Screen()]

@@ -1,64 +1,14 @@
-"""Events of a run, and the screen that shows them. Callbacks see frozen events and cannot touch the loop."""
+"""Callbacks that come with the package: the screen, and stopping early."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from swift.plugins.callbacks import Callback, EndEvent, EvalEvent, SaveEvent, StartEvent, StepEvent, Stop
+from swift.train.saving import is_better
+from swift.utils.files import read_jsonl
 from swift.utils.log import console, say
-
-
-@dataclass(frozen=True)
-class StartEvent:
-    run_directory: Path
-    step: int
-    total_steps: int
-
-
-@dataclass(frozen=True)
-class StepEvent:
-    step: int
-    loss: float  # of this step alone
-    row: dict[str, Any] | None  # a line of the log, when one is due
-
-
-@dataclass(frozen=True)
-class EvalEvent:
-    step: int
-    row: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class SaveEvent:
-    step: int
-    path: Path
-
-
-@dataclass(frozen=True)
-class EndEvent:
-    step: int
-    row: dict[str, Any]  # the closing summary
-    finished: bool  # False when the run was interrupted
-
-
-class Callback:
-    """Override the hooks you need; users' plugins subclass this."""
-
-    def on_start(self, event: StartEvent) -> None:
-        """Once, before the first step."""
-
-    def on_step(self, event: StepEvent) -> None:
-        """After every optimizer step."""
-
-    def on_eval(self, event: EvalEvent) -> None:
-        """After every evaluation."""
-
-    def on_save(self, event: SaveEvent) -> None:
-        """After every checkpoint, when it is complete on disk."""
-
-    def on_end(self, event: EndEvent) -> None:
-        """Once, also when the run was interrupted."""
 
 
 def format_row(row: dict[str, Any]) -> str:
@@ -117,3 +67,35 @@ class Screen(Callback):
 
     def on_end(self, _: EndEvent) -> None:
         self.progress.stop()
+
+
+class EarlyStop(Callback):
+    """Ends a run whose evaluations have not improved `patience` times in a row.
+
+    What was evaluated before a resumed run went on is read from its log, which has been cut to that step.
+    """
+
+    def __init__(self, log: Path, *, metric: str, lower_is_better: bool, patience: int) -> None:
+        self.log, self.metric, self.lower_is_better, self.patience = log, metric, lower_is_better, patience
+        self.best: float | None = None
+        self.count = 0  # evaluations since the best one
+
+    def on_start(self, _: StartEvent) -> None:
+        for row in read_jsonl(self.log) if self.log.exists() else []:
+            if self.metric in row:
+                self._hear(row[self.metric])
+
+    def _hear(self, value: float) -> None:
+        if is_better(value, self.best, self.lower_is_better):
+            self.best, self.count = value, 0
+        else:
+            self.count += 1
+
+    def on_eval(self, event: EvalEvent) -> Stop | None:
+        self._hear(event.row[self.metric])
+        if self.count < self.patience:
+            return None
+        return Stop(
+            f"{self.metric} has not improved on {self.best:.4f} in {self.count} evaluations "
+            f"(--early_stop_interval {self.patience})"
+        )

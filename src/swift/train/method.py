@@ -5,6 +5,7 @@ from functools import partial
 
 from swift.config.objective import LOSSES, NOT_YET, RlhfConfig
 from swift.config.option import ConfigError
+from swift.config.sft import SftConfig
 from swift.config.task import TaskConfig
 from swift.objectives.build import build_objective
 from swift.objectives.classification import Classification
@@ -27,7 +28,7 @@ class Method:
     num_labels: int | None = None  # outputs of a head on the last token; none = the language model itself
 
 
-def sft_method(task: TaskConfig) -> Method:
+def sft_method(task: TaskConfig, variants: SftConfig) -> Method:
     """The method of `swift sft`."""
     if task.task_type == "seq_cls":
         assert task.num_labels is not None, "check_complete has run"
@@ -39,7 +40,7 @@ def sft_method(task: TaskConfig) -> Method:
     if task.task_type == "reranker":
         objective = PointwiseReranker() if task.loss == "pointwise_reranker" else ListwiseReranker()
         return Method(objective, "documents", num_labels=1, learns_text=False)
-    return Method(Sft())
+    return Method(Sft(variants))
 
 
 def rlhf_method(config: RlhfConfig) -> Method:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,22 @@ from swift.data.collate import collate, collate_rows
 from swift.data.encode import EncodedDataset
 from swift.data.loader import StepPlan
 from swift.engines.protocol import Engine, StepInfo, Sums
-from swift.train.callbacks import Callback, EndEvent, EvalEvent, SaveEvent, StartEvent, StepEvent
+from swift.plugins.callbacks import (
+    Callback,
+    EndEvent,
+    EvalEvent,
+    Save,
+    SaveEvent,
+    StartEvent,
+    StepEvent,
+    Stop,
+    Wish,
+)
 from swift.train.method import Method
 from swift.train.saving import Saver
 from swift.train.scoring import Step, mismatch
 from swift.train.state import TrainState, format_seconds, loss_and_metrics
+from swift.utils.log import say
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,8 @@ class Offline:
     saver: Saver
     callbacks: Sequence[Callback]
     run_directory: Path
+    follows_wishes: bool = False  # whether a callback may ask for something; the same on every rank
+    wishes: list[Wish] = field(default_factory=list)
 
     def run(self, state: TrainState) -> None:
         """Trains from `state` to the end. An interrupt is told to the callbacks and passed on."""
@@ -71,17 +84,33 @@ class Offline:
         self._tell("on_start", StartEvent(self.run_directory, state.step, self.total_steps))
         finished = False
         try:
-            while state.step < self.total_steps:
-                self._train_step(state, clock)
+            if self.schedule.eval_on_start and self.eval_rows and state.step == 0:
+                self._evaluate(state)
+            stop = None
+            while state.step < self.total_steps and stop is None:
+                stop = self._train_step(state, clock)
+            if stop:
+                say(f"stopped after step {state.step}: {stop.reason}")
             finished = True
         finally:
             self._tell("on_end", EndEvent(state.step, self._summary(state, clock), finished))
 
     def _tell(self, hook: str, event: object) -> None:
         for callback in self.callbacks:
-            getattr(callback, hook)(event)
+            wish = getattr(callback, hook)(event)
+            if wish is not None:
+                self.wishes.append(wish)
 
-    def _train_step(self, state: TrainState, clock: "Clock") -> None:
+    def _take_wishes(self) -> list[Wish]:
+        """What callbacks have asked for since the last time, on every rank."""
+        if not self.follows_wishes:
+            return []
+        taken = self.saver.ranks.share(list(self.wishes))
+        self.wishes.clear()
+        return taken
+
+    def _train_step(self, state: TrainState, clock: "Clock") -> Stop | None:
+        """One optimizer step and what is due after it; the wish of a callback to end the run."""
         micro_batches = self.plan.micro_batches(state.step, self.engine.data_rank)
         order = self.plan.step_rows(state.step) if self.method.needs_mismatched else np.empty(0, np.int64)
         with clock.training():
@@ -94,12 +123,16 @@ class Offline:
         state.whole.merge(sums)
         state.elapsed_seconds = clock.elapsed()
         row = self._log_row(state, info, clock) if self._log_due(state.step) else None
-        self._tell("on_step", StepEvent(state.step, loss_and_metrics(sums)["loss"], row))
+        self._tell("on_step", StepEvent(state.step, loss_and_metrics(sums)["loss"], row, self._epoch(state)))
         metric = self._evaluate(state) if self._cadence("eval").due(state.step) else None
-        if self._cadence("save").due(state.step):
+        wishes = self._take_wishes()
+        saves = self.schedule.save_strategy != "no"
+        if self._cadence("save").due(state.step) or Save() in wishes or (saves and wishes):
             state.elapsed_seconds = clock.elapsed()
-            path = self.saver.save(self.engine, state, metric, self._lower_is_better())
+            path = self.saver.save(self.engine, state, metric, self.schedule.lower_is_better)
             self._tell("on_save", SaveEvent(state.step, path))
+            wishes += self._take_wishes()
+        return next((wish for wish in wishes if isinstance(wish, Stop)), None)
 
     def _batches(
         self,
@@ -130,14 +163,12 @@ class Offline:
             strategy if self.eval_rows else "no", every, self.plan.steps_per_epoch, self.total_steps
         )
 
-    def _lower_is_better(self) -> bool:
-        if self.schedule.greater_is_better is not None:
-            return not self.schedule.greater_is_better
-        return self.schedule.metric_for_best_model.removeprefix("eval_").endswith("loss")
+    def _epoch(self, state: TrainState) -> float:
+        return round(state.step / self.plan.steps_per_epoch, 6)
 
     def _position(self, state: TrainState) -> dict[str, Any]:
         return {
-            "epoch": round(state.step / self.plan.steps_per_epoch, 6),
+            "epoch": self._epoch(state),
             "global_step/max_steps": f"{state.step}/{self.total_steps}",
             "percentage": f"{100 * state.step / self.total_steps:.2f}%",
         }
@@ -180,7 +211,7 @@ class Offline:
             "eval_steps_per_second": round(math.ceil(count / size) / seconds, 3),
         }
         self._tell("on_eval", EvalEvent(state.step, {**metrics, **speed, **self._position(state)}))
-        return metrics[f"eval_{self.schedule.metric_for_best_model.removeprefix('eval_')}"]
+        return metrics[self.schedule.best_metric]
 
     def _summary(self, state: TrainState, clock: "Clock") -> dict[str, Any]:
         seconds = clock.elapsed()

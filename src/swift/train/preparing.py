@@ -13,6 +13,7 @@ from swift.config.option import ConfigError
 from swift.config.runs import RlhfRun, TrainRun
 from swift.data.audit import audit
 from swift.data.cache import encode_cached, join_datasets, open_exported, remember
+from swift.data.channels import find_channels
 from swift.data.datasets import use_plugins
 from swift.data.encode import EncodedDataset
 from swift.data.loader import StepPlan
@@ -24,12 +25,16 @@ from swift.engines.ranks import Ranks
 from swift.models.hub import resolve_model
 from swift.models.load import context_length, load_config, load_tokenizer
 from swift.objectives.classification import Classification
+from swift.objectives.sft import Sft
+from swift.objectives.types import Objective
 from swift.template.chat import ChatTemplate
 from swift.template.loss_scale import build_weights
 from swift.train import summary
+from swift.train.hf_callbacks import find_callbacks
 from swift.train.method import Method
 from swift.train.resume import Resumption, with_model, with_system
 from swift.train.rundir import check_writable, output_root
+from swift.train.tracking import load_trackers
 from swift.utils.log import warn
 
 ROWS_PER_STEP = 16  # what --gradient_accumulation_steps aims at when it is not given
@@ -48,6 +53,7 @@ class Prepared:
     eval_rows: EncodedDataset | None
     eval_source: Rows | None
     max_length: int  # tokens a row may have
+    callbacks: list[Any]  # the users' own
 
 
 def prepare(run: TrainRun, method: Method) -> Prepared:
@@ -56,6 +62,10 @@ def prepare(run: TrainRun, method: Method) -> Prepared:
     build_weights(run.template.loss_scale)  # a wrong name is told before anything is downloaded
     if run.model.torch_dtype == "float16":
         raise ConfigError("--torch_dtype float16 cannot train yet", hint="use bfloat16 or float32")
+    if run.template.truncation_strategy == "split" and method.shape != "chat":
+        raise ConfigError("--truncation_strategy split is for plain text alone", hint="swift pt, swift sft")
+    load_trackers(run.output.report_to)
+    callbacks = find_callbacks(run.output.callbacks)
     assert run.model.model is not None
     root = output_root(run.output, run.model.model)
     check_writable(root)
@@ -73,11 +83,32 @@ def prepare(run: TrainRun, method: Method) -> Prepared:
         run = replace(run, template=replace(run.template, loss_scale="all"))
     template = ChatTemplate(tokenizer, run.template)
     run = with_system(run, template.system)
-    tokenizer.chat_template = tokenizer.chat_template or template.source  # saved with every checkpoint
+    if run.template.use_chat_template:
+        tokenizer.chat_template = tokenizer.chat_template or template.source  # saved with every checkpoint
     rows, eval_rows = encode_sets(
         run, template, train_rows, eval_source, max_length=longest, shape=method.shape
     )
-    return Prepared(run, root, model_path, reference_path, tokenizer, rows, eval_rows, eval_source, longest)
+    return Prepared(
+        run, root, model_path, reference_path, tokenizer, rows, eval_rows, eval_source, longest, callbacks
+    )
+
+
+def learn_facts(objective: Objective, ready: Prepared) -> Objective:
+    """The objective with what it must know of model and rows. Raises ConfigError where they lack it."""
+    if not isinstance(objective, Sft):
+        return objective
+    config, channels = load_config(ready.model_path), ()
+    experts = getattr(config.get_text_config(), "num_experts_per_tok", None)
+    coefficient = objective.config.router_aux_loss_coef
+    if coefficient and not (experts and hasattr(config, "output_router_logits")):
+        raise ConfigError(
+            f"--router_aux_loss_coef {coefficient:g}: a {config.model_type} model gives out no choices of "
+            "experts to balance",
+            hint="leave it out",
+        )
+    if objective.config.enable_channel_loss:
+        channels = find_channels([d for d in (ready.rows, ready.eval_rows) if d is not None])
+    return replace(objective, channels=channels, experts_per_token=experts or 0)
 
 
 def describe_data(rows: EncodedDataset, plan: StepPlan) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A training run: config -> rows -> engine -> loop. What can be refused is, before weights load."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from swift import __version__
@@ -19,6 +20,7 @@ from swift.train.preparing import (
     check_equal_on_ranks,
     check_rows,
     describe_data,
+    learn_facts,
     plan_steps,
     prepare,
 )
@@ -32,9 +34,14 @@ from swift.utils.log import say, warn
 Run = TypeVar("Run", bound=TrainRun)
 
 
+def run_pt(run: SftRun) -> int:
+    """`swift pt`; returns the exit code."""
+    return train(run, "pt", lambda run: sft_method(run.task, run.sft))
+
+
 def run_sft(run: SftRun) -> int:
     """`swift sft`; returns the exit code."""
-    return train(run, "sft", lambda run: sft_method(run.task))
+    return train(run, "sft", lambda run: sft_method(run.task, run.sft))
 
 
 def run_rlhf(run: RlhfRun) -> int:
@@ -49,6 +56,7 @@ def train(run: Run, command: str, build_method: Callable[[Run], Method]) -> int:
     if method.objective.couples_rows:
         warn("the loss compares the rows of a micro-batch: it depends on --per_device_train_batch_size")
     ready = prepare(run, method)
+    method = replace(method, objective=learn_facts(method.objective, ready))
     run, tokenizer, rows = ready.run, ready.tokenizer, ready.rows
     ranks, device = join_ranks(pick_device(run.model.device), run.parallel.ddp_timeout)
     plan = plan_steps(run, rows, ready.max_length, ranks, resumption)
@@ -84,7 +92,8 @@ def train(run: Run, command: str, build_method: Callable[[Run], Method]) -> int:
     loop = Offline(
         engine=engine, method=method, rows=rows, eval_rows=ready.eval_rows, plan=plan,
         total_steps=total_steps, schedule=run.schedule, saver=saver, run_directory=directory,
-        callbacks=build_callbacks(run, directory) if ranks.is_main else [],
+        callbacks=build_callbacks(run, directory, args, ready.callbacks) if ranks.is_main else [],
+        follows_wishes=bool(ready.callbacks or run.schedule.early_stop_interval),
     )  # fmt: skip
     code = run_loop(loop, state)
     leave_ranks()

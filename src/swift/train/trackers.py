@@ -1,4 +1,4 @@
-"""What a run leaves for later: logging.jsonl, TensorBoard events, and a picture of every curve."""
+"""What every run leaves for later: logging.jsonl, and a picture of every curve."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,8 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from torch.utils.tensorboard import SummaryWriter
 
-from swift.train.callbacks import Callback, EndEvent, EvalEvent, SaveEvent, StartEvent, StepEvent
+from swift.plugins.callbacks import Callback, EndEvent, EvalEvent, StartEvent, StepEvent
 from swift.utils.files import append_jsonl, read_jsonl
 
 LOG = "logging.jsonl"
@@ -22,7 +21,7 @@ def step_of(row: dict[str, Any]) -> int | None:
 
 
 def tagged(row: dict[str, Any]) -> dict[str, float]:
-    """{"train/loss": 1.2, "eval/loss": 1.3}: the numbers of a row by TensorBoard tag."""
+    """{"train/loss": 1.2, "eval/loss": 1.3}: the numbers of a row by the tag that trackers show."""
     return {
         f"eval/{k.removeprefix('eval_')}" if k.startswith("eval_") else f"train/{k}": v
         for k, v in row.items()
@@ -58,38 +57,6 @@ class JsonlTracker(Callback):
 
     def on_end(self, event: EndEvent) -> None:
         append_jsonl(self.path, [event.row] if event.finished else [])
-
-
-class TensorBoardTracker(Callback):
-    """The same numbers as TensorBoard scalars; what a killed run wrote past its checkpoint is purged."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.writer: SummaryWriter | None = None
-
-    def on_start(self, event: StartEvent) -> None:
-        purge = event.step + 1 if event.step else None
-        self.writer = SummaryWriter(str(self.directory), purge_step=purge)
-
-    def _write(self, step: int, row: dict[str, Any]) -> None:
-        assert self.writer is not None
-        for tag, value in tagged(row).items():
-            self.writer.add_scalar(tag, value, step)
-
-    def on_step(self, event: StepEvent) -> None:
-        if event.row:
-            self._write(event.step, event.row)
-
-    def on_eval(self, event: EvalEvent) -> None:
-        self._write(event.step, event.row)
-
-    def on_save(self, _: SaveEvent) -> None:
-        assert self.writer is not None
-        self.writer.flush()
-
-    def on_end(self, _: EndEvent) -> None:
-        assert self.writer is not None
-        self.writer.close()
 
 
 class Plotter(Callback):

@@ -24,6 +24,7 @@ from swift.engines.ranks import Ranks
 from swift.engines.transformers import checkpoint
 from swift.engines.transformers.attention import FLAT_ATTENTION
 from swift.engines.transformers.forward import refusal_of_flat, score
+from swift.engines.transformers.noise import EmbeddingNoise
 from swift.engines.transformers.wrap import (
     Wrapped,
     full_state,
@@ -57,6 +58,7 @@ class TransformersEngine:
         gradient_checkpointing: bool = False,
         ranks: Ranks | None = None,
         fsdp: bool = False,
+        noise_alpha: float | None = None,
         resume_from: Path | None = None,
         frozen: PreTrainedModel | None = None,
     ) -> None:
@@ -75,6 +77,7 @@ class TransformersEngine:
             enable_recompute(base)
         if resume_from:
             checkpoint.load_weights(model, resume_from)
+        self.noise = EmbeddingNoise(base.get_input_embeddings(), noise_alpha) if noise_alpha else None
         self.sharded = fsdp
         self.wrapped = wrap(model, base, self.ranks, fsdp)
         self.frozen = None if frozen is None else self._freeze(frozen)
@@ -93,6 +96,8 @@ class TransformersEngine:
         return wrap(model, model, self.ranks, True) if self.sharded else Wrapped(model, 1.0)
 
     def _score(self, batch: Batch, needs: frozenset[str]) -> TokenStats:
+        if self.noise:
+            self.noise.batch = batch
         # Adapters are kept in float32 beside a half-precision model: autocast runs both in the model's dtype.
         is_half = self.dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(self.device.type, self.dtype, enabled=is_half):

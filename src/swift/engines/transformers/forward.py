@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
+from transformers.utils import ModelOutput
 
 from swift.batch import Batch
 from swift.objectives.logits import DenseLogits
@@ -123,13 +124,15 @@ def score(
         return score_segments(model, batch, needs, flat=flat, own_attention=own_attention, device=device)
     trained_N = batch.trained.nonzero().squeeze(1)
     positions_N = trained_N.to(device)
+    routing = {"output_router_logits": True} if "router_logits" in needs else {}
+    index_T = None  # the place of each token in the padded layout
     if flat:
         arguments = flat_arguments(batch, device, own_attention=own_attention)
-        output = model(**arguments, logits_to_keep=positions_N, use_cache=False)
+        output = model(**arguments, **routing, logits_to_keep=positions_N, use_cache=False)
         logits_NV = output.logits[0]
     else:
         arguments, index_T = padded_arguments(batch, device)
-        output = model(**arguments, use_cache=False)
+        output = model(**arguments, **routing, use_cache=False)
         logits_NV = output.logits.flatten(0, 1)[index_T[trained_N].to(device)]
     view = DenseLogits(logits_NV, positions_N)
     labels_T = batch.labels.to(device)
@@ -137,4 +140,12 @@ def score(
         logps=view.logps(labels_T) if "logps" in needs else None,
         correct=view.correct(labels_T) if "correct" in needs else None,
         logits_mean=view.mean(batch.num_tokens) if "logits_mean" in needs else None,
+        mean_logps=view.mean_logps(batch.num_tokens) if "mean_logps" in needs else None,
+        router_logits=router_logits(output, index_T) if routing else None,
     )
+
+
+def router_logits(output: ModelOutput, index_T: Tensor | None) -> tuple[Tensor, ...]:
+    """[T, experts] of every layer, from a flat output or, with the tokens' places, from a padded one."""
+    layers = (layer.flatten(0, -2) for layer in output.router_logits)
+    return tuple(layer if index_T is None else layer[index_T.to(layer.device)] for layer in layers)

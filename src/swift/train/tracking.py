@@ -1,0 +1,111 @@
+"""--report_to: the numbers of a run, sent to TensorBoard, Weights & Biases, SwanLab or MLflow.
+
+Owns: which trackers there are, the callback that feeds one, the names by which a resumed run is found again.
+Not here: each tracker's own calls (sink_*.py), which are imported when they are asked for.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from swift.config.option import ConfigError
+from swift.config.schedule import OutputConfig
+from swift.plugins.callbacks import Callback, EndEvent, EvalEvent, SaveEvent, StartEvent, StepEvent
+from swift.train.trackers import tagged
+from swift.utils.files import write_json
+
+PACKAGES = {
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "swanlab": "swanlab>=0.10",
+    "mlflow": "mlflow",
+}
+IDS = "trackers.json"
+
+
+class Sink(Protocol):
+    """An open tracker."""
+
+    def write(self, step: int, numbers: dict[str, float]) -> None: ...
+    def flush(self) -> None: ...
+    def close(self, finished: bool, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker is told about a run."""
+
+    directory: Path
+    output: OutputConfig
+    flags: dict[str, Any]  # without secrets
+    step: int = 0  # after which it goes on
+
+    @property
+    def name(self) -> str:
+        return self.output.run_name or self.directory.name
+
+    def identity(self, tracker: str) -> str | None:
+        """The tracker's own name for this run, None before it has one."""
+        path = self.directory / IDS
+        return json.loads(path.read_text(encoding="utf-8")).get(tracker) if path.exists() else None
+
+    def keep_identity(self, tracker: str, identity: str) -> None:
+        """Writes that name into the run directory, so that a resumed run goes on under it."""
+        path = self.directory / IDS
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        write_json(path, {**known, tracker: identity})
+
+
+Opener = Callable[[TrackedRun], Sink]
+
+
+def load_trackers(names: Iterable[str]) -> list[Opener]:
+    """How to open each tracker. Raises ConfigError where its package is not installed.
+
+    `all` stands for those that are installed.
+    """
+    wanted = list(dict.fromkeys(names))
+    found = []
+    for name in PACKAGES if "all" in wanted else [n for n in wanted if n != "none"]:
+        try:
+            found.append(import_module(f"swift.train.sink_{name}").open_sink)
+        except ModuleNotFoundError as error:
+            if "all" not in wanted:
+                raise ConfigError(
+                    f"--report_to {name} needs a package that is not installed ({error.name})",
+                    hint=f"pip install '{PACKAGES[name]}'",
+                ) from error
+    return found
+
+
+class Tracking(Callback):
+    """Feeds one tracker."""
+
+    def __init__(self, opener: Opener, run: TrackedRun) -> None:
+        self.opener, self.run = opener, run
+        self.sink: Sink | None = None
+
+    def on_start(self, event: StartEvent) -> None:
+        self.sink = self.opener(replace(self.run, step=event.step))
+
+    def _write(self, step: int, row: dict[str, Any]) -> None:
+        assert self.sink is not None
+        self.sink.write(step, tagged(row))
+
+    def on_step(self, event: StepEvent) -> None:
+        if event.row:
+            self._write(event.step, event.row)
+
+    def on_eval(self, event: EvalEvent) -> None:
+        self._write(event.step, event.row)
+
+    def on_save(self, _: SaveEvent) -> None:
+        assert self.sink is not None
+        self.sink.flush()
+
+    def on_end(self, event: EndEvent) -> None:
+        assert self.sink is not None
+        self.sink.close(event.finished)
