@@ -44,9 +44,9 @@ def command(kind: str, model: Path, data: Path, output: Path, *flags: str) -> li
     name = ["sft", "--task_type", kind] if kind in ("seq_cls", "embedding", "reranker") else None
     return [
         *(name or ["rlhf", "--rlhf_type", kind]), "--model", str(model), "--dataset", str(data),
-        "--output_dir", str(output), "--per_device_train_batch_size", "4", "--gradient_accumulation_steps",
-        "2",
-        "--learning_rate", "5e-3", "--logging_steps", "1", "--num_train_epochs", "3", *flags,
+        "--output_dir", str(output), "--per_device_train_batch_size", "4", 
+        "--gradient_accumulation_steps", "2", "--learning_rate", "5e-3", "--logging_steps", "1",
+        "--num_train_epochs", "3", "--report_to", "none", *flags,
     ]  # fmt: skip
 
 

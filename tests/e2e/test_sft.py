@@ -30,7 +30,7 @@ def sft_command(model: Path, data: Path, output: Path, *flags: str) -> list[str]
     return [
         "sft", "--model", str(model), "--dataset", str(data), "--output_dir", str(output),
         "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", "--learning_rate", "5e-3",
-        "--logging_steps", "1", *flags,
+        "--logging_steps", "1", "--report_to", "none", *flags,
     ]  # fmt: skip
 
 
@@ -59,6 +59,8 @@ def test_a_run_learns_and_leaves_what_users_expect(tiny_llama_dir, tmp_path, tra
         "0.2",
         "--save_steps",
         "5",
+        "--report_to",
+        "tensorboard",
     )
     assert run_command(sft_command(tiny_llama_dir, data, tmp_path / "out", *flags)) == 0
     run = only_run(tmp_path / "out")

@@ -80,7 +80,7 @@ class OutputConfig:
     logging_dir: str | None = option(None, help="TensorBoard directory; none = runs/ in the run directory")
     report_to: tuple[str, ...] = option(
         ("tensorboard",),
-        help="trackers that are sent every number; all = those that are installed",
+        help="trackers that are sent every number; all = those installed, none = no pictures either",
         choices=("tensorboard", "wandb", "swanlab", "mlflow", "all", "none"),
     )
     run_name: str | None = option(None, help="name of the run in trackers; none = the run directory's")

@@ -119,4 +119,5 @@ def build_callbacks(
         )
     if run.output.profiled:
         callbacks.append(Profiler(directory / "profile", run.output.profiled))
-    return [*callbacks, Plotter(directory), Screen()]
+    pictures = [] if run.output.report_to == ("none",) else [Plotter(directory)]
+    return [*callbacks, *pictures, Screen()]

@@ -129,5 +129,6 @@ def run_loop(loop: Offline, state: TrainState) -> int:
     ):
         if step is not None:
             say(f"{what}: {directory / f'checkpoint-{step}'}")
-    say(f"images_dir: {directory / 'images'}")
+    if (directory / "images").exists():
+        say(f"images_dir: {directory / 'images'}")
     return 0
