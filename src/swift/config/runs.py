@@ -10,6 +10,7 @@ from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
 from swift.config.parallel import ParallelConfig
 from swift.config.plugins import PluginConfig
+from swift.config.quant import QuantConfig
 from swift.config.schedule import OutputConfig, ScheduleConfig
 from swift.config.template import TemplateConfig
 from swift.config.tuner import TunerConfig
@@ -24,6 +25,7 @@ class SftRun:
     template: TemplateConfig = field(default_factory=TemplateConfig)
     plugins: PluginConfig = field(default_factory=PluginConfig)
     tuner: TunerConfig = field(default_factory=TunerConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -52,6 +54,10 @@ class SftRun:
                 hint="leave one of them out",
             )
         self.data.check()
+        self.tuner.check()
+        sliced, train_type = self.parallel.fsdp is not None, self.tuner.train_type
+        self.quant.check(train_type=train_type, sliced=sliced, init_weights=self.tuner.init_weights)
+        self.optim.check(train_type=train_type, sliced=sliced)
         if self.data.packing_length is not None:
             self._check_packing_length(self.data.packing_length)
         if self.schedule.max_steps < 0 and self.schedule.num_train_epochs == 0:

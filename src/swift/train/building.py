@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from swift.config.runs import SftRun
 from swift.engines.ranks import Ranks
 from swift.engines.transformers.engine import TransformersEngine
-from swift.models.adapters import add_lora
+from swift.models.adapters import add_lora, describe_adapters, load_adapter, set_up
+from swift.models.freezing import freeze
 from swift.models.load import load_model
 from swift.train.callbacks import Callback, Screen
 from swift.train.resume import Resumption
@@ -33,9 +34,10 @@ def build_engine(
     seed_everything(run.schedule.seed + ranks.rank)
     if device.type == "cuda" and torch.cuda.device_count() > 1 and ranks.world == 1:
         warn(f"{torch.cuda.device_count()} GPUs are visible; NPROC_PER_NODE says how many are used")
-    model = load_model(model_path, dtype=run.model.torch_dtype, attention=run.model.attn_impl, device=device)
-    if run.tuner.train_type == "lora":
-        model = add_lora(model, run.tuner, seed=run.schedule.seed)
+    model = load_model(
+        model_path, dtype=run.model.torch_dtype, attention=run.model.attn_impl, device=device, quant=run.quant
+    )
+    model = choose_weights(model, run, resumption)
     learning_rate = run.optim.learning_rate
     if learning_rate is None:
         learning_rate = 1e-4 if run.tuner.train_type == "lora" else 1e-5
@@ -52,6 +54,23 @@ def build_engine(
         fsdp=run.parallel.fsdp is not None and ranks.world > 1,
         resume_from=resumption.checkpoint if resumption else None,
     )
+
+
+def choose_weights(
+    model: PreTrainedModel, run: SftRun, resumption: Resumption | None
+) -> PreTrainedModel | PeftModel:
+    """The model with its trained weights chosen: adapters added, or the rest frozen."""
+    if run.tuner.train_type == "full":
+        freeze(model, run.tuner)
+        return model
+    if run.tuner.adapters:
+        # A resumed run may not find the adapters that it started from: the checkpoint has the same kind.
+        source = resumption.checkpoint if resumption else Path(run.tuner.adapters[0]).expanduser()
+        adapted = set_up(load_adapter(model, source, trainable=True), run.tuner)
+    else:
+        adapted = add_lora(model, run.tuner, seed=run.schedule.seed)
+    say(f"adapters: {describe_adapters(adapted)}")
+    return adapted
 
 
 def seed_everything(seed: int) -> None:

@@ -18,6 +18,11 @@ FIXED = (
     "seed", "data_seed", "loss_scale",
     "lr_scheduler_type", "learning_rate", "train_dataloader_shuffle", "packing", "packing_length",
     "agent_template", "is_binary_loss_scale",
+    "use_rslora", "use_dora", "lora_bias", "modules_to_save", "target_regex", "target_parameters",
+    "freeze_parameters", "freeze_parameters_regex", "freeze_parameters_ratio",
+    "trainable_parameters", "trainable_parameters_regex",
+    "optim", "optimizer", "lorap_lr_ratio", "lr_scheduler_kwargs",
+    "quant_method", "quant_bits", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
 )  # fmt: skip
 
 

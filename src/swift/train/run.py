@@ -7,7 +7,9 @@ from swift.config.option import ConfigError, flatten
 from swift.config.runs import SftRun
 from swift.data.datasets import use_plugins
 from swift.data.sources import open_sets
+from swift.engines.optim import check_optim
 from swift.engines.ranks import join_ranks, leave_ranks
+from swift.models.directory import check_adapter_directory
 from swift.models.hub import resolve_model
 from swift.models.load import context_length, load_config, load_tokenizer, pick_device
 from swift.objectives.sft import Sft
@@ -30,6 +32,9 @@ def run_sft(run: SftRun) -> int:
     run, resumption = load_resumption(run)
     use_plugins(run.plugins)
     build_weights(run.template.loss_scale)  # a wrong name is told before anything is downloaded
+    check_optim(run.optim)
+    for adapter in run.tuner.adapters if not resumption else ():
+        check_adapter_directory(Path(adapter).expanduser())
     if run.model.torch_dtype == "float16":
         raise ConfigError("--torch_dtype float16 cannot train yet", hint="use bfloat16 or float32")
     assert run.model.model is not None
