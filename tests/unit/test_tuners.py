@@ -67,6 +67,9 @@ CASES = {
     "gaussian": ("tied", {"init_weights": "gaussian"}, LINEAR, set()),
     "orthogonal": ("tied", {"init_weights": "orthogonal"}, LINEAR, set()),
     "random": ("tied", {"init_weights": "false"}, LINEAR, set()),
+    "pissa": ("tied", {"init_weights": "pissa"}, LINEAR, set()),
+    "pissa_niter": ("tied", {"init_weights": "pissa_niter_4", "use_rslora": True}, LINEAR, set()),
+    "olora": ("biased", {"init_weights": "olora", "modules_to_save": ("lm_head",)}, LINEAR, {"lm_head"}),
     "regex": ("tied", {"target_regex": r".*layers\.1\..*(q|v)_proj"}, {"q_proj", "v_proj"}, set()),
     "biases": ("biased", {"lora_bias": "all", "target_modules": ("q_proj",)}, {"q_proj"}, {"bias"}),
     "embedding": ("biased", {"target_modules": ("all-embedding",)}, {"embed_tokens"}, set()),
@@ -76,6 +79,9 @@ CASES = {
     "some experts": ("moe", {"target_modules": ("q_proj",), "target_parameters": ("experts.down_proj",)},
                      {"q_proj", "experts"}, set()),
 }  # fmt: skip
+
+
+FROM_WEIGHTS = ("pissa", "pissa_niter", "olora")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -95,7 +101,7 @@ def test_trains_what_it_says_and_comes_back(case: str, models: dict[str, Path], 
     assert (logits(load(models[name])) - expected).abs().max() > 0.02
     engine.save(tmp_path, resumable=False)
     loaded = load_adapter(load(models[name]), tmp_path, trainable=False)
-    assert torch.equal(logits(loaded), expected)
+    assert (logits(loaded) - expected).abs().max() <= (1e-5 if case in FROM_WEIGHTS else 0.0)
     merged = merge(loaded)
     assert (logits(merged) - expected).abs().max() < 2e-5
     merged.save_pretrained(tmp_path / "merged")
@@ -108,6 +114,37 @@ def test_the_scale_of_rank_stabilised_adapters(models: dict[str, Path]) -> None:
         model = add_lora(load(models["tied"]), TunerConfig(lora_rank=16, **flags), seed=1)
         layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
         assert layer.scaling["default"] == scale
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_starts_out_of_the_weights(
+    start: str, dtype: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model answers as before at first, B0 A0 is its best part, and a resumed run goes on to the bit."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+
+    def base() -> PreTrainedModel:
+        return load_model(models["tied"], dtype=dtype, attention=None, device=torch.device("cpu"))
+
+    config = TunerConfig(lora_rank=4, lora_alpha=8, lora_dropout=0.0, init_weights=start)
+    model = add_lora(base(), config, seed=1)
+    difference = (logits(model) - logits(base())).abs().max()
+    assert 0 < difference < (1e-5 if dtype == "float32" else 0.1)
+    layer = model.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
+    values = torch.linalg.svdvals(base().get_submodule("model.layers.1.mlp.down_proj").weight.float())
+    product = 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    if start == "pissa":
+        tolerance = 1e-5 if dtype == "float32" else 1e-2
+        assert torch.allclose(torch.linalg.svdvals(product)[:4], values[:4], rtol=tolerance)
+    engine, _ = train(model, steps=2)
+    engine.save(tmp_path, resumable=True)
+    again = TransformersEngine(
+        add_lora(base(), config, seed=2, resumed=True), OptimConfig(lr_scheduler_type="constant"),
+        learning_rate=1e-2, total_steps=3, own_attention=False, resume_from=tmp_path,
+    )  # fmt: skip
+    for (name, ours), theirs in zip(model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
 
 
 def test_what_of_a_mixture_of_experts_is_covered(models: dict[str, Path]) -> None:

@@ -20,18 +20,22 @@ from transformers import PreTrainedModel
 from swift.config.option import ConfigError, is_secret
 from swift.config.tuner import TunerConfig
 from swift.models.directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_directory, read_json
+from swift.models.starts import starts_from_weights, take_starts
 from swift.models.targets import choose_targets
 
 RUN_ARGS = "args.json"
 
 
-def add_lora(model: PreTrainedModel, config: TunerConfig, *, seed: int) -> PeftModel:
+def add_lora(model: PreTrainedModel, config: TunerConfig, *, seed: int, resumed: bool = False) -> PeftModel:
     """The model with fresh adapters, its own weights frozen.
 
     The same seed gives the same adapters whatever was drawn before. Adapters of a bfloat16 or float16 model
     are float32 (PEFT's default): updates at usual learning rates would be lost in the short mantissa.
+    `resumed`: weights of a checkpoint come next, and with them what was taken out of the model's own.
     """
     targets = choose_targets(model, config)
+    from_weights = starts_from_weights(config.init_weights)
+    plain = {"true": True, "false": False}.get(config.init_weights, config.init_weights)
     peft_config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.lora_rank,
@@ -43,7 +47,7 @@ def add_lora(model: PreTrainedModel, config: TunerConfig, *, seed: int) -> PeftM
         ensure_weight_tying=bool(targets.whole) and model.config.get_text_config().tie_word_embeddings,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        init_lora_weights={"true": True, "false": False}.get(config.init_weights, config.init_weights),
+        init_lora_weights=True if from_weights else plain,
         bias=config.lora_bias,
         base_model_name_or_path=model.name_or_path,
     )
@@ -53,6 +57,8 @@ def add_lora(model: PreTrainedModel, config: TunerConfig, *, seed: int) -> PeftM
             peft_model = get_peft_model(model, peft_config)
         except ValueError as error:  # a module that exists and cannot have an adapter, such as a norm
             raise ConfigError(f"--target_modules: {str(error).splitlines()[0]}") from error
+        if from_weights and not resumed:
+            take_starts(peft_model, config.init_weights)
     return set_up(peft_model, config)
 
 

@@ -60,10 +60,11 @@ def choose_targets(model: PreTrainedModel, config: TunerConfig) -> Targets:
         modules = [name for name in modules if name not in whole]
     targets = Targets(modules, parameters, whole)
     check_tied(model, targets)
-    if config.use_dora and targets.parameters:
+    flag = "--use_dora" if config.use_dora else f"--init_weights {config.init_weights}"
+    if targets.parameters and (config.use_dora or config.init_weights not in ("true", "false", "gaussian")):
         raise ConfigError(
-            f"--use_dora has no form for {targets.parameters[0]}",
-            hint="name the linear layers with --target_modules, or leave --use_dora out",
+            f"{flag} has no form for {targets.parameters[0]}",
+            hint=f"name the linear layers with --target_modules, or leave {flag.split()[0]} out",
         )
     return targets
 

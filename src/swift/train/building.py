@@ -68,7 +68,7 @@ def choose_weights(
         source = resumption.checkpoint if resumption else Path(run.tuner.adapters[0]).expanduser()
         adapted = set_up(load_adapter(model, source, trainable=True), run.tuner)
     else:
-        adapted = add_lora(model, run.tuner, seed=run.schedule.seed)
+        adapted = add_lora(model, run.tuner, seed=run.schedule.seed, resumed=resumption is not None)
     say(f"adapters: {describe_adapters(adapted)}")
     return adapted
 
