@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from swift.config.optim import OptimConfig
@@ -158,6 +159,23 @@ def test_what_of_a_mixture_of_experts_is_covered(models: dict[str, Path]) -> Non
     assert rates == [0.05] * 8
     with pytest.raises(ConfigError, match=r"--use_dora has no form for experts\.down_proj"):
         add_lora(load(models["moe"]), TunerConfig(use_dora=True), seed=1)
+
+
+def test_autocast_alone_casts(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT casts each input to float32 and autocast back: leaving that out changes no bit."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    ends = []
+    for casts in (False, True):
+        base = load_model(models["tied"], dtype="bfloat16", attention=None, device=torch.device("cpu"))
+        model = add_lora(base, TunerConfig(lora_rank=4, lora_dropout=0.0), seed=1)
+        with monkeypatch.context() as patch:
+            if casts:
+                patch.setattr("swift.engines.transformers.engine.leave_casting_to_autocast", lambda _: None)
+            train(model)
+        layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+        assert {layer.cast_input_dtype_enabled for layer in layers} == {casts}
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))
+    assert ends[0].dtype == torch.float32 and torch.equal(ends[0], ends[1])
 
 
 def test_names_are_checked_against_the_model(models: dict[str, Path]) -> None:

@@ -37,6 +37,7 @@ from swift.engines.transformers.wrap import (
     optimizer_state,
     wrap,
 )
+from swift.models.adapters import leave_casting_to_autocast
 from swift.objectives.types import LossSum, Objective, TokenStats
 
 RENAMED_IN = version.parse("5.23")  # of transformers: gradient checkpointing became activation checkpointing
@@ -70,6 +71,8 @@ class TransformersEngine:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         self.device = next(model.parameters()).device
         self.dtype = base.dtype
+        if self.dtype in (torch.bfloat16, torch.float16):  # see _score
+            leave_casting_to_autocast(model)
         self.flat = choose_layout(base, flat)
         self.own_attention = self.flat and own_attention
         if self.own_attention:
