@@ -79,6 +79,7 @@ def test_groups_and_defaults_of_the_command(capsys: pytest.CaptureFixture[str]) 
         "# template",
         "# plugins",
         "# tuner",
+        "# quant",
         "# optim",
         "# schedule",
         "# parallel",

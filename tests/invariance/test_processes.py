@@ -89,8 +89,9 @@ def test_full_training_on_two_processes_is_that_on_one(tiny_qwen3_dir, tmp_path)
 @pytest.mark.slow
 def test_adapters_on_two_processes_are_those_on_one(tiny_llama_dir, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl")
-    single = train(data, tiny_llama_dir, tmp_path / "single", 1, *batch(2, 4))
-    fsdp = train(data, tiny_llama_dir, tmp_path / "fsdp", 2, *batch(2, 2), "--fsdp", "full_shard")
+    kinds = ("--lorap_lr_ratio", "8", "--modules_to_save", "all-embedding", "--use_dora", "true")
+    single = train(data, tiny_llama_dir, tmp_path / "single", 1, *batch(2, 4), *kinds)
+    fsdp = train(data, tiny_llama_dir, tmp_path / "fsdp", 2, *batch(2, 2), "--fsdp", "full_shard", *kinds)
     assert_same_curve(fsdp, single)
     assert_same_weights(fsdp, single, "adapter_model.safetensors")
 

@@ -170,6 +170,8 @@ class RlhfConfig:
                     f"--{name} and --reference_free true contradict each other", hint="leave one of them out"
                 )
         self._check_companions(changed)
+        if len(self.ref_adapters) > 1:
+            raise ConfigError("--ref_adapters takes one checkpoint", hint="merge the others first")
 
     def _check_losses(self) -> None:
         known, given = LOSSES[self.rlhf_type], self.loss_type or ()

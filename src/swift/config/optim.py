@@ -1,8 +1,9 @@
 """Optimizer and learning rate."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from swift.config.option import option
+from swift.config.option import ConfigError, option, require_package
 
 SCHEDULES = (
     "cosine",
@@ -12,7 +13,24 @@ SCHEDULES = (
     "polynomial",
     "inverse_sqrt",
     "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
 )
+# Optimizers, and the package each comes from.
+OPTIMIZERS = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "muon"), "torch"),
+    **dict.fromkeys(
+        (
+            "adamw_8bit", "adamw_bnb_8bit", "paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit",
+            "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit",
+        ),
+        "bitsandbytes",
+    ),
+    **dict.fromkeys(("schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd"), "schedulefree"),
+}  # fmt: skip
+INSTALL = {"bitsandbytes": "bitsandbytes>=0.46", "schedulefree": "schedulefree>=1.4"}
+LEVEL = ("constant", "constant_with_warmup")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,14 +38,64 @@ class OptimConfig:
     learning_rate: float | None = option(
         None, help="peak; none = 1e-4 with adapters, 1e-5 full", range=(0, None)
     )
-    lr_scheduler_type: str = option("cosine", help="shape of the decay", choices=SCHEDULES)
-    warmup_ratio: float = option(0.0, help="share of the steps that warm up", range=(0, 1))
-    warmup_steps: int = option(
-        0, help="warm-up length; wins over --warmup_ratio", unit="steps", range=(0, None)
+    lorap_lr_ratio: float | None = option(
+        None,
+        help="LoRA+: matrices B of the adapters learn this many times as fast; none = as the rest",
+        range=(0, None),
     )
-    weight_decay: float = option(0.1, help="AdamW weight decay (not on biases and norms)", range=(0, None))
+    lr_scheduler_type: str = option("cosine", help="shape of the decay", choices=SCHEDULES)
+    lr_scheduler_kwargs: dict[str, Any] = option(
+        {}, help='settings of that shape as JSON, such as {"min_lr": 1e-6}'
+    )
+    warmup_ratio: float = option(0.0, help="share of the steps that warm up", range=(0, 1))
+    warmup_steps: float = option(
+        0,
+        help="warm-up length, or a share of all steps below 1; wins over --warmup_ratio",
+        unit="steps",
+        range=(0, None),
+    )
+    weight_decay: float = option(0.1, help="weight decay (not on biases and norms)", range=(0, None))
     adam_beta1: float = option(0.9, help="AdamW decay of the mean", range=(0, 1))
     adam_beta2: float = option(0.95, help="AdamW decay of the variance", range=(0, 1))
     adam_epsilon: float = option(1e-8, help="AdamW epsilon", range=(0, None))
     max_grad_norm: float = option(1.0, help="clip the global gradient norm here; 0 = never", range=(0, None))
-    optim: str = option("adamw_torch", help="optimizer", choices=("adamw_torch", "adamw_torch_fused"))
+    optim: str = option("adamw_torch", help="optimizer", choices=tuple(OPTIMIZERS))
+    optim_args: str | None = option(None, help="more settings of it, such as momentum=0.9,nesterov=true")
+    optimizer: str | None = option(
+        None, help="muon, lorap (with --lorap_lr_ratio), or an optimizer of a plugin instead of --optim"
+    )
+
+    @property
+    def name(self) -> str:
+        """The optimizer that counts: one of OPTIMIZERS, or a plugin's."""
+        return self.optim if self.optimizer in (None, "lorap") else str(self.optimizer)
+
+    def check(self, *, train_type: str, sliced: bool) -> None:
+        """Raises ConfigError where an optimizer cannot work as asked."""
+        package = OPTIMIZERS.get(self.name, "torch")
+        flag = f"--{'optim' if self.name == self.optim else 'optimizer'} {self.name}"
+        if package != "torch":
+            require_package(package, flag=flag, install=INSTALL[package])
+        if sliced and (package == "bitsandbytes" or self.name == "adafactor"):
+            raise ConfigError(
+                f"{flag} with --fsdp is not supported: its state cannot be sliced like the weights",
+                hint="use adamw_torch, or leave --fsdp out",
+            )
+        if package == "schedulefree" and self.lr_scheduler_type not in LEVEL:
+            raise ConfigError(
+                f"{flag} has no decay, so --lr_scheduler_type {self.lr_scheduler_type} would harm it",
+                hint="add --lr_scheduler_type constant_with_warmup",
+            )
+        if self.lr_scheduler_type == "constant" and (self.warmup_steps or self.warmup_ratio):
+            raise ConfigError(
+                "--lr_scheduler_type constant has no warm-up",
+                hint="say constant_with_warmup, or leave --warmup_ratio and --warmup_steps out",
+            )
+        if self.lr_scheduler_kwargs and self.lr_scheduler_type in LEVEL:
+            raise ConfigError(f"--lr_scheduler_kwargs: {self.lr_scheduler_type} has no settings")
+        if self.optimizer == "lorap" and self.lorap_lr_ratio is None:
+            raise ConfigError("--optimizer lorap needs --lorap_lr_ratio", hint="16 is the usual ratio")
+        if self.lorap_lr_ratio is not None and train_type == "full":
+            raise ConfigError(
+                "--lorap_lr_ratio has no effect with --train_type full", hint="leave it out, or use lora"
+            )

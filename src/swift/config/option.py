@@ -5,6 +5,7 @@ the walk over nested config dataclasses. Not here: parsing of the command line (
 """
 
 import dataclasses
+import importlib.util
 import types
 import typing
 from collections.abc import Iterator
@@ -117,6 +118,12 @@ def check_value(field: "Field[Any]", value: Any) -> None:
         if (low is not None and value < low) or (high is not None and value > high):
             wanted = f"at least {low}" if high is None else f"from {low} to {high}"
             raise ConfigError(f"--{field.name} must be {wanted}, got {value}")
+
+
+def require_package(name: str, *, flag: str, install: str) -> None:
+    """Raises ConfigError when an optional package is not installed."""
+    if importlib.util.find_spec(name) is None:
+        raise ConfigError(f"{flag} needs the package {name}", hint=f"pip install '{install}'")
 
 
 def is_secret(name: str) -> bool:

@@ -11,6 +11,7 @@ from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
 from swift.config.parallel import ParallelConfig
 from swift.config.plugins import PluginConfig
+from swift.config.quant import QuantConfig
 from swift.config.schedule import OutputConfig, ScheduleConfig
 from swift.config.sft import SftConfig
 from swift.config.task import TaskConfig
@@ -27,6 +28,7 @@ class TrainRun:
     template: TemplateConfig = field(default_factory=TemplateConfig)
     plugins: PluginConfig = field(default_factory=PluginConfig)
     tuner: TunerConfig = field(default_factory=TunerConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -58,6 +60,10 @@ class TrainRun:
         self.template.check()
         self.output.profiled  # noqa: B018 - raises ConfigError
         self._check_evaluation()
+        self.tuner.check()
+        sliced, train_type = self.parallel.fsdp is not None, self.tuner.train_type
+        self.quant.check(train_type=train_type, sliced=sliced, init_weights=self.tuner.init_weights)
+        self.optim.check(train_type=train_type, sliced=sliced)
         if self.data.packing_length is not None:
             self._check_packing_length(self.data.packing_length)
         if self.schedule.max_steps < 0 and self.schedule.num_train_epochs == 0:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,32 +20,89 @@ from transformers import PreTrainedModel
 from swift.config.option import ConfigError, is_secret
 from swift.config.tuner import TunerConfig
 from swift.models.directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_directory, read_json
+from swift.models.starts import starts_from_weights, take_starts
+from swift.models.targets import choose_targets
 
-ALL_LINEAR = "all-linear"
 RUN_ARGS = "args.json"
-NAMES_SHOWN = 8
 
 
-def add_lora(model: PreTrainedModel, config: TunerConfig, *, seed: int) -> PeftModel:
+def add_lora(model: PreTrainedModel, config: TunerConfig, *, seed: int, resumed: bool = False) -> PeftModel:
     """The model with fresh adapters, its own weights frozen.
 
     The same seed gives the same adapters whatever was drawn before. Adapters of a bfloat16 or float16 model
     are float32 (PEFT's default): updates at usual learning rates would be lost in the short mantissa.
+    `resumed`: weights of a checkpoint come next, and with them what was taken out of the model's own.
     """
+    targets = choose_targets(model, config)
+    from_weights = starts_from_weights(config.init_weights)
+    plain = {"true": True, "false": False}.get(config.init_weights, config.init_weights)
     peft_config = LoraConfig(
         task_type=TaskType.CAUSAL_LM if model.can_generate() else TaskType.SEQ_CLS,
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=choose_targets(model, config.target_modules),
+        lora_dropout=0.0 if targets.parameters else config.lora_dropout,  # it has no form for bare weights
+        target_modules=targets.modules,
+        target_parameters=targets.parameters or None,
+        modules_to_save=targets.whole or None,
+        ensure_weight_tying=bool(targets.whole) and model.config.get_text_config().tie_word_embeddings,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=True if from_weights else plain,
+        bias=config.lora_bias,
         base_model_name_or_path=model.name_or_path,
     )
-    with torch.random.fork_rng(), quiet(FutureWarning):
+    with torch.random.fork_rng(), quiet(FutureWarning, UserWarning):
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, peft_config)
+            peft_model = get_peft_model(model, peft_config)
         except ValueError as error:  # a module that exists and cannot have an adapter, such as a norm
             raise ConfigError(f"--target_modules: {str(error).splitlines()[0]}") from error
+        if from_weights and not resumed:
+            take_starts(peft_model, config.init_weights)
+    return set_up(peft_model, config)
+
+
+def set_up(model: PeftModel, config: TunerConfig) -> PeftModel:
+    """Dropout before the adapters of modules, and the dtype of all of them: neither is in its file."""
+    dtype = getattr(torch, config.lora_dtype) if config.lora_dtype else None
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
+            for name in module.lora_dropout:
+                rate = config.lora_dropout
+                module.lora_dropout[name] = nn.Dropout(rate) if rate else nn.Identity()
+    for name, parameter in model.named_parameters():
+        if dtype and "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def leave_casting_to_autocast(model: nn.Module) -> None:
+    """Stops PEFT from casting whole activations to float32: autocast would cast them straight back.
+
+    For models that run under autocast alone. Without dropout the numbers are equal to the bit.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
+
+
+def describe_adapters(model: PeftModel) -> str:
+    """`8 modules (k_proj, q_proj), 4 bare weights, such as stacks of experts (down_proj, gate_up_proj)`."""
+    layers: list[str] = []
+    weights: list[str] = []
+    whole: list[str] = []
+    for name, module in model.named_modules():
+        last = name.removesuffix(".base_layer").rpartition(".")[2]
+        if isinstance(module, ParamWrapper):
+            weights.append(last if module.parameter_name == "weight" else module.parameter_name)
+        elif isinstance(module, LoraLayer):
+            layers.append(last)
+        elif isinstance(module, ModulesToSaveWrapper):
+            whole.append(last)
+    parts = (
+        ("modules", layers), ("bare weights, such as stacks of experts", weights), ("trained whole", whole)
+    )  # fmt: skip
+    return ", ".join(f"{len(n)} {what} ({', '.join(sorted(set(n)))})" for what, n in parts if n)
 
 
 @contextmanager
@@ -53,24 +112,6 @@ def quiet(*categories: type[Warning]) -> Iterator[None]:
         for category in categories:
             warnings.simplefilter("ignore", category)
         yield
-
-
-def choose_targets(model: nn.Module, names: tuple[str, ...]) -> str | list[str]:
-    """PEFT's `target_modules`; ConfigError for a name that no module of the model has."""
-    if names == (ALL_LINEAR,):
-        return ALL_LINEAR  # PEFT leaves the output layer out
-    if not names or ALL_LINEAR in names:
-        raise ConfigError(f"--target_modules is {ALL_LINEAR} alone, or names of modules")
-    modules = [name for name, _ in model.named_modules()]
-    unknown = [name for name in names if not any(m == name or m.endswith(f".{name}") for m in modules)]
-    if unknown:
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        shown = sorted({name.rpartition(".")[2] for name in linear})[:NAMES_SHOWN]
-        raise ConfigError(
-            f"--target_modules: the model has no module called {', '.join(unknown)}",
-            hint=f"linear layers of this model: {', '.join(shown)}",
-        )
-    return list(names)
 
 
 def load_adapter(model: PreTrainedModel, path: Path, *, trainable: bool) -> PeftModel:

@@ -8,6 +8,7 @@ from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from swift.config.option import ConfigError
+from swift.config.quant import QuantConfig
 from swift.models.directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from swift.models.load import load_weights
 
@@ -39,6 +40,7 @@ def load_scoring_model(
     attention: str | None,
     device: torch.device,
     seed: int | None,
+    quant: QuantConfig | None = None,
 ) -> PreTrainedModel:
     """The model with a head of `num_labels` outputs, in HF's format for sequence classification.
 
@@ -48,7 +50,7 @@ def load_scoring_model(
         torch.manual_seed(seed or 0)
         model = load_weights(
             AutoModelForSequenceClassification, path,
-            dtype=dtype, attention=attention, device=device, num_labels=num_labels,
+            dtype=dtype, attention=attention, device=device, quant=quant, num_labels=num_labels,
             may_lack=() if seed is None else (f"{HEAD}.weight",),
         )  # fmt: skip
     if not isinstance(getattr(model, HEAD, None), torch.nn.Linear):

@@ -20,7 +20,9 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, logging
 
 from swift.config.option import ConfigError
+from swift.config.quant import QuantConfig
 from swift.models.directory import check_model_directory
+from swift.models.quant import build_quantization
 from swift.utils import env
 from swift.utils.log import warn, warn_once
 
@@ -79,14 +81,20 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def load_model(
-    path: Path, *, dtype: str | None, attention: str | None, device: torch.device
+    path: Path,
+    *,
+    dtype: str | None,
+    attention: str | None,
+    device: torch.device,
+    quant: QuantConfig | None = None,
 ) -> PreTrainedModel:
-    """The language model in evaluation mode on `device`.
+    """The language model in evaluation mode on `device`; its linear layers in few bits where `quant` says so.
 
     dtype: None = config.json's on a GPU, float32 on a CPU. attention: a name of `--attn_impl`, or any other
     that is registered with transformers; None = transformers' choice.
     """
-    return load_weights(AutoModelForCausalLM, path, dtype=dtype, attention=attention, device=device)
+    loading = {"dtype": dtype, "attention": attention, "device": device, "quant": quant}
+    return load_weights(AutoModelForCausalLM, path, **loading)
 
 
 def load_weights(
@@ -96,6 +104,7 @@ def load_weights(
     dtype: str | None,
     attention: str | None,
     device: torch.device,
+    quant: QuantConfig | None = None,
     may_lack: tuple[str, ...] = (),
     **config_changes: Any,
 ) -> PreTrainedModel:
@@ -103,16 +112,23 @@ def load_weights(
     silence_transformers()
     check_model_directory(path)
     by_device = torch.float32 if device.type == "cpu" else "auto"
+    wanted = getattr(torch, dtype) if dtype else by_device
+    options: dict[str, Any] = {}
+    if quant and quant.quant_method:
+        if wanted == "auto":
+            wanted = load_config(path).dtype or torch.bfloat16
+        options = {"quantization_config": build_quantization(quant, wanted), "device_map": {"": device}}
     try:
         model, report = auto_class.from_pretrained(
             path,
-            dtype=getattr(torch, dtype) if dtype else by_device,
+            dtype=wanted,
             attn_implementation=choose_attention(attention),
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, with the name
             **config_changes,
+            **options,
         )
     except LOAD_ERRORS as error:
         raise cannot_load(f"the model in {path}", error) from error
@@ -125,6 +141,8 @@ def load_weights(
     missing = sorted(set(report["missing_keys"]) - set(may_lack))
     if missing:
         raise ConfigError(f"the weights in {path} lack {len(missing)} tensors, the first is {missing[0]}")
+    if options:
+        return model.eval()  # is on its device, and cannot be moved
     if device.type == "cpu" and model.dtype in HALF and torch.backends.cpu.get_cpu_capability() in SLOW_HALF:
         name = str(model.dtype).removeprefix("torch.")
         warn_once(f"this CPU cannot multiply {name} fast: weights are rounded to it, arithmetic is float32")

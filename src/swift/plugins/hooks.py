@@ -41,3 +41,6 @@ class LossScale:
 orms: Registry[Any] = Registry("reward")  # classes, instances or functions
 rm_plugins: Registry[Any] = Registry("reward model plugin")
 loss_scale_map: Registry[type[LossScale] | LossScale] = Registry("loss scale")
+# Functions (settings, model, None) -> (optimizer, schedule or None), for --optimizer. `settings` has every
+# flag of the optimizer's group as an attribute, such as `learning_rate`.
+optimizers_map: Registry[Any] = Registry("optimizer")

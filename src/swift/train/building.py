@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from swift.config.runs import SftRun, TrainRun
 from swift.engines.ranks import Ranks
 from swift.engines.transformers.engine import TransformersEngine
-from swift.models.adapters import add_lora
+from swift.models.adapters import add_lora, describe_adapters, load_adapter, merge, set_up
+from swift.models.freezing import freeze
 from swift.models.heads import load_scoring_model
 from swift.models.load import load_model
 from swift.plugins.callbacks import Callback
@@ -43,18 +44,24 @@ def build_engine(
     seed_everything(run.schedule.seed + ranks.rank)
     if device.type == "cuda" and torch.cuda.device_count() > 1 and ranks.world == 1:
         warn(f"{torch.cuda.device_count()} GPUs are visible; NPROC_PER_NODE says how many are used")
-    loading = {"dtype": run.model.torch_dtype, "attention": run.model.attn_impl, "device": device}
+    loading = {
+        "dtype": run.model.torch_dtype,
+        "attention": run.model.attn_impl,
+        "device": device,
+        "quant": run.quant,
+    }
     if method.num_labels is None:
         model = load_model(ready.model_path, **loading)
     else:
         model = load_scoring_model(
             ready.model_path, ready.tokenizer, num_labels=method.num_labels, seed=run.schedule.seed, **loading
         )
+    model = choose_weights(model, run, resumption)
     frozen = None
-    if run.tuner.train_type == "lora":
-        model = add_lora(model, run.tuner, seed=run.schedule.seed)
-    elif method.needs_reference:
+    if method.needs_reference and (run.tuner.train_type == "full" or ready.reference_adapter):
         frozen = load_model(ready.reference_path or ready.model_path, **loading)
+        if ready.reference_adapter:
+            frozen = merge(load_adapter(frozen, ready.reference_adapter, trainable=False))
     learning_rate = run.optim.learning_rate
     if learning_rate is None:
         learning_rate = 1e-4 if run.tuner.train_type == "lora" else 1e-5
@@ -73,6 +80,23 @@ def build_engine(
         resume_from=resumption.checkpoint if resumption else None,
         frozen=frozen,
     )
+
+
+def choose_weights(
+    model: PreTrainedModel, run: TrainRun, resumption: Resumption | None
+) -> PreTrainedModel | PeftModel:
+    """The model with its trained weights chosen: adapters added, or the rest frozen."""
+    if run.tuner.train_type == "full":
+        freeze(model, run.tuner)
+        return model
+    if run.tuner.adapters:
+        # A resumed run may not find the adapters that it started from: the checkpoint has the same kind.
+        source = resumption.checkpoint if resumption else Path(run.tuner.adapters[0]).expanduser()
+        adapted = set_up(load_adapter(model, source, trainable=True), run.tuner)
+    else:
+        adapted = add_lora(model, run.tuner, seed=run.schedule.seed, resumed=resumption is not None)
+    say(f"adapters: {describe_adapters(adapted)}")
+    return adapted
 
 
 def seed_everything(seed: int) -> None:

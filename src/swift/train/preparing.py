@@ -21,8 +21,10 @@ from swift.data.pack import pack_lengths
 from swift.data.rows import Rows
 from swift.data.sources import open_sets
 from swift.data.types import place
+from swift.engines.optim import check_optim
 from swift.engines.ranks import Ranks
-from swift.models.hub import resolve_model
+from swift.models.directory import check_adapter_directory
+from swift.models.hub import resolve_adapter, resolve_model
 from swift.models.load import context_length, load_config, load_tokenizer
 from swift.objectives.classification import Classification
 from swift.objectives.sft import Sft
@@ -48,6 +50,7 @@ class Prepared:
     root: Path  # where run directories go
     model_path: Path
     reference_path: Path | None  # of --ref_model
+    reference_adapter: Path | None  # of --ref_adapters
     tokenizer: PreTrainedTokenizerBase
     rows: EncodedDataset
     eval_rows: EncodedDataset | None
@@ -56,10 +59,13 @@ class Prepared:
     callbacks: list[Any]  # the users' own
 
 
-def prepare(run: TrainRun, method: Method) -> Prepared:
+def prepare(run: TrainRun, method: Method, *, resumes: bool) -> Prepared:
     """Finds the model and encodes the rows. Most mistakes end here, as a ConfigError."""
     use_plugins(run.plugins)
     build_weights(run.template.loss_scale)  # a wrong name is told before anything is downloaded
+    check_optim(run.optim)
+    for adapter in run.tuner.adapters if not resumes else ():  # a resumed run has its own
+        check_adapter_directory(Path(adapter).expanduser())
     if run.model.torch_dtype == "float16":
         raise ConfigError("--torch_dtype float16 cannot train yet", hint="use bfloat16 or float32")
     if run.template.truncation_strategy == "split" and method.shape != "chat":
@@ -73,6 +79,8 @@ def prepare(run: TrainRun, method: Method) -> Prepared:
     model_path = resolve_model(run.model.model, revision=run.model.model_revision, **hub)
     reference = run.rlhf.ref_model if isinstance(run, RlhfRun) else None
     reference_path = resolve_model(reference, revision=None, **hub) if reference else None
+    adapters = run.rlhf.ref_adapters if isinstance(run, RlhfRun) else ()
+    reference_adapter = resolve_adapter(adapters[0], **hub) if adapters else None
     if Path(run.model.model).is_dir():
         run = with_model(run, str(model_path))
     tokenizer = load_tokenizer(model_path)
@@ -89,8 +97,9 @@ def prepare(run: TrainRun, method: Method) -> Prepared:
         run, template, train_rows, eval_source, max_length=longest, shape=method.shape
     )
     return Prepared(
-        run, root, model_path, reference_path, tokenizer, rows, eval_rows, eval_source, longest, callbacks
-    )
+        run, root, model_path, reference_path, reference_adapter, tokenizer, rows, eval_rows, eval_source,
+        longest, callbacks,
+    )  # fmt: skip
 
 
 def learn_facts(objective: Objective, ready: Prepared) -> Objective:

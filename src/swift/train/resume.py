@@ -20,6 +20,12 @@ FIXED = (
     "agent_template", "is_binary_loss_scale", "use_chat_template", "enable_dft_loss",
     "label_smoothing_factor", "router_aux_loss_coef", "neftune_noise_alpha",
     "rlhf_type", "beta", "loss_type", "loss_weights", "ref_model", "label_smoothing", "rpo_alpha",
+    "use_rslora", "use_dora", "init_weights", "lora_bias", "modules_to_save",
+    "target_regex", "target_parameters",
+    "freeze_parameters", "freeze_parameters_regex", "freeze_parameters_ratio",
+    "trainable_parameters", "trainable_parameters_regex",
+    "optim", "optimizer", "lorap_lr_ratio", "lr_scheduler_kwargs",
+    "quant_method", "quant_bits", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
 )  # fmt: skip
 
 Run = TypeVar("Run", bound=TrainRun)

@@ -55,7 +55,7 @@ def train(run: Run, command: str, build_method: Callable[[Run], Method]) -> int:
     method = build_method(run)
     if method.objective.couples_rows:
         warn("the loss compares the rows of a micro-batch: it depends on --per_device_train_batch_size")
-    ready = prepare(run, method)
+    ready = prepare(run, method, resumes=resumption is not None)
     method = replace(method, objective=learn_facts(method.objective, ready))
     run, tokenizer, rows = ready.run, ready.tokenizer, ready.rows
     ranks, device = join_ranks(pick_device(run.model.device), run.parallel.ddp_timeout)
@@ -102,7 +102,8 @@ def train(run: Run, command: str, build_method: Callable[[Run], Method]) -> int:
 
 def precompute(run: RlhfRun, ready: Prepared, engine: TransformersEngine, ranks: Ranks) -> None:
     """Runs the reference model over all rows, once; a copy of it is no longer needed afterwards."""
-    key = describe_weights(ready.reference_path or ready.model_path)
+    paths = [ready.reference_path or ready.model_path, ready.reference_adapter]
+    key = "\n".join(describe_weights(path) for path in paths if path)
     for rows in (ready.rows, ready.eval_rows):
         if rows is not None:
             precompute_reference(

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from swift.models.starts import has_starts, load_starts, save_with_starts
 
 OPTIMIZER, SCHEDULER, RANDOM = "optimizer.pt", "scheduler.pt", "rng_state.pth"
 
@@ -24,13 +26,20 @@ def save_weights(
 
     `state`: the whole tensors by name, where those of the model are slices.
     """
-    model.save_pretrained(path, state_dict=state)
+    if isinstance(model, PeftModel) and has_starts(model):
+        save_with_starts(model, path, state)
+    else:
+        model.save_pretrained(path, state_dict=state)
 
 
 def load_weights(model: PreTrainedModel | PeftModel, path: Path) -> None:
     """Puts the saved weights into a model of the same shape; no tensor may be missing or left over."""
     if isinstance(model, PeftModel):
-        result = set_peft_model_state_dict(model, load_peft_weights(str(path), device="cpu"))
+        tensors = load_peft_weights(str(path), device="cpu")
+        saved_rank = PeftConfig.from_pretrained(str(path)).r
+        if saved_rank == 2 * model.peft_config["default"].r:
+            tensors = load_starts(model, tensors)
+        result = set_peft_model_state_dict(model, tensors)
         assert not result.unexpected_keys, f"{path}: unexpected adapter tensors {result.unexpected_keys[:3]}"
         return
     state = {k: v for file in sorted(path.glob("model*.safetensors")) for k, v in load_file(file).items()}

@@ -18,7 +18,13 @@ from transformers import PreTrainedModel
 from swift.batch import IGNORED, Batch
 from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
-from swift.engines.optim import build_optimizer, build_scheduler
+from swift.engines.optim import (
+    answering,
+    begin_training,
+    build_optimizer,
+    build_scheduler,
+    progress_of,
+)
 from swift.engines.protocol import StepInfo, Sums
 from swift.engines.ranks import Ranks
 from swift.engines.transformers import checkpoint
@@ -33,6 +39,7 @@ from swift.engines.transformers.wrap import (
     optimizer_state,
     wrap,
 )
+from swift.models.adapters import leave_casting_to_autocast
 from swift.objectives.types import LossSum, Objective, TokenStats
 
 RENAMED_IN = version.parse("5.23")  # of transformers: gradient checkpointing became activation checkpointing
@@ -69,6 +76,8 @@ class TransformersEngine:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         self.device = next(model.parameters()).device
         self.dtype = base.dtype
+        if self.dtype in (torch.bfloat16, torch.float16):  # see _score
+            leave_casting_to_autocast(model)
         self.flat = choose_layout(base, flat)
         self.own_attention = self.flat and own_attention
         if self.own_attention:
@@ -83,10 +92,11 @@ class TransformersEngine:
         self.frozen = None if frozen is None else self._freeze(frozen)
         self.max_grad_norm = config.max_grad_norm
         self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(model, config, learning_rate)
-        self.scheduler = build_scheduler(self.optimizer, config, total_steps)
+        self.optimizer, scheduler = build_optimizer(model, config, learning_rate)
+        self.scheduler = scheduler or build_scheduler(self.optimizer, config, total_steps)
         if resume_from:
             self._load_state(resume_from)
+        begin_training(self.optimizer)
 
     def _freeze(self, model: PreTrainedModel) -> Wrapped:
         """The reference as it runs beside the model: sliced where that one is, else whole."""
@@ -124,7 +134,7 @@ class TransformersEngine:
     def forward(self, batches: Sequence[Batch], needs: frozenset[str]) -> list[TokenStats]:
         self.model.eval()
         longest = int(max(row[0] for row in self.ranks.gather([len(batches)])))
-        with torch.no_grad():
+        with torch.no_grad(), answering(self.optimizer):
             stats = [self._score(b, needs) for b in (*batches, *[NOTHING] * (longest - len(batches)))]
         return stats[: len(batches)]
 
@@ -144,7 +154,7 @@ class TransformersEngine:
     def measure(self, batches: Sequence[Batch], objective: Objective) -> Sums:
         self.model.eval()
         batches, units, _ = self._even_out(batches, objective)
-        with torch.no_grad():
+        with torch.no_grad(), answering(self.optimizer):
             results = [objective(self._score(b, objective.needs), b.to(self.device)) for b in batches]
         return self._collect(results, batches, units)
 
@@ -186,21 +196,22 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
     def save(self, path: Path, *, resumable: bool) -> None:
-        state = full_state(self.model) if self.sharded else None
-        if self.ranks.is_main:
-            checkpoint.save_weights(self.model, path, state)
+        with answering(self.optimizer):
+            state = full_state(self.model) if self.sharded else None
+            if self.ranks.is_main:
+                checkpoint.save_weights(self.model, path, state)
+            groups = progress_of(self.optimizer)
         if not resumable:
             return
         moments = optimizer_state(self.model, self.optimizer)
         if self.ranks.is_main:
-            rates = [group["lr"] for group in self.optimizer.param_groups]
-            torch.save({"state": moments, "rates": rates}, path / checkpoint.OPTIMIZER)
+            torch.save({"state": moments, "groups": groups}, path / checkpoint.OPTIMIZER)
             torch.save(self.scheduler.state_dict(), path / checkpoint.SCHEDULER)
         checkpoint.save_random(path, self.ranks.rank)
 
     def _load_state(self, path: Path) -> None:
         saved = torch.load(path / checkpoint.OPTIMIZER, map_location="cpu", weights_only=True)
-        load_optimizer_state(self.model, self.optimizer, saved["state"], saved["rates"])
+        load_optimizer_state(self.model, self.optimizer, saved["state"], saved["groups"])
         self.scheduler.load_state_dict(torch.load(path / checkpoint.SCHEDULER, weights_only=True))
         checkpoint.load_random(path, self.ranks.rank)
 

@@ -7,6 +7,7 @@ gradients of all processes (FSDP2 could sum, but not on gloo): an engine multipl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,26 +74,28 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
     """Name of the parameter -> its moments, whole: it does not depend on how many processes there were."""
     return {
-        name: {k: full_tensor(v) for k, v in optimizer.state[parameter].items()}
+        name: {
+            k: full_tensor(v) if isinstance(v, Tensor) else v for k, v in optimizer.state[parameter].items()
+        }
         for name, parameter in model.named_parameters()
         if parameter in optimizer.state
     }
 
 
 def load_optimizer_state(
-    model: nn.Module, optimizer: Optimizer, state: dict[str, dict[str, Tensor]], rates: list[float]
+    model: nn.Module, optimizer: Optimizer, state: dict[str, dict[str, Tensor]], groups: list[dict[str, Any]]
 ) -> None:
-    """The inverse of `optimizer_state`, into any number of processes. `rates`: of each group."""
+    """The inverse of `optimizer_state`, into any number of processes. `groups`: engines.optim.progress_of."""
     for name, parameter in model.named_parameters():
         if name in state:
             optimizer.state[parameter] = {k: like(parameter, k, v) for k, v in state[name].items()}
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    for group, progress in zip(optimizer.param_groups, groups, strict=True):
+        group.update(progress)
 
 
-def like(parameter: Tensor, name: str, value: Tensor) -> Tensor:
-    """A saved moment, laid out as its parameter is. The step count of AdamW is a number on the CPU."""
-    if name == "step":
+def like(parameter: Tensor, name: str, value: Any) -> Any:
+    """A saved moment, laid out as its parameter is. Step counts are numbers, AdamW's a tensor on the CPU."""
+    if name == "step" or not isinstance(value, Tensor):
         return value
     if isinstance(parameter, DTensor):
         local = value.to(parameter.device)
