@@ -1,8 +1,8 @@
 """Runs swift's command lines in processes that are forked from one that has imported everything.
 
 A process of its own pays seconds for importing torch and transformers; a fork pays nothing. `Workers` starts
-the server below once for a test session and asks it for one job after another: a command line on one process or
-on several, which find each other as those of torchrun do. Not covered is the start through torchrun itself.
+the server below once for a test session and asks it for one job after another: a command line, on one process
+or several, which find each other as under torchrun. The start through torchrun itself is not covered.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ class Workers:
     ) -> Finished:
         """`swift ARGUMENTS` on so many processes; without arguments, the hook alone.
 
-        `hook`: `file.py:function`, called in every process before the command, with `hook_arguments` and `rank`.
+        `hook`: `file.py:function`, called in every process before the command, with `rank` and arguments.
         Jobs of several processes have RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as under torchrun.
         """
         self.jobs += 1
@@ -94,9 +94,12 @@ def serve() -> None:
 
     import swift.export.run
     import swift.infer.run
-    import swift.train.run  # noqa: F401
+    import swift.train.run
+    import swift.train.trackers
 
     torch.set_num_threads(1)
+    # The pictures of the curves take longer than tiny models train; tests/e2e/test_sft.py looks at them.
+    swift.train.trackers.save_plot = lambda *_: None
     for line in sys.stdin:
         job = json.loads(line)
         ranks = [start(job, rank, port) for port in [free_port()] for rank in range(job["processes"])]
@@ -157,7 +160,7 @@ def work(job: dict[str, Any], rank: int, port: int) -> int:
 
 
 def wait(pids: list[int], deadline: float) -> tuple[int, list[int]]:
-    """The exit code of the first that failed, and those of all. One failure ends the others, as in torchrun."""
+    """The exit code of the first that failed, and those of all. One failure ends the others, as there."""
     codes: dict[int, int] = {}
     first, ordered = 0, 0.0
     while len(codes) < len(pids):
