@@ -157,8 +157,8 @@ def test_resuming_refuses_another_run(tiny_llama_dir, tmp_path, capsys):
     write_rows(data, 23)
     assert run_command(resume) == 2
     assert "the training data differs from the checkpoint's: rows was 24, now 23" in capsys.readouterr().err
-    optimizer = run / "checkpoint-4" / "optimizer.pt"
+    optimizer = run / "checkpoint-4" / "optimizer-00001-of-00001.safetensors"
     optimizer.write_bytes(optimizer.read_bytes()[:1000])
     assert run_command(["sft", "--resume_from_checkpoint", str(run / "checkpoint-4")]) == 2
     errors = capsys.readouterr().err
-    assert "optimizer.pt has 1000 bytes" in errors and f"resume from {run / 'checkpoint-2'}" in errors
+    assert f"{optimizer.name} has 1000 bytes" in errors and f"resume from {run / 'checkpoint-2'}" in errors

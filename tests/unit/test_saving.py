@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from swift.config.option import ConfigError
-from swift.engines.protocol import Sums
+from swift.engines.protocol import Snapshot, Sums
 from swift.engines.ranks import Ranks
 from swift.train.saving import (
     MANIFEST,
@@ -23,10 +23,16 @@ from swift.train.state import TrainState
 class FileEngine:
     """Stands where an engine stands: writes two files, as real engines write theirs."""
 
-    def save(self, path: Path, *, resumable: bool) -> None:
-        (path / "adapter_model.safetensors").write_bytes(b"weights" * 100)
-        if resumable:
-            (path / "optimizer.pt").write_bytes(b"moments" * 100)
+    def save(self, path: Path, *, resumable: bool) -> Snapshot:
+        contents = {"adapter_model.safetensors": b"weights" * 100}
+        contents |= {"optimizer.safetensors": b"moments" * 100} if resumable else {}
+
+        def write() -> list[Path]:
+            for name, content in contents.items():
+                (path / name).write_bytes(content)
+            return [path / name for name in contents]
+
+        return Snapshot(sum(map(len, contents.values())), write)
 
 
 def make_saver(directory: Path, tokenizer, **options) -> Saver:
@@ -39,6 +45,7 @@ def save_steps(saver: Saver, metrics: dict[int, float | None]) -> TrainState:
     for step, metric in metrics.items():
         state.step = step
         saver.save(FileEngine(), state, metric, lower_is_better=True)
+    saver.wait()
     return state
 
 

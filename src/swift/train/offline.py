@@ -21,6 +21,7 @@ from swift.objectives.types import Objective
 from swift.train.callbacks import Callback, EndEvent, EvalEvent, SaveEvent, StartEvent, StepEvent
 from swift.train.saving import Saver
 from swift.train.state import TrainState, format_seconds, loss_and_metrics
+from swift.train.stopping import FAILED, INTERRUPT, TERMINATE, Terminated
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,13 @@ class Offline:
         try:
             while state.step < self.total_steps:
                 self._train_step(state, clock)
+                self._heed(state, clock)
+            self.saver.wait()
+            self._tell_saved()
             finished = True
+        except BaseException:
+            self.saver.settle()
+            raise
         finally:
             self._tell("on_end", EndEvent(state.step, self._summary(state, clock), finished))
 
@@ -92,9 +99,30 @@ class Offline:
         self._tell("on_step", StepEvent(state.step, loss_and_metrics(sums)["loss"], row))
         metric = self._evaluate(state) if self._cadence("eval").due(state.step) else None
         if self._cadence("save").due(state.step):
-            state.elapsed_seconds = clock.elapsed()
-            path = self.saver.save(self.engine, state, metric, self._lower_is_better())
-            self._tell("on_save", SaveEvent(state.step, path))
+            self._save(state, clock, metric)
+
+    def _save(self, state: TrainState, clock: "Clock", metric: float | None) -> None:
+        state.elapsed_seconds = clock.elapsed()
+        self.saver.save(self.engine, state, metric, self._lower_is_better())
+
+    def _tell_saved(self) -> None:
+        for path in self.saver.take_whole():
+            self._tell("on_save", SaveEvent(int(path.name.split("-")[1]), path))
+
+    def _heed(self, state: TrainState, clock: "Clock") -> None:
+        """Between two steps: checkpoints that are whole are told, and flags of any rank stop all of them."""
+        self._tell_saved()
+        flags = self.saver.ranks.flagged()
+        if flags & FAILED:
+            self.saver.raise_failure()
+        if flags & INTERRUPT:
+            raise KeyboardInterrupt
+        if flags & TERMINATE and state.step < self.total_steps:
+            if state.last_saved_step != state.step and self.schedule.save_strategy != "no":
+                self._save(state, clock, None)
+            self.saver.wait()
+            self._tell_saved()
+            raise Terminated
 
     def _log_due(self, step: int) -> bool:
         return step == 1 or step % self.schedule.logging_steps == 0 or step == self.total_steps

@@ -19,18 +19,12 @@ from swift.batch import IGNORED, Batch
 from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
 from swift.engines.optim import build_optimizer, build_scheduler
-from swift.engines.protocol import StepInfo, Sums
+from swift.engines.protocol import Snapshot, StepInfo, Sums
 from swift.engines.ranks import Ranks
 from swift.engines.transformers import checkpoint
 from swift.engines.transformers.attention import FLAT_ATTENTION
 from swift.engines.transformers.forward import refusal_of_flat, score
-from swift.engines.transformers.wrap import (
-    full_state,
-    grad_norm,
-    load_optimizer_state,
-    optimizer_state,
-    wrap,
-)
+from swift.engines.transformers.wrap import grad_norm, wrap
 from swift.objectives.types import LossSum, Objective, TokenStats
 
 RENAMED_IN = version.parse("5.23")  # of transformers: gradient checkpointing became activation checkpointing
@@ -72,14 +66,14 @@ class TransformersEngine:
             enable_recompute(base)
         if resume_from:
             checkpoint.load_weights(model, resume_from)
-        self.sharded = fsdp
         self.wrapped = wrap(model, base, self.ranks, fsdp)
         self.max_grad_norm = config.max_grad_norm
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(model, config, learning_rate)
         self.scheduler = build_scheduler(self.optimizer, config, total_steps)
         if resume_from:
-            self._load_state(resume_from)
+            parts = (model, self.optimizer, self.scheduler, resume_from)
+            checkpoint.load_state(*parts, ranks=self.ranks)
 
     def _score(self, batch: Batch, needs: frozenset[str]) -> TokenStats:
         # Adapters are kept in float32 beside a half-precision model: autocast runs both in the model's dtype.
@@ -156,24 +150,9 @@ class TransformersEngine:
         with self.model.disable_adapter():
             yield
 
-    def save(self, path: Path, *, resumable: bool) -> None:
-        state = full_state(self.model) if self.sharded else None
-        if self.ranks.is_main:
-            checkpoint.save_weights(self.model, path, state)
-        if not resumable:
-            return
-        moments = optimizer_state(self.model, self.optimizer)
-        if self.ranks.is_main:
-            rates = [group["lr"] for group in self.optimizer.param_groups]
-            torch.save({"state": moments, "rates": rates}, path / checkpoint.OPTIMIZER)
-            torch.save(self.scheduler.state_dict(), path / checkpoint.SCHEDULER)
-        checkpoint.save_random(path, self.ranks.rank)
-
-    def _load_state(self, path: Path) -> None:
-        saved = torch.load(path / checkpoint.OPTIMIZER, map_location="cpu", weights_only=True)
-        load_optimizer_state(self.model, self.optimizer, saved["state"], saved["rates"])
-        self.scheduler.load_state_dict(torch.load(path / checkpoint.SCHEDULER, weights_only=True))
-        checkpoint.load_random(path, self.ranks.rank)
+    def save(self, path: Path, *, resumable: bool) -> Snapshot:
+        parts = (self.model, self.optimizer, self.scheduler, path)
+        return checkpoint.take_snapshot(*parts, ranks=self.ranks, resumable=resumable)
 
 
 def enable_recompute(model: PreTrainedModel) -> None:
