@@ -85,6 +85,8 @@ def run_sft(run: SftRun) -> int:
         ranks=ranks,
     )  # fmt: skip
     state = resumption.state if resumption else TrainState()
+    if resumption and ranks.is_main:
+        saver.tidy(state.best_step, state.step)
     loop = Offline(
         engine=engine, objective=Sft(), rows=rows, eval_rows=eval_rows, plan=plan, total_steps=total_steps,
         schedule=run.schedule, saver=saver, run_directory=directory,

@@ -254,8 +254,7 @@ class Saver:
         else:
             flight.temporary.rename(flight.final)
         sync_directory(self.run_directory)
-        self._link(flight)
-        self._rotate(flight)
+        self.tidy(flight.best_step, flight.step)
         self.whole.append(flight.final)
 
     def _remove(self, path: Path, replaced_by: Path | None = None) -> None:
@@ -267,24 +266,22 @@ class Saver:
             replaced_by.rename(path)
         shutil.rmtree(hidden)
 
-    def _link(self, flight: Flight) -> None:
-        if not self.symlinks:
-            return
-        for name, step in (("last", flight.step), ("best", flight.best_step)):
-            if step is None:
-                continue
-            temporary = self.run_directory / f".{name}.tmp"
-            temporary.unlink(missing_ok=True)
-            temporary.symlink_to(f"checkpoint-{step}")
-            temporary.replace(self.run_directory / name)
+    def tidy(self, best_step: int | None, last_step: int | None) -> None:
+        """Links to the best and the last one, and no more of the others than the limit says. On rank 0.
 
-    def _rotate(self, flight: Flight) -> None:
-        if self.total_limit is None:
-            return
-        checkpoints = list_checkpoints(self.run_directory)
-        spare = [p for step, p in checkpoints if step not in (flight.best_step, flight.step)]
-        for path in spare[: max(len(checkpoints) - self.total_limit, 0)]:
-            self._remove(path)
+        A run that goes on does this too: it may have been killed between a checkpoint and this.
+        """
+        for name, step in (("last", last_step), ("best", best_step)):
+            if self.symlinks and (self.run_directory / f"checkpoint-{step}").exists():
+                temporary = self.run_directory / f".{name}.tmp"
+                temporary.unlink(missing_ok=True)
+                temporary.symlink_to(f"checkpoint-{step}")
+                temporary.replace(self.run_directory / name)
+        if self.total_limit is not None:
+            checkpoints = list_checkpoints(self.run_directory)
+            spare = [path for step, path in checkpoints if step not in (best_step, last_step)]
+            for path in spare[: max(len(checkpoints) - self.total_limit, 0)]:
+                self._remove(path)
 
 
 def disk_reason(error: Exception) -> str | None:
