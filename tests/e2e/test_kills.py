@@ -117,7 +117,7 @@ def test_thirty_kills(workers, tiny_llama_dir, tmp_path, train_type):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_other_processes(workers, tiny_qwen3_dir, tmp_path):
-    """Two processes in slices, one of them killed while saving; then two with copies; then one."""
+    """Two processes with copies; then two with slices, one of them killed while saving; then one."""
     data, full = write_rows(tmp_path / "rows.jsonl"), ("--train_type", "full")
     whole = Killer(workers, command(tiny_qwen3_dir, data, tmp_path / "whole", *full), tmp_path / "whole")
     assert whole.run(0).code == 0
@@ -126,9 +126,10 @@ def test_a_killed_run_goes_on_with_other_processes(workers, tiny_qwen3_dir, tmp_
     broken = Killer(workers, command(tiny_qwen3_dir, data, output, *full), output)
     stops = random.Random(SEED)
     message = f"SEED={SEED}"
-    for victim, flags in ((1, ("--fsdp", "fsdp2")), (0, ())):
-        result = broken.run(stops.randint(60, 110), 2, victim, (*halves, *flags))
+    for victim, events, flags in ((0, (250, 300), ()), (1, (30, 60), ("--fsdp", "fsdp2"))):
+        result = broken.run(stops.randint(*events), 2, victim, (*halves, *flags))
         assert result.codes[victim] == KILLED, message + result.stderr[-3000:]
+        assert list_checkpoints(output), message
     result = broken.run(0, 1, 0, ("--per_device_train_batch_size", "2"))
     assert result.code == 0, message + result.stderr[-3000:]
     ours, theirs = read_log(output), read_log(tmp_path / "whole")
