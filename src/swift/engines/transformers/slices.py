@@ -62,6 +62,7 @@ def take_parts(tensors: Mapping[str, Tensor], *, rank: int, world: int) -> dict[
 
 
 def write_parts(path: Path, parts: Mapping[str, Part]) -> Path:
+    """One process' file of slices; its path."""
     wholes = {name: [part.shape, part.offset] for name, part in parts.items()}
     return write_tensors(
         path, {name: part.tensor for name, part in parts.items()}, {WHOLES: json.dumps(wholes)}
