@@ -154,7 +154,7 @@ def split_shards(state: dict[str, Tensor], limit: int) -> list[list[str]]:
 
 
 def shard_names(count: int) -> list[str]:
-    """As transformers names what it reads: model.safetensors, or model-00001-of-00002.safetensors and so on."""
+    """As transformers names what it reads: one model.safetensors, or model-00001-of-00002.safetensors ..."""
     if count == 1:
         return [WEIGHTS]
     return [f"{Path(WEIGHTS).stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
