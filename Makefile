@@ -14,7 +14,7 @@ STAMP := .venv/.up-to-date
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format clean
+.PHONY: help setup demo test test-fast test-slow check format clean
 
 help: ## show this list
 	@awk -F ':[^#]*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,10 +29,13 @@ demo: $(STAMP) ## teach a small model a new name and ask it who it is (about thr
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo.py
 
 test: $(STAMP) ## run every test, as continuous integration does (under ten minutes)
-	$(PYTEST) --durations=10 $(ARGS)
+	$(PYTEST) --durations=10 -m 'not slow_suite' $(ARGS)
 
 test-fast: $(STAMP) ## run the tests that take seconds
-	$(PYTEST) -m 'not slow' $(ARGS)
+	$(PYTEST) -m 'not slow and not slow_suite' $(ARGS)
+
+test-slow: $(STAMP) ## run the random cases that the other targets try a few of (minutes)
+	$(PYTEST) --durations=10 -m slow_suite $(ARGS)
 
 check: $(STAMP) ## lint, formatting and who may import whom
 	$(BIN)/ruff check .

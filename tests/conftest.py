@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from workers import Workers
 
 torch.set_num_threads(1)
 
@@ -133,3 +135,11 @@ def smollm2() -> Path:
     from swift.models.hub import resolve_model
 
     return resolve_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """Runs command lines in processes that need no imports, on one rank or several: see tests/workers.py."""
+    server = Workers(tmp_path_factory.mktemp("jobs"))
+    yield server
+    server.close()

@@ -1,12 +1,6 @@
 """`swift sft` as a user runs it, on a tiny model: what it leaves, what it learns, how it is resumed."""
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -106,48 +100,6 @@ def test_accumulation_does_not_change_the_curve(tiny_llama_dir, tmp_path):
     assert curves[0] == pytest.approx(curves[1], rel=2e-5)
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "swift", *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
-def kill_after(process: subprocess.Popen, output: Path, rows: int) -> None:
-    """SIGKILL once the log has so many rows."""
-    for _ in range(6000):
-        logs = list(output.glob("v*-*/logging.jsonl"))
-        if logs and len(logs[0].read_text().splitlines()) >= rows:
-            process.send_signal(signal.SIGKILL)
-            break
-        assert process.poll() is None, process.stdout.read().decode()
-        time.sleep(0.01)
-    assert process.wait() == -signal.SIGKILL
-
-
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny_llama_dir, tmp_path):
-    """With LoRA dropout, evaluation and a window of three steps a log row; compared to the bit."""
-    data = write_rows(tmp_path / "rows.jsonl", 60)
-    flags = (
-        "--num_train_epochs", "8", "--save_steps", "7", "--logging_steps", "3",
-        "--split_dataset_ratio", "0.1", "--eval_steps", "20", "--save_total_limit", "3",
-    )  # fmt: skip
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(sft_command(tiny_llama_dir, data, whole, *flags)).wait() == 0
-    kill_after(start(sft_command(tiny_llama_dir, data, killed, *flags)), killed, random.randint(4, 25))
-    run = only_run(killed)
-    assert start(["sft", "--resume_from_checkpoint", str(run)]).wait() == 0
-    assert only_run(killed) == run
-    assert losses(run) == losses(only_run(whole)) and len(losses(run)) == 39
-    evaluated = [[r["eval_loss"] for r in read_log(r_) if "eval_loss" in r] for r_ in (run, only_run(whole))]
-    assert evaluated[0] == evaluated[1]
-    ours, theirs = (load_file(r / "last" / "adapter_model.safetensors") for r in (run, only_run(whole)))
-    assert ours.keys() == theirs.keys() and all((ours[k] == theirs[k]).all() for k in ours)
-
-
 def test_resuming_refuses_another_run(tiny_llama_dir, tmp_path, capsys):
     data = write_rows(tmp_path / "rows.jsonl")
     command = sft_command(tiny_llama_dir, data, tmp_path / "out", "--max_steps", "4", "--save_steps", "2")
@@ -159,8 +111,8 @@ def test_resuming_refuses_another_run(tiny_llama_dir, tmp_path, capsys):
     write_rows(data, 23)
     assert run_command(resume) == 2
     assert "the training data differs from the checkpoint's: rows was 24, now 23" in capsys.readouterr().err
-    optimizer = run / "checkpoint-4" / "optimizer.pt"
+    optimizer = run / "checkpoint-4" / "optimizer-00001-of-00001.safetensors"
     optimizer.write_bytes(optimizer.read_bytes()[:1000])
     assert run_command(["sft", "--resume_from_checkpoint", str(run / "checkpoint-4")]) == 2
     errors = capsys.readouterr().err
-    assert "optimizer.pt has 1000 bytes" in errors and f"resume from {run / 'checkpoint-2'}" in errors
+    assert f"{optimizer.name} has 1000 bytes" in errors and f"resume from {run / 'checkpoint-2'}" in errors

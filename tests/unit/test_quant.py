@@ -55,7 +55,7 @@ def test_adapters_learn_on_weights_in_few_bits(bits: int, tiny_llama_dir: Path, 
     assert torch.equal(layer.weight, weight)
     assert all("lora_" in n for n, p in model.named_parameters() if p.requires_grad)
     expected = logits(model)
-    engine.save(tmp_path, resumable=False)
+    engine.save(tmp_path, resumable=False).write()
     assert torch.equal(logits(load_adapter(load(tiny_llama_dir, quant), tmp_path, trainable=False)), expected)
     # A merge goes into the weights as they were before they were held in few bits.
     merged = merge(load_adapter(load(tiny_llama_dir), tmp_path, trainable=False))

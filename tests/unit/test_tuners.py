@@ -100,7 +100,7 @@ def test_trains_what_it_says_and_comes_back(case: str, models: dict[str, Path], 
     assert all(any(part in n for n in moved - adapters) for part in whole)
     expected = logits(model)
     assert (logits(load(models[name])) - expected).abs().max() > 0.02
-    engine.save(tmp_path, resumable=False)
+    engine.save(tmp_path, resumable=False).write()
     loaded = load_adapter(load(models[name]), tmp_path, trainable=False)
     assert (logits(loaded) - expected).abs().max() <= (1e-5 if case in FROM_WEIGHTS else 0.0)
     merged = merge(loaded)
@@ -139,7 +139,7 @@ def test_starts_out_of_the_weights(
         tolerance = 1e-5 if dtype == "float32" else 1e-2
         assert torch.allclose(torch.linalg.svdvals(product)[:4], values[:4], rtol=tolerance)
     engine, _ = train(model, steps=2)
-    engine.save(tmp_path, resumable=True)
+    engine.save(tmp_path, resumable=True).write()
     again = TransformersEngine(
         add_lora(base(), config, seed=2, resumed=True), OptimConfig(lr_scheduler_type="constant"),
         learning_rate=1e-2, total_steps=3, own_attention=False, resume_from=tmp_path,
@@ -201,7 +201,7 @@ def test_adapters_are_trained_on(models: dict[str, Path], tmp_path: Path) -> Non
     config = TunerConfig(lora_rank=4, lora_dropout=0.0, use_rslora=True, modules_to_save=("lm_head",))
     engine, _ = train(add_lora(load(models["biased"]), config, seed=1))
     expected = logits(engine.model)
-    engine.save(tmp_path / "first", resumable=False)
+    engine.save(tmp_path / "first", resumable=False).write()
     again = TunerConfig(lora_dropout=0.1, lora_dtype="bfloat16")
     model = set_up(load_adapter(load(models["biased"]), tmp_path / "first", trainable=True), again)
     kinds = {n.split(".")[-1]: p.dtype for n, p in model.named_parameters() if "lora_" in n}

@@ -6,6 +6,7 @@ NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT mean what torchru
 import logging
 from collections.abc import Sequence
 
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
@@ -19,6 +20,7 @@ FORWARDED = {
     "MASTER_ADDR": "--master_addr",
     "MASTER_PORT": "--master_port",
 }
+SHUTDOWN_SECONDS = "600"  # from passing on SIGTERM to SIGKILL
 
 
 def launch(module: str, argv: Sequence[str]) -> int:
@@ -26,7 +28,8 @@ def launch(module: str, argv: Sequence[str]) -> int:
     options = [f"{flag}={value}" for name, flag in FORWARDED.items() if (value := env.read(name))]
     if not env.read("MASTER_PORT") and env.read("NNODES", "1") == "1":
         options.append("--standalone")  # a free port, so that two jobs on one machine do not meet
-    env.set_defaults({"OMP_NUM_THREADS": "1"})  # torchrun does so with a warning of five lines
+    # torchrun sets the first with a warning of five lines, and would kill after 30 s what is being saved.
+    env.set_defaults({"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SHUTDOWN_SECONDS})
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         run(parse_args([*options, "-m", module, *argv]))
@@ -38,4 +41,6 @@ def launch(module: str, argv: Sequence[str]) -> int:
                 style="red",
             )
         return failure.exitcode if failure.exitcode > 0 else 1
+    except SignalException as stopped:
+        return 128 + stopped.sigval
     return 0

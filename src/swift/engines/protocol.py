@@ -1,6 +1,6 @@
 """The seam between training loops and parallel machinery. Loops know these methods and nothing below them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,14 @@ class StepInfo:
     learning_rate: float  # that this step used
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What one rank has to write. `write` gives its files, exchanges nothing and may run beside training."""
+
+    bytes: int
+    write: Callable[[], list[Path]]
+
+
 class Engine(Protocol):
     """A model that can be scored, trained and saved, whatever it is spread over."""
 
@@ -65,6 +73,9 @@ class Engine(Protocol):
         """Inside it `forward` answers as the model did before training."""
         ...
 
-    def save(self, path: Path, *, resumable: bool) -> None:
-        """Weights in HF format into `path`; with `resumable` also optimizer, schedule and random states."""
+    def save(self, path: Path, *, resumable: bool) -> Snapshot:
+        """Weights in HF format for `path`; with `resumable` also optimizer, schedule and random states.
+
+        Called by all ranks. What training changes is copied before this returns.
+        """
         ...

@@ -5,7 +5,7 @@ With one process nothing below touches torch.distributed, so loops need no secon
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,16 +17,33 @@ from swift.utils import env
 Value = TypeVar("Value")
 
 
+@dataclass(slots=True)
+class Flags:
+    """Bits that processes raise for each other; they travel with every exchange of numbers."""
+
+    mine: int = 0
+    agreed: int = 0  # of all processes, as of the last exchange
+
+
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among the others. Every method is called by all of them, in the same order."""
+    """This process among the others. Methods are called by all of them, in the same order, but for `flag`."""
 
     rank: int = 0
     world: int = 1
+    flags: Flags = field(default_factory=Flags, compare=False)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def flag(self, bit: int) -> None:
+        """Raises a flag that all ranks see after the next exchange. From any thread of any rank."""
+        self.flags.mine |= bit
+
+    def flagged(self) -> int:
+        """The flags of all ranks. Equal on each of them when asked at the same point of the program."""
+        return self.flags.mine if self.world == 1 else self.flags.agreed
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -43,12 +60,25 @@ class Ranks:
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
         """The numbers of every rank, by rank; all ranks give equally many. float64, so sums stay exact."""
-        mine = torch.tensor(numbers, dtype=torch.float64)
+        mine = torch.tensor([*numbers, self.flags.mine], dtype=torch.float64)
         if self.world == 1:
-            return [mine.tolist()]
+            return [mine.tolist()[:-1]]
         parts = [torch.empty_like(mine) for _ in range(self.world)]
         dist.all_gather(parts, mine)
-        return [part.tolist() for part in parts]
+        rows = [part.tolist() for part in parts]
+        for row in rows:
+            self.flags.agreed |= int(row.pop())
+        return rows
+
+    def collect(self, value: Value) -> list[Value]:
+        """The value of every rank, by rank; anything that can be pickled."""
+        if self.world == 1:
+            return [value]
+        boxes: list[Any] = [None] * self.world
+        dist.all_gather_object(boxes, (value, self.flags.mine))
+        for _, flags in boxes:
+            self.flags.agreed |= flags
+        return [value for value, _ in boxes]
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
         """Sums over ranks, added in the order of ranks: the same on each of them."""

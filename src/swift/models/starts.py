@@ -53,9 +53,9 @@ def has_starts(model: PeftModel) -> bool:
     return any("start_A" in dict(layer.named_buffers(recurse=False)) for _, layer in linear_adapters(model))
 
 
-def save_with_starts(model: PeftModel, path: Path, state: dict[str, Tensor] | None) -> None:
-    """`save_pretrained`, with adapters of twice the rank. `state`: whole tensors by name, or the model's."""
-    state = dict(model.state_dict() if state is None else state)
+def save_with_starts(model: PeftModel, path: Path, *, state_dict: dict[str, Tensor]) -> None:
+    """`save_pretrained`, with adapters of twice the rank. `state_dict`: whole adapter tensors by name."""
+    state = dict(state_dict)
     for name, layer in linear_adapters(model):
         a, b = f"{name}.lora_A.{NAME}.weight", f"{name}.lora_B.{NAME}.weight"
         state[a] = torch.cat([state[a], layer.start_A.to(state[a])])

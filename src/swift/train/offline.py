@@ -35,6 +35,7 @@ from swift.train.method import Method
 from swift.train.saving import Saver
 from swift.train.scoring import Step, mismatch
 from swift.train.state import TrainState, format_seconds, loss_and_metrics
+from swift.train.stopping import FAILED, INTERRUPT, TERMINATE, Terminated
 from swift.utils.log import say
 
 
@@ -89,9 +90,15 @@ class Offline:
             stop = None
             while state.step < self.total_steps and stop is None:
                 stop = self._train_step(state, clock)
+                self._heed(state, clock)
             if stop:
                 say(f"stopped after step {state.step}: {stop.reason}")
+            self.saver.wait()
+            self._tell_saved()
             finished = True
+        except BaseException:
+            self.saver.settle()
+            raise
         finally:
             self._tell("on_end", EndEvent(state.step, self._summary(state, clock), finished))
 
@@ -128,10 +135,7 @@ class Offline:
         wishes = self._take_wishes()
         saves = self.schedule.save_strategy != "no"
         if self._cadence("save").due(state.step) or Save() in wishes or (saves and wishes):
-            state.elapsed_seconds = clock.elapsed()
-            path = self.saver.save(self.engine, state, metric, self.schedule.lower_is_better)
-            self._tell("on_save", SaveEvent(state.step, path))
-            wishes += self._take_wishes()
+            self._save(state, clock, metric)
         return next((wish for wish in wishes if isinstance(wish, Stop)), None)
 
     def _batches(
@@ -149,6 +153,29 @@ class Offline:
             for chosen in (micro_batches if before else [])
         ]
         return self.method.score(self.engine, Step(batches, mismatched, running))
+
+    def _save(self, state: TrainState, clock: "Clock", metric: float | None) -> None:
+        state.elapsed_seconds = clock.elapsed()
+        self.saver.save(self.engine, state, metric, self.schedule.lower_is_better)
+
+    def _tell_saved(self) -> None:
+        for path in self.saver.take_whole():
+            self._tell("on_save", SaveEvent(int(path.name.split("-")[1]), path))
+
+    def _heed(self, state: TrainState, clock: "Clock") -> None:
+        """Between two steps: checkpoints that are whole are told, and flags of any rank stop all of them."""
+        self._tell_saved()
+        flags = self.saver.ranks.flagged()
+        if flags & FAILED:
+            self.saver.raise_failure()
+        if flags & INTERRUPT:
+            raise KeyboardInterrupt
+        if flags & TERMINATE and state.step < self.total_steps:
+            if state.last_saved_step != state.step and self.schedule.save_strategy != "no":
+                self._save(state, clock, None)
+            self.saver.wait()
+            self._tell_saved()
+            raise Terminated
 
     def _log_due(self, step: int) -> bool:
         return step == 1 or step % self.schedule.logging_steps == 0 or step == self.total_steps

@@ -25,9 +25,10 @@ from swift.train.preparing import (
     prepare,
 )
 from swift.train.resume import check_same_data, hide_secrets, load_resumption
-from swift.train.saving import Saver
+from swift.train.saving import Saver, list_checkpoints
 from swift.train.scoring import precompute_reference
 from swift.train.state import TrainState
+from swift.train.stopping import Terminated, heed_signals
 from swift.utils.files import append_jsonl, write_json
 from swift.utils.log import say, warn
 
@@ -89,6 +90,8 @@ def train(run: Run, command: str, build_method: Callable[[Run], Method]) -> int:
         ranks=ranks,
     )  # fmt: skip
     state = resumption.state if resumption else TrainState()
+    if resumption and ranks.is_main:
+        saver.tidy(state.best_step, state.step)
     loop = Offline(
         engine=engine, method=method, rows=rows, eval_rows=ready.eval_rows, plan=plan,
         total_steps=total_steps, schedule=run.schedule, saver=saver, run_directory=directory,
@@ -117,13 +120,15 @@ def run_loop(loop: Offline, state: TrainState) -> int:
     """Trains; an interrupt says how to go on."""
     directory = loop.run_directory
     try:
-        loop.run(state)
-    except KeyboardInterrupt:
-        if state.last_saved_step is None:
-            say(f"interrupted at step {state.step}; no checkpoint was due yet (--save_steps)")
+        with heed_signals(loop.saver.ranks):
+            loop.run(state)
+    except (KeyboardInterrupt, Terminated) as stop:
+        word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        if list_checkpoints(directory):
+            say(f"{word} at step {state.step}; go on with --resume_from_checkpoint {directory}")
         else:
-            say(f"interrupted at step {state.step}; go on with --resume_from_checkpoint {directory}")
-        return 130
+            say(f"{word} at step {state.step}; no checkpoint was due yet (--save_steps)")
+        return code
     for what, step in (
         ("last_model_checkpoint", state.last_saved_step),
         ("best_model_checkpoint", state.best_step),

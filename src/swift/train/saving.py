@@ -4,38 +4,57 @@ A checkpoint is written under a temporary name, described by a manifest, synced,
 called `checkpoint-N` is complete.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from swift.config.option import ConfigError
-from swift.engines.protocol import Engine
+from swift.engines.protocol import Engine, Snapshot
 from swift.engines.ranks import Ranks
 from swift.train.state import TrainState
-from swift.utils.files import file_sha256, sync_directory, write_json
+from swift.train.stopping import FAILED
+from swift.utils.files import file_sha256, format_bytes, sync_directory, write_json
+from swift.utils.log import say, warn
 
 MANIFEST, STATE, ARGS = "manifest.json", "trainer_state.json", "args.json"
+# What a disk may answer at any time; other errors are our own and are shown as they are.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.ESTALE)
+POLL_SECONDS = 0.02
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def write_manifest(directory: Path) -> None:
-    """Sizes and hashes of every file, written last; the files are on disk before it is.
+def describe_files(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Size and hash of each, by its name below `directory`; they are on disk when this returns.
 
     Everyone may read the files: safetensors makes its own readable for the owner alone.
     """
-    files = {}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+    described = {}
+    for path in files:
         path.chmod(0o644)
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
-        files[str(path.relative_to(directory))] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    write_json(directory / MANIFEST, {"files": files})
+        described[str(path.relative_to(directory))] = {
+            "bytes": path.stat().st_size,
+            "sha256": file_sha256(path),
+        }
+    return described
+
+
+def write_manifest(directory: Path, known: dict[str, Any] | None = None) -> None:
+    """Sizes and hashes of every file, written last. `known`: of files that other ranks have described."""
+    known = known or {}
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    rest = [path for path in files if str(path.relative_to(directory)) not in known]
+    write_json(directory / MANIFEST, {"files": {**known, **describe_files(directory, rest)}})
     sync_directory(directory)
 
 
@@ -69,73 +88,207 @@ def list_checkpoints(run_directory: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-@dataclass(frozen=True)
+@dataclass
+class Flight:
+    """One checkpoint on its way to the disk."""
+
+    step: int
+    temporary: Path
+    final: Path
+    best_step: int | None
+    content: dict[str, Any]  # of trainer_state.json
+    thread: Thread | None = None
+    error: Exception | None = None
+    cancelled: Event = field(default_factory=Event)
+
+    @property
+    def is_alive(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+
 class Saver:
-    """Writes the checkpoints of one run."""
+    """Writes the checkpoints of one run beside its training, one at a time.
 
-    run_directory: Path
-    tokenizer: PreTrainedTokenizerBase
-    args: dict[str, Any]
-    data: dict[str, Any]  # fingerprint and sizes that a resumed run must match
-    only_model: bool
-    total_limit: int | None
-    symlinks: bool
-    ranks: Ranks
+    Training waits while an engine copies what it will write, and for the checkpoint before where that is not
+    down yet. Ranks write into one directory. Those after the first leave a list of their files there in the
+    end, which rank 0 waits for: threads take no part in exchanges between ranks.
+    """
 
-    def save(self, engine: Engine, state: TrainState, metric: float | None, lower_is_better: bool) -> Path:
-        """Writes checkpoint-<step>, updates best and last, deletes what the limit no longer keeps.
+    def __init__(
+        self,
+        run_directory: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        args: dict[str, Any],
+        data: dict[str, Any],
+        *,
+        only_model: bool,
+        total_limit: int | None,
+        symlinks: bool,
+        ranks: Ranks,
+    ) -> None:
+        """`data`: fingerprint and sizes that a resumed run must match."""
+        self.run_directory = run_directory
+        self.tokenizer, self.args, self.data = tokenizer, args, data
+        self.only_model, self.total_limit, self.symlinks = only_model, total_limit, symlinks
+        self.ranks = ranks
+        self.flight: Flight | None = None
+        self.whole: list[Path] = []  # written, and not yet asked for by `take_whole`
 
-        Called by every rank: they write into one directory, and rank 0 does the rest.
-        """
+    def save(self, engine: Engine, state: TrainState, metric: float | None, lower_is_better: bool) -> None:
+        """Starts to write checkpoint-<step>. Called by every rank; raises what became of the one before."""
+        self.wait()
         if metric is not None and is_better(metric, state.best_metric, lower_is_better):
             state.best_metric, state.best_step = metric, state.step
         state.last_saved_step = state.step
-        final = self.run_directory / f"checkpoint-{state.step}"
-        temporary = self.run_directory / f".checkpoint-{state.step}.tmp"
+        flight = self.flight = Flight(
+            state.step,
+            self.run_directory / f".checkpoint-{state.step}.tmp",
+            self.run_directory / f"checkpoint-{state.step}",
+            state.best_step,
+            {"state": state.to_dict(), "data": self.data, "resumable": not self.only_model},
+        )
         if self.ranks.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-        self.ranks.barrier()
-        engine.save(temporary, resumable=not self.only_model)
-        self.ranks.barrier()
-        if self.ranks.is_main:
-            self._complete(temporary, final, state)
-        self.ranks.barrier()
-        return final
+            shutil.rmtree(flight.temporary, ignore_errors=True)
+            self._try(flight, flight.temporary.mkdir)
+        self.ranks.collect(None)
+        self.raise_failure()
+        snapshot = engine.save(flight.temporary, resumable=not self.only_model)
+        self._check_space(sum(self.ranks.collect(snapshot.bytes)))
+        work = lambda: self._write(flight, snapshot)  # noqa: E731
+        flight.thread = Thread(target=self._try, args=(flight, work), name="checkpoint", daemon=True)
+        flight.thread.start()
 
-    def _complete(self, temporary: Path, final: Path, state: TrainState) -> None:
+    def wait(self) -> None:
+        """Returns when no rank writes any more. Called by every rank; raises what went wrong on any."""
+        while any(self.ranks.collect(self.flight is not None and self.flight.is_alive)):
+            assert self.flight and self.flight.thread
+            if self.ranks.flagged() & FAILED:
+                self.flight.cancelled.set()
+            self.flight.thread.join(POLL_SECONDS)
+        self.raise_failure()
+
+    def settle(self) -> None:
+        """Before leaving early: what this rank is writing is finished, what is partial removed."""
+        if self.flight and self.flight.thread and self.flight.is_alive:
+            say(f"finishing {self.flight.final.name}; Ctrl-C again quits at once")
+            self.flight.thread.join()
+        for name in remove_partial(self.run_directory) if self.ranks.is_main else []:
+            say(f"removed {name}: it was half-written")
+
+    def take_whole(self) -> list[Path]:
+        """Checkpoints that have become whole since the last call; on rank 0."""
+        taken, self.whole = self.whole, []
+        return taken
+
+    def raise_failure(self) -> None:
+        """Raises where a rank could not write. Called by every rank, after an exchange."""
+        if not self.ranks.flagged() & FAILED:
+            return
+        assert self.flight
+        self.flight.cancelled.set()
+        if self.flight.thread:
+            self.flight.thread.join()
+        error = self.flight.error
+        reasons = [r for r in self.ranks.collect(None if error is None else disk_reason(error)) if r]
+        if self.ranks.is_main:
+            shutil.rmtree(self.flight.temporary, ignore_errors=True)
+        if not reasons:
+            raise RuntimeError(f"{self.flight.final.name} could not be written") from error
+        free = f"{format_bytes(shutil.disk_usage(self.run_directory).free)} are free"
+        raise self._refuse(f"{reasons[0]} ({free}); {self.flight.temporary.name} was removed")
+
+    def _check_space(self, size: int) -> None:
+        """Refuses a checkpoint of `size` bytes that cannot fit, before a byte of it is written."""
+        free = self.ranks.share(shutil.disk_usage(self.run_directory).free)
+        if size > free:
+            assert self.flight
+            if self.ranks.is_main:
+                shutil.rmtree(self.flight.temporary, ignore_errors=True)
+            raise self._refuse(f"it needs {format_bytes(size)}, and {format_bytes(free)} are free")
+
+    def _refuse(self, reason: str) -> ConfigError:
+        assert self.flight
+        others = [path.name for step, path in list_checkpoints(self.run_directory)]
+        last = f"the last whole one is {others[-1]}" if others else "there is no whole one before it"
+        return ConfigError(
+            f"{self.flight.final.name} cannot be written to {self.run_directory}: {reason}; {last}; "
+            "training was stopped",
+            hint=f"make room, then go on with --resume_from_checkpoint {self.run_directory}"
+            if others
+            else "make room, or name another --output_dir",
+        )
+
+    def _try(self, flight: Flight, work: Callable[[], None]) -> None:
+        """Any error stops all ranks after the step they are in."""
+        try:
+            work()
+        except Exception as error:
+            flight.error = error
+            self.ranks.flag(FAILED)
+
+    def _write(self, flight: Flight, snapshot: Snapshot) -> None:
+        """In a thread of every rank."""
+        files = snapshot.write()
+        if self.ranks.is_main:
+            self._complete(flight)
+        else:
+            done = flight.temporary / f".done-{self.ranks.rank}"
+            write_json(done, describe_files(flight.temporary, files))
+
+    def _complete(self, flight: Flight) -> None:
         """Adds what is ours to the engine's files and gives the directory its name."""
-        self.tokenizer.save_pretrained(temporary)
-        write_json(temporary / ARGS, self.args)
-        write_json(temporary / STATE, {"state": state.to_dict(), "data": self.data})
-        write_manifest(temporary)
-        replaced = self.run_directory / f".checkpoint-{state.step}.old.tmp"
-        if final.exists():  # a resumed run reached this step again
-            final.rename(replaced)
-        temporary.rename(final)
+        self.tokenizer.save_pretrained(flight.temporary)
+        write_json(flight.temporary / ARGS, self.args)
+        write_json(flight.temporary / STATE, flight.content)
+        known: dict[str, Any] = {}
+        for rank in range(1, self.ranks.world):
+            done = flight.temporary / f".done-{rank}"
+            while not done.exists():
+                if flight.cancelled.wait(POLL_SECONDS):
+                    return
+            known |= json.loads(done.read_text(encoding="utf-8"))
+            done.unlink()
+        write_manifest(flight.temporary, known)
+        if flight.final.exists():  # a resumed run reached this step again
+            self._remove(flight.final, replaced_by=flight.temporary)
+        else:
+            flight.temporary.rename(flight.final)
         sync_directory(self.run_directory)
-        shutil.rmtree(replaced, ignore_errors=True)
-        self._link(state)
-        self._rotate(state)
+        self.tidy(flight.best_step, flight.step)
+        self.whole.append(flight.final)
 
-    def _link(self, state: TrainState) -> None:
-        if not self.symlinks:
-            return
-        for name, step in (("last", state.last_saved_step), ("best", state.best_step)):
-            if step is None:
-                continue
-            temporary = self.run_directory / f".{name}.tmp"
-            temporary.unlink(missing_ok=True)
-            temporary.symlink_to(f"checkpoint-{step}")
-            temporary.replace(self.run_directory / name)
+    def _remove(self, path: Path, replaced_by: Path | None = None) -> None:
+        """A directory called checkpoint-N is whole, so it loses its name before its files."""
+        hidden = path.with_name(f".{path.name}.old.tmp")
+        shutil.rmtree(hidden, ignore_errors=True)
+        path.rename(hidden)
+        if replaced_by:
+            replaced_by.rename(path)
+        shutil.rmtree(hidden)
 
-    def _rotate(self, state: TrainState) -> None:
-        if self.total_limit is None:
-            return
-        checkpoints = list_checkpoints(self.run_directory)
-        spare = [p for step, p in checkpoints if step not in (state.best_step, state.last_saved_step)]
-        for path in spare[: max(len(checkpoints) - self.total_limit, 0)]:
-            shutil.rmtree(path)
+    def tidy(self, best_step: int | None, last_step: int | None) -> None:
+        """Links to the best and the last one, and no more of the others than the limit says. On rank 0.
+
+        A run that goes on does this too: it may have been killed between a checkpoint and this.
+        """
+        for name, step in (("last", last_step), ("best", best_step)):
+            if self.symlinks and (self.run_directory / f"checkpoint-{step}").exists():
+                temporary = self.run_directory / f".{name}.tmp"
+                temporary.unlink(missing_ok=True)
+                temporary.symlink_to(f"checkpoint-{step}")
+                temporary.replace(self.run_directory / name)
+        if self.total_limit is not None:
+            checkpoints = list_checkpoints(self.run_directory)
+            spare = [path for step, path in checkpoints if step not in (best_step, last_step)]
+            for path in spare[: max(len(checkpoints) - self.total_limit, 0)]:
+                self._remove(path)
+
+
+def disk_reason(error: Exception) -> str | None:
+    """What the operating system said, where it did. Libraries in Rust put its number into their errors."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    return os.strerror(number) if number in DISK_ERRORS else None
 
 
 def is_better(value: float, best: float | None, lower: bool) -> bool:
@@ -146,7 +299,7 @@ def remove_partial(run_directory: Path) -> list[str]:
     """Deletes what a killed process left half-written; returns the names."""
     partial = sorted(run_directory.glob(".checkpoint-*.tmp"))
     for path in partial:
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
     return [p.name for p in partial]
 
 
@@ -160,24 +313,30 @@ def find_checkpoint(path: Path) -> Path:
     if (path / STATE).exists() or NAME.fullmatch(path.name):
         damage = find_damage(path)
         if damage:
-            whole = [str(p) for _, p in list_checkpoints(path.parent) if p != path and not find_damage(p)]
+            others = (p for _, p in reversed(list_checkpoints(path.parent)) if p != path)
+            whole = next((p for p in others if not find_damage(p)), None)
             hint = (
-                f"resume from {whole[-1]}"
-                if whole
-                else "no other checkpoint of this run is whole: start again"
+                f"resume from {whole}" if whole else "no other checkpoint of this run is whole: start again"
             )
             raise ConfigError(f"--resume_from_checkpoint {path} is damaged: {damage}", hint=hint)
     else:
-        whole_paths = [p for _, p in list_checkpoints(path) if not find_damage(p)]
-        if not whole_paths:
-            raise ConfigError(
-                f"--resume_from_checkpoint {path} holds no whole checkpoint",
-                hint="name a run or checkpoint directory",
-            )
-        path = whole_paths[-1]
-    if not (path / "optimizer.pt").exists():
+        path = find_whole(path)
+    if not json.loads((path / STATE).read_text(encoding="utf-8"))["resumable"]:
         raise ConfigError(
             f"--resume_from_checkpoint {path} has no optimizer state (saved with --save_only_model true)",
             hint="train from its weights instead",
         )
     return path
+
+
+def find_whole(run_directory: Path) -> Path:
+    """The last whole checkpoint of a run. Says which later ones are not."""
+    for _, path in reversed(list_checkpoints(run_directory)):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        warn(f"{path} is damaged: {damage}; looking for the one before it")
+    raise ConfigError(
+        f"--resume_from_checkpoint {run_directory} holds no whole checkpoint",
+        hint="name a run or checkpoint directory",
+    )

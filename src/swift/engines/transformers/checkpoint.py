@@ -1,38 +1,178 @@
 """Files of an engine: weights in HF format, and the state that makes a run resumable.
 
-Weights do not depend on how many processes there are; random states are those of each process.
-Written straight into the directory given; train/saving.py makes the whole checkpoint atomic.
+Nothing depends on how many processes there are, but for random states, which are those of each process.
+A snapshot is a copy on the host; it is written later, while training goes on, straight into the directory
+given. train/saving.py makes the whole checkpoint atomic.
 """
 
+import io
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
-from safetensors.torch import load_file
-from torch import Tensor
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
+from swift.engines.optim import answering, progress_of
+from swift.engines.protocol import Snapshot
+from swift.engines.ranks import Ranks
+from swift.engines.transformers.slices import Reader, settle, take_parts, to_host, write_parts, write_tensors
 from swift.models.starts import has_starts, load_starts, save_with_starts
+from swift.utils.files import write_json
 
-OPTIMIZER, SCHEDULER, RANDOM = "optimizer.pt", "scheduler.pt", "rng_state.pth"
+SCHEDULER, RANDOM = "scheduler.pt", "rng_state.pth"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 4 * 2**30  # a larger model is written as several files, each by another process
+
+Model = PreTrainedModel | PeftModel
+Writer = Callable[[Path], list[Path]]  # into a directory; what it wrote
 
 
-def save_weights(
-    model: PreTrainedModel | PeftModel, path: Path, state: dict[str, Tensor] | None = None
-) -> None:
-    """adapter_model.safetensors for adapters, model*.safetensors and config.json otherwise.
+def take_snapshot(
+    model: Model, optimizer: Optimizer, scheduler: LRScheduler, path: Path, *, ranks: Ranks, resumable: bool
+) -> Snapshot:
+    """A copy of what this process will write into `path`. Called by all ranks; gathers tensor by tensor."""
+    with answering(optimizer):
+        take = take_adapter if isinstance(model, PeftModel) else take_weights
+        size, weights = take(model, ranks)
+        groups = progress_of(optimizer)
+    writers = [weights]
+    if resumable:
+        moments, plain = name_moments(model, optimizer)
+        parts = take_parts(moments, rank=ranks.rank, world=ranks.world)
+        size += sum(part.tensor.nbytes for part in parts.values())
+        rest = {
+            "schedule": scheduler.state_dict(),
+            "groups": groups,
+            "plain": plain,
+        }
+        name = f"optimizer-{ranks.rank + 1:05d}-of-{ranks.world:05d}.safetensors"
+        writers.append(lambda into: [write_parts(into / name, parts)])
+        writers.append(keep_bytes(random_file(ranks.rank), random_states()))
+        writers += [keep_bytes(SCHEDULER, rest)] if ranks.is_main else []
+    settle()
+    return Snapshot(size, lambda: [file for writer in writers for file in writer(path)])
 
-    `state`: the whole tensors by name, where those of the model are slices.
+
+def keep_bytes(name: str, value: Any) -> Writer:
+    """Writer of a small file whose content is fixed now."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+
+    def write(into: Path) -> list[Path]:
+        (into / name).write_bytes(buffer.getvalue())
+        return [into / name]
+
+    return write
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, from the slices of all ranks. Called by all of them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def take_adapter(model: PeftModel, ranks: Ranks) -> tuple[int, Writer]:
+    """Bytes and writer of adapter_model.safetensors, on rank 0. The frozen model is not even gathered."""
+    state = model.state_dict(keep_vars=True)
+    kept = {id(t) for t in get_peft_model_state_dict(model, state_dict=dict(state)).values()}
+    copies: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if id(tensor) in kept:
+            whole = gather(tensor)
+            copies |= {name: to_host(whole)} if ranks.is_main else {}
+
+    def write(into: Path) -> list[Path]:
+        if ranks.is_main:
+            save = save_with_starts if has_starts(model) else PeftModel.save_pretrained
+            save(model, into, state_dict=copies)
+        return list(into.iterdir()) if ranks.is_main else []
+
+    return sum(t.nbytes for t in copies.values()), write
+
+
+def take_weights(model: PreTrainedModel, ranks: Ranks) -> tuple[int, Writer]:
+    """Bytes and writer of this rank's model*.safetensors; rank 0 adds config.json and the index.
+
+    transformers' own writer is asked for everything but the tensors: it needs all of them in one process.
     """
-    if isinstance(model, PeftModel) and has_starts(model):
-        save_with_starts(model, path, state)
-    else:
-        model.save_pretrained(path, state_dict=state)
+    state = unique_weights(model)
+    shards = split_shards(state, SHARD_BYTES)
+    names = shard_names(len(shards))
+    mine: dict[str, dict[str, Tensor]] = {}
+    for i, (name, shard) in enumerate(zip(names, shards, strict=True)):
+        wholes = ((key, gather(state[key])) for key in shard)  # on all ranks, whoever keeps it
+        copies = {key: to_host(whole) for key, whole in wholes if i % ranks.world == ranks.rank}
+        if i % ranks.world == ranks.rank:
+            mine[name] = copies
+    sizes = [{k: torch.empty(state[k].shape, dtype=state[k].dtype, device="meta") for k in s} for s in shards]
+
+    def write(into: Path) -> list[Path]:
+        if ranks.is_main:
+            model.save_pretrained(into, state_dict={})
+            (into / WEIGHTS).unlink(missing_ok=True)  # that of no tensors
+            if len(shards) > 1:
+                files = [(n, revert_weight_conversion(model, s)) for n, s in zip(names, sizes, strict=True)]
+                total = sum(t.nbytes for _, s in files for t in s.values())
+                index = {"metadata": {"total_size": total}, "weight_map": {k: n for n, s in files for k in s}}
+                write_json(into / INDEX, index)
+        return [
+            write_tensors(into / name, revert_weight_conversion(model, copies), {"format": "pt"})
+            for name, copies in mine.items()
+        ]
+
+    return sum(t.nbytes for copies in mine.values() for t in copies.values()), write
 
 
-def load_weights(model: PreTrainedModel | PeftModel, path: Path) -> None:
+def unique_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every weight and saved buffer by name; of tied ones the name that transformers expects to find."""
+    tied, ignored = model._tied_weights_keys or {}, set(model._keys_to_ignore_on_save or ())
+    state = model.state_dict(keep_vars=True)
+    unique: dict[int, str] = {}
+    for name in sorted(state, key=lambda n: any(n.endswith(key) for key in tied)):
+        unique.setdefault(id(state[name]), name)
+    names = set(unique.values()) - ignored
+    return {name: tensor for name, tensor in state.items() if name in names}
+
+
+def split_shards(state: dict[str, Tensor], limit: int) -> list[list[str]]:
+    """Names in the order of the model, cut between layers so that files have about `limit` bytes.
+
+    A layer stays together: formats on disk may cut one tensor of a layer into several, or join them.
+    """
+    shards: list[list[str]] = [[]]
+    size, layer = 0, ""
+    for name, tensor in state.items():
+        at = next((name[: name.index(part)] + part for part in name.split(".") if part.isdecimal()), name)
+        if at != layer and size >= limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size, layer = size + tensor.numel() * tensor.element_size(), at
+    return shards
+
+
+def shard_names(count: int) -> list[str]:
+    """As transformers names what it reads: one model.safetensors, or model-00001-of-00002.safetensors ..."""
+    if count == 1:
+        return [WEIGHTS]
+    return [f"{Path(WEIGHTS).stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def load_weights(model: Model, path: Path) -> None:
     """Puts the saved weights into a model of the same shape; no tensor may be missing or left over."""
     if isinstance(model, PeftModel):
         tensors = load_peft_weights(str(path), device="cpu")
@@ -42,12 +182,51 @@ def load_weights(model: PreTrainedModel | PeftModel, path: Path) -> None:
         result = set_peft_model_state_dict(model, tensors)
         assert not result.unexpected_keys, f"{path}: unexpected adapter tensors {result.unexpected_keys[:3]}"
         return
-    state = {k: v for file in sorted(path.glob("model*.safetensors")) for k, v in load_file(file).items()}
-    result = model.load_state_dict(state, strict=False)
-    missing = set(result.missing_keys) - set(model._tied_weights_keys or ())
-    assert not missing and not result.unexpected_keys, (
-        f"{path}: missing {missing}, unexpected {result.unexpected_keys}"
-    )
+    saved = type(model).from_pretrained(path, dtype=model.dtype, local_files_only=True)
+    model.load_state_dict(saved.state_dict())
+
+
+def name_moments(
+    model: nn.Module, optimizer: Optimizer
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The optimizer's tensors as `parameter|moment`, and what is no tensor by parameter and moment."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}|{key}"] = value
+            else:
+                plain.setdefault(name, {})[key] = value
+    return tensors, plain
+
+
+def load_state(
+    model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, path: Path, *, ranks: Ranks
+) -> None:
+    """The inverse of a resumable snapshot, into any number of processes. Called by all ranks."""
+    rest = torch.load(path / SCHEDULER, map_location="cpu", weights_only=True)
+    parameters = dict(model.named_parameters())
+    steps_on_device = {
+        parameter
+        for group in optimizer.param_groups
+        if group.get("fused") or group.get("capturable")
+        for parameter in group["params"]
+    }
+    for name, values in rest["plain"].items():
+        optimizer.state[parameters[name]].update(values)
+    reader = Reader(path.glob("optimizer-*.safetensors"))
+    for full_name in reader.shapes:
+        name, key = full_name.rsplit("|", 1)
+        parameter = parameters[name]
+        value = reader.read(full_name, parameter)
+        # The number of steps is on the CPU, unless a kernel on the GPU wants it there.
+        stays = value.ndim == 0 and parameter not in steps_on_device
+        optimizer.state[parameter][key] = value if stays else value.to(parameter.device)
+    for group, progress in zip(optimizer.param_groups, rest["groups"], strict=True):
+        group.update(progress)
+    scheduler.load_state_dict(rest["schedule"])
+    load_random(path, ranks.rank)
 
 
 def random_file(rank: int) -> str:
@@ -55,19 +234,18 @@ def random_file(rank: int) -> str:
     return RANDOM if rank == 0 else f"{Path(RANDOM).stem}_{rank}.pth"
 
 
-def save_random(path: Path, rank: int) -> None:
+def random_states() -> dict[str, Any]:
     """Every random state that training reads, of this process."""
-    states = {
+    return {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
-    torch.save(states, path / random_file(rank))
 
 
 def load_random(path: Path, rank: int) -> None:
-    """The inverse of `save_random`. A rank that the saving job did not have keeps its fresh seed."""
+    """The inverse of `random_states`. A rank that the saving job did not have keeps its fresh seed."""
     if not (path / random_file(rank)).exists():
         return
     # The states hold numpy arrays and tuples; they are ours, and their hash was checked before.

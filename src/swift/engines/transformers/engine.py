@@ -18,27 +18,14 @@ from transformers import PreTrainedModel
 from swift.batch import IGNORED, Batch
 from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
-from swift.engines.optim import (
-    answering,
-    begin_training,
-    build_optimizer,
-    build_scheduler,
-    progress_of,
-)
-from swift.engines.protocol import StepInfo, Sums
+from swift.engines.optim import answering, begin_training, build_optimizer, build_scheduler
+from swift.engines.protocol import Snapshot, StepInfo, Sums
 from swift.engines.ranks import Ranks
 from swift.engines.transformers import checkpoint
 from swift.engines.transformers.attention import FLAT_ATTENTION
 from swift.engines.transformers.forward import refusal_of_flat, score
 from swift.engines.transformers.noise import EmbeddingNoise
-from swift.engines.transformers.wrap import (
-    Wrapped,
-    full_state,
-    grad_norm,
-    load_optimizer_state,
-    optimizer_state,
-    wrap,
-)
+from swift.engines.transformers.wrap import Wrapped, grad_norm, wrap
 from swift.models.adapters import leave_casting_to_autocast
 from swift.objectives.types import LossSum, Objective, TokenStats
 
@@ -95,7 +82,8 @@ class TransformersEngine:
         self.optimizer, scheduler = build_optimizer(model, config, learning_rate)
         self.scheduler = scheduler or build_scheduler(self.optimizer, config, total_steps)
         if resume_from:
-            self._load_state(resume_from)
+            parts = (model, self.optimizer, self.scheduler, resume_from)
+            checkpoint.load_state(*parts, ranks=self.ranks)
         begin_training(self.optimizer)
 
     def _freeze(self, model: PreTrainedModel) -> Wrapped:
@@ -195,25 +183,9 @@ class TransformersEngine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def save(self, path: Path, *, resumable: bool) -> None:
-        with answering(self.optimizer):
-            state = full_state(self.model) if self.sharded else None
-            if self.ranks.is_main:
-                checkpoint.save_weights(self.model, path, state)
-            groups = progress_of(self.optimizer)
-        if not resumable:
-            return
-        moments = optimizer_state(self.model, self.optimizer)
-        if self.ranks.is_main:
-            torch.save({"state": moments, "groups": groups}, path / checkpoint.OPTIMIZER)
-            torch.save(self.scheduler.state_dict(), path / checkpoint.SCHEDULER)
-        checkpoint.save_random(path, self.ranks.rank)
-
-    def _load_state(self, path: Path) -> None:
-        saved = torch.load(path / checkpoint.OPTIMIZER, map_location="cpu", weights_only=True)
-        load_optimizer_state(self.model, self.optimizer, saved["state"], saved["groups"])
-        self.scheduler.load_state_dict(torch.load(path / checkpoint.SCHEDULER, weights_only=True))
-        checkpoint.load_random(path, self.ranks.rank)
+    def save(self, path: Path, *, resumable: bool) -> Snapshot:
+        parts = (self.model, self.optimizer, self.scheduler, path)
+        return checkpoint.take_snapshot(*parts, ranks=self.ranks, resumable=resumable)
 
 
 def enable_recompute(model: PreTrainedModel) -> None:

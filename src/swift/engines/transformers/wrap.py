@@ -1,4 +1,4 @@
-"""Spreads a model over processes, and gathers its tensors from them again.
+"""Spreads a model over processes.
 
 DDP: every process holds everything. FSDP2: every process holds a slice of each tensor. Both average the
 gradients of all processes (FSDP2 could sum, but not on gloo): an engine multiplies its loss by their number.
@@ -7,15 +7,13 @@ gradients of all processes (FSDP2 could sum, but not on gloo): an engine multipl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from swift.engines.ranks import Ranks
@@ -52,55 +50,6 @@ def wrap(model: nn.Module, base: PreTrainedModel, ranks: Ranks, fsdp: bool) -> W
         return Wrapped(model, 1.0)
     # Buffers (rotary frequencies) are equal by construction; sending them each step would only cost time.
     return Wrapped(DistributedDataParallel(model, broadcast_buffers=False), float(ranks.world))
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor on the CPU, from the slices of all ranks. Called by all of them."""
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().cpu()
-
-
-def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every weight and buffer by name, whole; tied weights stay one tensor. Called by all ranks."""
-    whole: dict[int, Tensor] = {}
-    state = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in whole:
-            whole[id(tensor)] = full_tensor(tensor)
-        state[name] = whole[id(tensor)]
-    return state
-
-
-def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Name of the parameter -> its moments, whole: it does not depend on how many processes there were."""
-    return {
-        name: {
-            k: full_tensor(v) if isinstance(v, Tensor) else v for k, v in optimizer.state[parameter].items()
-        }
-        for name, parameter in model.named_parameters()
-        if parameter in optimizer.state
-    }
-
-
-def load_optimizer_state(
-    model: nn.Module, optimizer: Optimizer, state: dict[str, dict[str, Tensor]], groups: list[dict[str, Any]]
-) -> None:
-    """The inverse of `optimizer_state`, into any number of processes. `groups`: engines.optim.progress_of."""
-    for name, parameter in model.named_parameters():
-        if name in state:
-            optimizer.state[parameter] = {k: like(parameter, k, v) for k, v in state[name].items()}
-    for group, progress in zip(optimizer.param_groups, groups, strict=True):
-        group.update(progress)
-
-
-def like(parameter: Tensor, name: str, value: Any) -> Any:
-    """A saved moment, laid out as its parameter is. Step counts are numbers, AdamW's a tensor on the CPU."""
-    if name == "step" or not isinstance(value, Tensor):
-        return value
-    if isinstance(parameter, DTensor):
-        local = value.to(parameter.device)
-        return distribute_tensor(local, parameter.device_mesh, parameter.placements)
-    return value.to(parameter.device)
 
 
 def grad_norm(parameters: list[nn.Parameter], limit: float) -> float:
