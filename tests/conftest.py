@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
+
+from workers import Workers
 
 torch.set_num_threads(1)
 
@@ -44,7 +48,11 @@ CORPUS = (
     "How many hours are in a day? A day has 24 hours. What is 7 + 5? 7 + 5 = 12.",
     "你是谁？我是swift-robot，由swift开发的人工智能助手。",
 )
-FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+}
 
 
 def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -133,3 +141,11 @@ def smollm2() -> Path:
     from swift.models.hub import resolve_model
 
     return resolve_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """Runs command lines in processes that need no imports, on one rank or several: see tests/workers.py."""
+    server = Workers(tmp_path_factory.mktemp("jobs"))
+    yield server
+    server.close()

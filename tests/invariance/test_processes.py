@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from workers import Workers
+
 ROWS = 29  # steps of 8 rows: the last step of an epoch has 5, so ranks and micro-batches are uneven
 
 
@@ -25,22 +27,15 @@ def write_rows(path: Path) -> Path:
     return path
 
 
-def run_swift(arguments: list[str], processes: int) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": str(processes)}
-    environment.pop("RANK", None)
-    command = [sys.executable, "-m", "swift", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-
-
-def train(data: Path, model: Path, output: Path, processes: int, *flags: str) -> Path:
+def train(workers: Workers, data: Path, model: Path, output: Path, processes: int, *flags: str) -> Path:
     command = [
         "sft", "--model", str(model), "--dataset", str(data),
         "--output_dir", str(output), "--add_version", "false",
         "--learning_rate", "2e-3", "--num_train_epochs", "3", "--logging_steps", "1", "--save_steps", "6",
         "--lora_dropout", "0", "--split_dataset_ratio", "0", *flags,
     ]  # fmt: skip
-    result = run_swift(command, processes)
-    assert result.returncode == 0, result.stderr[-3000:]
+    result = workers.run(command, processes)
+    assert result.code == 0, result.stderr[-3000:]
     return output
 
 
@@ -71,26 +66,28 @@ def assert_same_weights(run: Path, reference: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_full_training_on_two_processes_is_that_on_one(tiny_qwen3_dir, tmp_path):
+def test_full_training_on_two_processes_is_that_on_one(workers, tiny_qwen3_dir, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl")
-    single = train(data, tiny_qwen3_dir, tmp_path / "single", 1, *batch(8, 1), "--train_type", "full")
-    ddp = train(data, tiny_qwen3_dir, tmp_path / "ddp", 2, *batch(2, 2), "--train_type", "full")
+    single = train(
+        workers, data, tiny_qwen3_dir, tmp_path / "single", 1, *batch(8, 1), "--train_type", "full"
+    )
+    ddp = train(workers, data, tiny_qwen3_dir, tmp_path / "ddp", 2, *batch(2, 2), "--train_type", "full")
     for_slices = ("--train_type", "full", "--fsdp", "fsdp2")
-    fsdp = train(data, tiny_qwen3_dir, tmp_path / "fsdp", 2, *batch(4, 1), *for_slices)
+    fsdp = train(workers, data, tiny_qwen3_dir, tmp_path / "fsdp", 2, *batch(4, 1), *for_slices)
     for run in (ddp, fsdp):
         assert_same_curve(run, single)
         assert_same_weights(run, single, "model.safetensors")
     # A run goes on in another layout: from slices on two processes to one.
-    result = run_swift(["sft", "--resume_from_checkpoint", str(fsdp / "checkpoint-6")], 1)
-    assert result.returncode == 0, result.stderr[-3000:]
+    result = workers.run(["sft", "--resume_from_checkpoint", str(fsdp / "checkpoint-6")])
+    assert result.code == 0, result.stderr[-3000:]
     assert_same_curve(fsdp, single)
 
 
 @pytest.mark.slow
-def test_adapters_on_two_processes_are_those_on_one(tiny_llama_dir, tmp_path):
+def test_adapters_on_two_processes_are_those_on_one(workers, tiny_llama_dir, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl")
-    single = train(data, tiny_llama_dir, tmp_path / "single", 1, *batch(2, 4))
-    fsdp = train(data, tiny_llama_dir, tmp_path / "fsdp", 2, *batch(2, 2), "--fsdp", "full_shard")
+    single = train(workers, data, tiny_llama_dir, tmp_path / "single", 1, *batch(2, 4))
+    fsdp = train(workers, data, tiny_llama_dir, tmp_path / "fsdp", 2, *batch(2, 2), "--fsdp", "full_shard")
     assert_same_curve(fsdp, single)
     assert_same_weights(fsdp, single, "adapter_model.safetensors")
 
@@ -108,7 +105,14 @@ def test_a_mistake_is_told_once_and_ends_all_processes(tiny_llama_dir, tmp_path)
         "--output_dir",
         str(tmp_path / "out"),
     ]
-    result = run_swift(command, 2)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": "2"}  # the way through torchrun
+    result = subprocess.run(
+        [sys.executable, "-m", "swift", *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 2
     assert result.stderr.count("not valid JSON") == 1 and "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
