@@ -52,10 +52,26 @@ class SftRun:
                 hint="leave one of them out",
             )
         self.data.check()
+        self.schedule.check_precision(self.model.torch_dtype)
+        self.parallel.check()
+        if self.parallel.sequence_parallel_size > 1:
+            self._check_sequence_parallel()
         if self.data.packing_length is not None:
             self._check_packing_length(self.data.packing_length)
         if self.schedule.max_steps < 0 and self.schedule.num_train_epochs == 0:
             raise ConfigError("--num_train_epochs 0 trains nothing", hint="give epochs or --max_steps")
+
+    def _check_sequence_parallel(self) -> None:
+        clash = None
+        if self.schedule.padding_free is False:
+            clash = "--padding_free false"
+        elif self.model.attn_impl is not None and not self.model.attn_impl.startswith("flash"):
+            clash = f"--attn_impl {self.model.attn_impl}"
+        if clash:
+            size = self.parallel.sequence_parallel_size
+            raise ConfigError(
+                f"{clash} cannot be combined with --sequence_parallel_size {size}", hint="leave it out"
+            )
 
     def _check_packing_length(self, length: int) -> None:
         if not self.data.packing:

@@ -56,12 +56,13 @@ def plan_steps(
 ) -> StepPlan:
     """How rows, or packs of them, make up steps. `longest`: the tokens of a row that may not be exceeded."""
     size = run.schedule.per_device_train_batch_size
-    accumulation = run.schedule.gradient_accumulation_steps or math.ceil(ROWS_PER_STEP / size / ranks.world)
+    world = ranks.data_world
+    accumulation = run.schedule.gradient_accumulation_steps or math.ceil(ROWS_PER_STEP / size / world)
     if resumption:
-        accumulation = keep_step_size(resumption.data["rows_per_step"], size, ranks.world)
+        accumulation = keep_step_size(resumption.data["rows_per_step"], size, world)
     packs = pack_lengths(rows.lengths, run.data.packing_length or longest) if run.data.packing else None
     return StepPlan(
-        len(rows), size, accumulation, ranks.world, seed=run.data_seed,
+        len(rows), size, accumulation, world, seed=run.data_seed,
         shuffle=run.data.train_dataloader_shuffle, packs=packs,
     )  # fmt: skip
 

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from swift import __version__
-from swift.config.option import ConfigError, flatten
+from swift.config.option import flatten
 from swift.config.runs import SftRun
 from swift.data.datasets import use_plugins
 from swift.data.sources import open_sets
 from swift.engines.ranks import join_ranks, leave_ranks
+from swift.engines.transformers.wrap import load_zero
 from swift.models.hub import resolve_model
 from swift.models.load import context_length, load_config, load_tokenizer, pick_device
 from swift.objectives.sft import Sft
@@ -30,8 +31,8 @@ def run_sft(run: SftRun) -> int:
     run, resumption = load_resumption(run)
     use_plugins(run.plugins)
     build_weights(run.template.loss_scale)  # a wrong name is told before anything is downloaded
-    if run.model.torch_dtype == "float16":
-        raise ConfigError("--torch_dtype float16 cannot train yet", hint="use bfloat16 or float32")
+    if run.parallel.deepspeed not in (None, "zero0"):
+        load_zero().read_config(run.parallel.deepspeed)  # as early
     assert run.model.model is not None
     root = output_root(run.output, run.model.model)
     check_writable(root)
@@ -50,7 +51,10 @@ def run_sft(run: SftRun) -> int:
     run = with_system(run, template.system)
     tokenizer.chat_template = tokenizer.chat_template or template.source  # saved with every checkpoint
     rows, eval_rows = encode_sets(run, template, train_rows, eval_source, longest)
-    ranks, device = join_ranks(pick_device(run.model.device), run.parallel.ddp_timeout)
+    ranks, device = join_ranks(
+        pick_device(run.model.device), run.parallel.ddp_timeout,
+        sequence_size=run.parallel.sequence_parallel_size, backend=run.parallel.ddp_backend,
+    )  # fmt: skip
     plan = plan_steps(run, rows, longest, ranks, resumption)
     data = {
         "rows": len(rows),
@@ -63,9 +67,10 @@ def run_sft(run: SftRun) -> int:
     if resumption:
         check_same_data(resumption, data)
     total_steps = plan.total_steps(run.schedule.num_train_epochs, run.schedule.max_steps)
-    engine = build_engine(run, model_path, total_steps, ranks, device, resumption)
+    engine = build_engine(run, model_path, total_steps, ranks, device, resumption, plan.accumulation)
     dtype = str(engine.dtype).removeprefix("torch.")
-    summary.tell_weights(engine.model, f"{run.model.model}, {run.tuner.train_type}, {dtype}, {engine.device}")
+    what = f"{run.model.model}, {run.tuner.train_type}, {dtype}, {engine.device}"
+    summary.tell_weights(*engine.num_parameters, what)
     if plan.packs:
         summary.tell_packs(plan.packs, flat=engine.flat)
     summary.tell_steps(plan, total_steps, rows)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from rich.panel import Panel
 from rich.text import Text
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from swift.data.encode import EncodedDataset, EncodeReport
@@ -32,9 +31,7 @@ def tell_rows(rows: EncodedDataset, what: str) -> None:
     )
 
 
-def tell_weights(model: nn.Module, description: str) -> None:
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+def tell_weights(trained: int, total: int, description: str) -> None:
     share = 100 * trained / total
     say(
         f"model: {description}: {total / 1e6:,.1f} M parameters, "

@@ -6,34 +6,34 @@ Not here: layouts (forward.py), processes (wrap.py), files (checkpoint.py).
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from packaging import version
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from swift.batch import IGNORED, Batch
 from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
+from swift.config.parallel import ParallelConfig
 from swift.engines.optim import build_optimizer, build_scheduler
 from swift.engines.protocol import StepInfo, Sums
 from swift.engines.ranks import Ranks
 from swift.engines.transformers import checkpoint
 from swift.engines.transformers.attention import FLAT_ATTENTION
 from swift.engines.transformers.forward import refusal_of_flat, score
-from swift.engines.transformers.wrap import (
-    full_state,
-    grad_norm,
-    load_optimizer_state,
-    optimizer_state,
-    wrap,
-)
+from swift.engines.transformers.offload import activations_on_cpu
+from swift.engines.transformers.sequence_parallel import SequenceRanks
+from swift.engines.transformers.wrap import Wrapper, wrap
 from swift.objectives.types import LossSum, Objective, TokenStats
 
 RENAMED_IN = version.parse("5.23")  # of transformers: gradient checkpointing became activation checkpointing
+
+DEFAULT_WRAPPER = partial(wrap, parallel=ParallelConfig())  # one process, or DDP
 
 # One token, not trained: what a rank runs while others still have rows.
 NOTHING = Batch(
@@ -54,39 +54,59 @@ class TransformersEngine:
         flat: bool | None = None,
         own_attention: bool = True,
         gradient_checkpointing: bool = False,
+        activation_cpu_offload: bool = False,
+        compute: torch.dtype | None = None,
         ranks: Ranks | None = None,
-        fsdp: bool = False,
+        wrapper: Wrapper = DEFAULT_WRAPPER,
         resume_from: Path | None = None,
     ) -> None:
+        """`compute`: dtype of the arithmetic; None = that of the weights."""
         self.model = model
         self.ranks = ranks or Ranks()
-        self.data_rank, self.data_world = self.ranks.rank, self.ranks.world
+        self.data_rank, self.data_world = self.ranks.data_rank, self.ranks.data_world
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         self.device = next(model.parameters()).device
         self.dtype = base.dtype
+        self.compute = compute or self.dtype
+        self.offload = activation_cpu_offload
         self.flat = choose_layout(base, flat)
         self.own_attention = self.flat and own_attention
         if self.own_attention:
             base.set_attn_implementation(FLAT_ATTENTION)
+        self.sequence = None
+        if self.ranks.sequence_size > 1:
+            assert self.own_attention, "only our own attention knows how to exchange heads"
+            place, group = self.ranks.rank % self.ranks.sequence_size, self.ranks.sequence_group
+            self.sequence = SequenceRanks(place, self.ranks.sequence_size, group)
         if gradient_checkpointing:
             enable_recompute(base)
+        if self.compute == torch.float16:
+            widen_trained(model)  # before weights are read: those of a checkpoint are as wide
         if resume_from:
             checkpoint.load_weights(model, resume_from)
-        self.sharded = fsdp
-        self.wrapped = wrap(model, base, self.ranks, fsdp)
         self.max_grad_norm = config.max_grad_norm
-        self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(model, config, learning_rate)
-        self.scheduler = build_scheduler(self.optimizer, config, total_steps)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.num_parameters = (trained, sum(p.numel() for p in model.parameters()))  # slices would not tell
+        self.wrapped = wrapper(
+            model,
+            base,
+            ranks=self.ranks,
+            compute=self.compute,
+            build_optimizer=partial(build_optimizer, model, config, learning_rate),
+        )
+        self.scheduler = build_scheduler(self.wrapped.optimizer, config, total_steps)
         if resume_from:
             self._load_state(resume_from)
 
     def _score(self, batch: Batch, needs: frozenset[str]) -> TokenStats:
-        # Adapters are kept in float32 beside a half-precision model: autocast runs both in the model's dtype.
-        is_half = self.dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(self.device.type, self.dtype, enabled=is_half):
+        # Weights in float32 beside half-precision arithmetic (adapters, or all of them): autocast runs both.
+        is_half = self.compute in (torch.bfloat16, torch.float16)
+        with (
+            activations_on_cpu(self.offload),
+            torch.autocast(self.device.type, self.compute, enabled=is_half),
+        ):
             layout = {"flat": self.flat, "own_attention": self.own_attention, "device": self.device}
-            return score(self.wrapped.module, batch, needs, **layout)
+            return score(self.wrapped.module, batch, needs, **layout, sequence=self.sequence)
 
     def _even_out(
         self, batches: Sequence[Batch], objective: Objective
@@ -119,9 +139,9 @@ class TransformersEngine:
         for i, batch in enumerate(batches, start=1):
             with self.wrapped.gradients(is_last=i == len(batches)):
                 result = objective(self._score(batch, objective.needs), batch.to(self.device))
-                # The scale rule: L = sum of terms / units of the whole step. `scale` undoes what DDP divides.
+                # The scale rule: L = sum of terms / units of the whole step. `wrapped` undoes means.
                 loss = sum(term / max(step_units[unit], 1) for unit, term in result.terms.items())
-                (loss * self.wrapped.scale).backward()
+                self.wrapped.backward(loss)
             results.append(result)
         return self._collect(results, batches, units)
 
@@ -143,12 +163,11 @@ class TransformersEngine:
         return Sums(dict(zip(names, zip(numbers[0::2], numbers[1::2], strict=True), strict=True)))
 
     def optim_step(self) -> StepInfo:
-        norm = grad_norm(self.trainable, self.max_grad_norm or float("inf"))
         learning_rate = self.scheduler.get_last_lr()[0]
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepInfo(norm, learning_rate)
+        done = self.wrapped.step(self.max_grad_norm)
+        if done.applied:
+            self.scheduler.step()
+        return StepInfo(done.grad_norm, learning_rate, done.applied)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -157,23 +176,34 @@ class TransformersEngine:
             yield
 
     def save(self, path: Path, *, resumable: bool) -> None:
-        state = full_state(self.model) if self.sharded else None
+        state = self.wrapped.weights(self.model)
         if self.ranks.is_main:
             checkpoint.save_weights(self.model, path, state)
         if not resumable:
             return
-        moments = optimizer_state(self.model, self.optimizer)
+        moments = self.wrapped.optimizer_state(self.model)
         if self.ranks.is_main:
-            rates = [group["lr"] for group in self.optimizer.param_groups]
-            torch.save({"state": moments, "rates": rates}, path / checkpoint.OPTIMIZER)
+            rates = [group["lr"] for group in self.wrapped.optimizer.param_groups]
+            scaler = self.wrapped.scaler_state()
+            torch.save({"state": moments, "rates": rates, "scaler": scaler}, path / checkpoint.OPTIMIZER)
             torch.save(self.scheduler.state_dict(), path / checkpoint.SCHEDULER)
         checkpoint.save_random(path, self.ranks.rank)
 
     def _load_state(self, path: Path) -> None:
         saved = torch.load(path / checkpoint.OPTIMIZER, map_location="cpu", weights_only=True)
-        load_optimizer_state(self.model, self.optimizer, saved["state"], saved["rates"])
+        self.wrapped.load_optimizer_state(self.model, saved["state"])
+        self.wrapped.load_scaler_state(saved.get("scaler", {}))
+        for group, rate in zip(self.wrapped.optimizer.param_groups, saved["rates"], strict=True):
+            group["lr"] = rate
         self.scheduler.load_state_dict(torch.load(path / checkpoint.SCHEDULER, weights_only=True))
         checkpoint.load_random(path, self.ranks.rank)
+
+
+def widen_trained(model: nn.Module) -> None:
+    """float16 weights that are trained become float32: float16 cannot tell their updates apart."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            parameter.data = parameter.data.float()
 
 
 def enable_recompute(model: PreTrainedModel) -> None:

@@ -1,31 +1,54 @@
-"""Spreads a model over processes, and gathers its tensors from them again.
+"""Spreads a model over processes, and gathers its tensors from them again. DeepSpeed does it in deepspeed.py.
 
 DDP: every process holds everything. FSDP2: every process holds a slice of each tensor. Both average the
-gradients of all processes (FSDP2 could sum, but not on gloo): an engine multiplies its loss by their number.
+gradients of all processes (FSDP2 could sum, but not on gloo): the loss is multiplied by their number.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from swift.config.option import ConfigError
+from swift.config.parallel import ParallelConfig
 from swift.engines.ranks import Ranks
+
+MASTER = "master"  # beside the moments: float32 weights that an engine keeps apart from the model's
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What became of one optimizer step."""
+
+    grad_norm: float  # before clipping; not finite where float16 overflowed
+    applied: bool  # False: the gradients overflowed, and the weights stayed as they were
 
 
 @dataclass(frozen=True)
 class Wrapped:
-    """`module` is what is called; `scale` makes the library's reduction a plain sum over ranks."""
+    """`module` is what is called; `scale` makes the library's reduction a plain sum over ranks.
+
+    `scaler` keeps float16 gradients in range: it scales losses up, gradients down, and skips what overflows.
+    """
 
     module: nn.Module
+    optimizer: Optimizer
     scale: float
+    scaler: GradScaler
 
     @contextmanager
     def gradients(self, *, is_last: bool) -> Iterator[None]:
@@ -36,21 +59,97 @@ class Wrapped:
         else:
             yield
 
+    def backward(self, loss: Tensor) -> None:
+        """`loss` is divided by the units of the whole step."""
+        self.scaler.scale(loss * self.scale).backward()
 
-def wrap(model: nn.Module, base: PreTrainedModel, ranks: Ranks, fsdp: bool) -> Wrapped:
-    """`model` as it runs on several processes; itself on one. `base` is the model below any adapters."""
+    def step(self, limit: float) -> Stepped:
+        """Clips to a global norm of `limit` (0 = never), steps and clears the gradients."""
+        self.scaler.unscale_(self.optimizer)
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        norm = grad_norm(trained, limit or float("inf"))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Stepped(norm, applied=math.isfinite(norm) or not self.scaler.is_enabled())
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor] | None:
+        """Whole tensors for `save_weights`, None where those of the model are. Called by all ranks."""
+        return full_state(model) if any(isinstance(p, DTensor) for p in model.parameters()) else None
+
+    def optimizer_state(self, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+        """Name of the parameter -> its moments, whole: how many processes there were does not matter."""
+        moments = self.optimizer.state
+        return {
+            name: {k: full_tensor(v) for k, v in moments[parameter].items()}
+            for name, parameter in model.named_parameters()
+            if parameter in moments
+        }
+
+    def load_optimizer_state(self, model: nn.Module, state: dict[str, dict[str, Tensor]]) -> None:
+        """The inverse of `optimizer_state`, into any number of processes."""
+        for name, parameter in model.named_parameters():
+            if name in state:
+                moments = {k: v for k, v in state[name].items() if k != MASTER}
+                self.optimizer.state[parameter] = {k: like(parameter, k, v) for k, v in moments.items()}
+
+    def scaler_state(self) -> dict[str, Any]:
+        return self.scaler.state_dict()
+
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        if self.scaler.is_enabled() and state:
+            self.scaler.load_state_dict(state)
+
+
+class Wrapper(Protocol):
+    """What spreads a model: `wrap` below, or that of deepspeed.py."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        base: PreTrainedModel,
+        *,
+        ranks: Ranks,
+        compute: torch.dtype,
+        build_optimizer: Callable[[], Optimizer],
+    ) -> Wrapped: ...
+
+
+def wrap(
+    model: nn.Module,
+    base: PreTrainedModel,
+    *,
+    ranks: Ranks,
+    compute: torch.dtype,
+    build_optimizer: Callable[[], Optimizer],
+    parallel: ParallelConfig,
+) -> Wrapped:
+    """`model` as it runs on several processes; itself on one. `base` is the model below any adapters.
+
+    `compute`: dtype of the arithmetic. FSDP2 sends wider weights in it, and adds gradients in float32.
+    """
     device = next(model.parameters()).device
-    if fsdp:
+    module = model
+    if parallel.fsdp and ranks.world > 1:
         mesh = init_device_mesh(device.type, (ranks.world,))
         names = set(base._no_split_modules or ())  # the decoder layers, as transformers itself names them
         blocks = [m for m in base.modules() if type(m).__name__ in names]
-        for module in (*blocks, model):
-            fully_shard(module, mesh=mesh)
-        return Wrapped(model, float(ranks.world))
-    if ranks.world == 1:
-        return Wrapped(model, 1.0)
-    # Buffers (rotary frequencies) are equal by construction; sending them each step would only cost time.
-    return Wrapped(DistributedDataParallel(model, broadcast_buffers=False), float(ranks.world))
+        mixed = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
+        for part in (*blocks, model):
+            fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy() if compute == base.dtype else mixed)
+    elif ranks.world > 1:
+        # Buffers (rotary frequencies) are equal by construction; sending them each step would only cost time.
+        unused = parallel.ddp_find_unused_parameters
+        module = DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=unused)
+    scaler = GradScaler(device.type, enabled=compute == torch.float16)
+    return Wrapped(module, build_optimizer(), float(ranks.world), scaler)
+
+
+def load_zero() -> ModuleType:
+    """deepspeed.py, or in words what is missing for it."""
+    if find_spec("deepspeed") is None:
+        raise ConfigError("--deepspeed needs the package deepspeed", hint="pip install 'swiftune[deepspeed]'")
+    return import_module("swift.engines.transformers.deepspeed")
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -59,41 +158,24 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return whole.detach().cpu()
 
 
-def full_state(model: nn.Module) -> dict[str, Tensor]:
+def full_state(model: nn.Module, gather: Callable[[Tensor], Tensor] = full_tensor) -> dict[str, Tensor]:
     """Every weight and buffer by name, whole; tied weights stay one tensor. Called by all ranks."""
     whole: dict[int, Tensor] = {}
     state = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in whole:
-            whole[id(tensor)] = full_tensor(tensor)
+            whole[id(tensor)] = gather(tensor)
         state[name] = whole[id(tensor)]
     return state
 
 
-def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Name of the parameter -> its moments, whole: it does not depend on how many processes there were."""
-    return {
-        name: {k: full_tensor(v) for k, v in optimizer.state[parameter].items()}
-        for name, parameter in model.named_parameters()
-        if parameter in optimizer.state
-    }
-
-
-def load_optimizer_state(
-    model: nn.Module, optimizer: Optimizer, state: dict[str, dict[str, Tensor]], rates: list[float]
-) -> None:
-    """The inverse of `optimizer_state`, into any number of processes. `rates`: of each group."""
-    for name, parameter in model.named_parameters():
-        if name in state:
-            optimizer.state[parameter] = {k: like(parameter, k, v) for k, v in state[name].items()}
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-
-
 def like(parameter: Tensor, name: str, value: Tensor) -> Tensor:
-    """A saved moment, laid out as its parameter is. The step count of AdamW is a number on the CPU."""
+    """A saved moment, laid out as its parameter is. The step count of AdamW is a number on the CPU.
+
+    A copy: torch.load keeps one tensor that was saved under many names one, and each counts itself up.
+    """
     if name == "step":
-        return value
+        return value.clone()
     if isinstance(parameter, DTensor):
         local = value.to(parameter.device)
         return distribute_tensor(local, parameter.device_mesh, parameter.placements)
