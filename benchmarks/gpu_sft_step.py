@@ -12,17 +12,20 @@ bf16 peak; recomputation is not counted as useful.
 import argparse
 import json
 import time
+from functools import partial
 
 import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from swift.config.optim import OptimConfig
+from swift.config.parallel import ParallelConfig
 from swift.config.tuner import TunerConfig
 from swift.data.collate import collate
 from swift.engines.ranks import join_ranks, leave_ranks
 from swift.engines.transformers.attention import FLAT_ATTENTION
 from swift.engines.transformers.engine import TransformersEngine
+from swift.engines.transformers.wrap import wrap
 from swift.models.adapters import add_lora
 from swift.objectives.sft import Sft
 from swift.template.tokenize import Encoded
@@ -97,7 +100,7 @@ def main() -> None:
         total_steps=100,
         gradient_checkpointing=True,
         ranks=ranks,
-        fsdp=options.fsdp,
+        wrapper=partial(wrap, parallel=ParallelConfig(fsdp="fsdp2" if options.fsdp else None)),
     )
     base = model.get_base_model() if options.tuner == "lora" else model
     rows = make_rows(options.tokens, shape["vocab_size"], ranks.rank)

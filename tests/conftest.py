@@ -25,6 +25,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from workers import Workers
@@ -46,7 +48,11 @@ CORPUS = (
     "How many hours are in a day? A day has 24 hours. What is 7 + 5? 7 + 5 = 12.",
     "你是谁？我是swift-robot，由swift开发的人工智能助手。",
 )
-FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+}
 
 
 def make_tiny_tokenizer() -> PreTrainedTokenizerFast:

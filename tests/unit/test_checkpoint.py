@@ -12,6 +12,7 @@ from swift.engines.ranks import Ranks
 from swift.engines.transformers import checkpoint
 from swift.engines.transformers.engine import TransformersEngine
 from swift.engines.transformers.slices import Part, Reader, take_parts, write_parts, write_tensors
+from swift.engines.transformers.wrap import Wrapped
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.bool)
 
@@ -40,7 +41,8 @@ def take(model, path, **options):
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
     path.mkdir()
     options = {"ranks": Ranks(), "resumable": False} | options
-    return checkpoint.take_snapshot(model, optimizer, scheduler, path, **options)
+    wrapped = Wrapped(model, optimizer, 1.0, torch.amp.GradScaler("cpu", enabled=False))
+    return checkpoint.take_snapshot(model, wrapped, scheduler, path, **options)
 
 
 @pytest.mark.parametrize("make", [load_tiny, make_moe])

@@ -31,7 +31,7 @@ def stats_of(batch: Batch, logits_TV: torch.Tensor) -> TokenStats:
     return TokenStats(
         logps=view.logps(batch.labels),
         correct=view.correct(batch.labels),
-        mean_logps=view.mean_logps(batch.num_tokens),
+        mean_logps=view.mean_logps(batch.labels),
     )
 
 
@@ -77,7 +77,7 @@ def test_a_batch_without_a_trained_token_still_has_a_gradient():
 
 def test_mean_logits_are_over_the_vocabulary_at_trained_positions():
     logits = torch.randn(2, 11, dtype=torch.bfloat16, requires_grad=True)
-    mean = DenseLogits(logits, torch.tensor([1, 3])).mean(5)
+    mean = DenseLogits(logits, torch.tensor([1, 3])).logits_mean(torch.zeros(5))
     assert mean.dtype == torch.float32 and not mean.requires_grad
     torch.testing.assert_close(mean[[1, 3]], logits.detach().float().mean(-1))
     assert mean[[0, 2, 4]].tolist() == [0.0, 0.0, 0.0]

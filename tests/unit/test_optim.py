@@ -53,8 +53,12 @@ def train(engine: TransformersEngine, first: int, last: int) -> list[float]:
     return losses
 
 
+def trained_of(engine: TransformersEngine) -> list[torch.nn.Parameter]:
+    return [p for p in engine.model.parameters() if p.requires_grad]
+
+
 def weights(engine: TransformersEngine) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in engine.trainable])
+    return torch.cat([p.detach().flatten() for p in trained_of(engine)])
 
 
 def config_of(name: str) -> OptimConfig:
@@ -105,7 +109,7 @@ def test_lora_plus_gives_b_a_rate_of_its_own(model_dir: Path, tmp_path: Path) ->
     config = OptimConfig(lorap_lr_ratio=16, lr_scheduler_type="linear", warmup_steps=2)
     engine = build_engine(model_dir, config, lora=True)
     names = {id(p): n for n, p in engine.model.named_parameters()}
-    groups = engine.optimizer.param_groups
+    groups = engine.wrapped.optimizer.param_groups
     kinds = [{names[id(p)].split(".lora_")[1][0] for p in group["params"]} for group in groups]
     assert kinds == [{"A"}, {"B"}] and [group["initial_lr"] for group in groups] == [1e-2, 0.16]
     train(engine, 0, 1)
@@ -122,7 +126,7 @@ def test_muon_takes_hidden_matrices_alone(model_dir: Path) -> None:
     engine = build_engine(
         model_dir, OptimConfig(optim="muon", weight_decay=0.0, lr_scheduler_type="constant")
     )
-    muon, adamw = engine.optimizer.parts
+    muon, adamw = engine.wrapped.optimizer.parts
     names = {id(p): n for n, p in engine.model.named_parameters()}
     hidden = {names[id(p)] for group in muon.param_groups for p in group["params"]}
     rest = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
@@ -142,14 +146,14 @@ def test_schedule_free_answers_with_the_average(model_dir: Path, tmp_path: Path)
     """arXiv:2405.15682 eq. 3 and 4: y = x + (1 - beta) (z - x) is trained, x is measured and saved."""
     schedulefree = pytest.importorskip("schedulefree")
     engine = build_engine(model_dir, config_of("schedule_free_adamw"))
-    assert isinstance(engine.optimizer, schedulefree.AdamWScheduleFree)
+    assert isinstance(engine.wrapped.optimizer, schedulefree.AdamWScheduleFree)
     train(engine, 0, CUT)
     trained = weights(engine)
     engine.save(tmp_path, resumable=False).write()
     assert torch.allclose(weights(engine), trained, atol=1e-6)
     saved = load_model(tmp_path, dtype=None, attention=None, device=torch.device("cpu"))
     average = torch.cat([p.detach().flatten() for p in saved.parameters()])
-    z = torch.cat([engine.optimizer.state[p]["z"].flatten() for p in engine.trainable])
+    z = torch.cat([engine.wrapped.optimizer.state[p]["z"].flatten() for p in trained_of(engine)])
     assert (average - trained).abs().max() > 1e-4
     assert torch.allclose(trained, average + 0.1 * (z - average), atol=1e-6)
     measured = engine.measure([make_batch()], Sft()).pairs["loss/tokens"][0]
@@ -168,7 +172,7 @@ def test_a_plugin_brings_its_optimizer(model_dir: Path) -> None:
         check_optim(OptimConfig(optimizer="mine"))
     finally:
         del optimizers_map["mine"]
-    assert type(engine.optimizer) is torch.optim.SGD
+    assert type(engine.wrapped.optimizer) is torch.optim.SGD
     assert engine.scheduler.get_last_lr() == [pytest.approx(9e-3)]
     with pytest.raises(ConfigError, match="no optimizer is called mine"):
         check_optim(OptimConfig(optimizer="mine"))
@@ -279,13 +283,13 @@ def test_wrong_settings_are_told_without_a_model(settings: dict, message: str) -
 def test_optimizers_that_cannot_work_are_refused(settings: dict, message: str, monkeypatch) -> None:
     monkeypatch.setattr("swift.config.optim.require_package", lambda *_, **__: None)
     with pytest.raises(ConfigError, match=message):
-        OptimConfig(**settings).check(train_type="full", sliced=True)
+        OptimConfig(**settings).check(train_type="full", slicer="--fsdp")
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name, package in (("adamw_8bit", "bitsandbytes"), ("schedule_free_adamw", "schedulefree")):
         with pytest.raises(ConfigError) as caught:
-            OptimConfig(optim=name).check(train_type="lora", sliced=False)
+            OptimConfig(optim=name).check(train_type="lora", slicer=None)
         assert caught.value.message == f"--optim {name} needs the package {package}"
         assert caught.value.hint.startswith(f"pip install '{package}>=")

@@ -79,7 +79,7 @@ def test_what_the_flags_say() -> None:
     [
         ({"quant_bits": 4}, {}, "--quant_bits 4 has no effect without --quant_method"),
         ({"quant_method": "bnb"}, {"train_type": "full"}, "--quant_method bnb cannot train all weights"),
-        ({"quant_method": "bnb"}, {"sliced": True}, "--quant_method bnb with --fsdp is not supported"),
+        ({"quant_method": "bnb"}, {"slicer": "--fsdp"}, "--quant_method bnb with --fsdp is not supported"),
         ({"quant_method": "bnb"}, {"init_weights": "pissa"}, "--init_weights pissa takes its start out of"),
         ({"quant_method": "bnb"}, {}, "--quant_method bnb needs the package bitsandbytes"),
     ],
@@ -87,9 +87,7 @@ def test_what_the_flags_say() -> None:
 def test_what_cannot_be_held_in_few_bits(flags: dict, options: dict, message: str, monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError) as caught:
-        QuantConfig(**flags).check(
-            **{"train_type": "lora", "sliced": False, "init_weights": "true"} | options
-        )
+        QuantConfig(**flags).check(**{"train_type": "lora", "slicer": None, "init_weights": "true"} | options)
     assert caught.value.message.startswith(message)
     if "package" in message:
         assert caught.value.hint == "pip install 'bitsandbytes>=0.46'"

@@ -121,6 +121,10 @@ def execute(command: Command, resolved: Resolved, argv: list[str]) -> int:
             )
         spread: int = load("swift.engines.launch:launch")(command.program, argv)
         return spread
+    if command.can_spread and may_take_all_gpus(values) and env.count_gpus() > 1:
+        taken: int | None = load("swift.engines.launch:launch_on_gpus")(command.program, argv)
+        if taken is not None:
+            return taken
     # Before torch is loaded: its CPU threads otherwise wait by spinning, which on a machine that is busy with
     # anything else made a training step four times as long.
     env.set_defaults({"OMP_WAIT_POLICY": "PASSIVE"})
@@ -137,6 +141,12 @@ def asks_for_processes() -> bool:
                 f"{name}={text} is not a number of processes", hint=f"unset {name}, or give a number"
             )
     return env.read("LOCAL_RANK") is None and any(text != "1" for text in counts.values())
+
+
+def may_take_all_gpus(values: dict[str, Any]) -> bool:
+    """Whether nothing says how many processes there should be, or on which device."""
+    alone = all(env.read(name) is None for name in ("NPROC_PER_NODE", "NNODES", "LOCAL_RANK", "WORLD_SIZE"))
+    return alone and values.get("device") is None
 
 
 def note(line: str) -> None:

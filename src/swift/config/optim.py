@@ -70,16 +70,19 @@ class OptimConfig:
         """The optimizer that counts: one of OPTIMIZERS, or a plugin's."""
         return self.optim if self.optimizer in (None, "lorap") else str(self.optimizer)
 
-    def check(self, *, train_type: str, sliced: bool) -> None:
+    def check(self, *, train_type: str, slicer: str | None) -> None:
         """Raises ConfigError where an optimizer cannot work as asked."""
         package = OPTIMIZERS.get(self.name, "torch")
         flag = f"--{'optim' if self.name == self.optim else 'optimizer'} {self.name}"
         if package != "torch":
             require_package(package, flag=flag, install=INSTALL[package])
-        if sliced and (package == "bitsandbytes" or self.name == "adafactor"):
+        whole = package == "bitsandbytes" or self.name == "adafactor"
+        if slicer and slicer.startswith("--deepspeed"):  # which sees flat slices of many weights at once
+            whole = whole or package == "schedulefree" or self.name == "muon"
+        if slicer and whole:
             raise ConfigError(
-                f"{flag} with --fsdp is not supported: its state cannot be sliced like the weights",
-                hint="use adamw_torch, or leave --fsdp out",
+                f"{flag} with {slicer} is not supported: its state cannot be sliced like the weights",
+                hint=f"use adamw_torch, or leave {slicer} out",
             )
         if package == "schedulefree" and self.lr_scheduler_type not in LEVEL:
             raise ConfigError(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from swift.config.option import option
+from swift.config.option import ConfigError, option
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -12,6 +12,38 @@ class ParallelConfig:
         help="slice weights, gradients and optimizer over the processes (FSDP2); none = a copy on each (DDP)",
         choices=("fsdp2", "full_shard"),
     )
+    deepspeed: str | None = option(
+        None,
+        help="train through DeepSpeed: zero0 to zero3, zero2_offload, zero3_offload, or a JSON file or text",
+    )
+    sequence_parallel_size: int = option(
+        1, help="processes that share the tokens of one row (Ulysses): for long rows", range=(1, None)
+    )
+    ddp_backend: str | None = option(
+        None,
+        help="exchanges between GPUs; none = nccl (without GPUs: gloo)",
+        choices=("nccl", "gloo"),
+    )
+    ddp_find_unused_parameters: bool = option(
+        False, help="let DDP look for weights that a step did not use: slower, for models that skip some"
+    )
     ddp_timeout: int = option(
         1800, help="longest wait of one process for the others", unit="seconds", range=(1, None)
     )
+
+    @property
+    def slicer(self) -> str | None:
+        """The flag that slices weights or optimizer over the processes, if one does."""
+        if self.deepspeed not in (None, "zero0"):
+            return f"--deepspeed {self.deepspeed}"
+        return "--fsdp" if self.fsdp else None
+
+    def check(self) -> None:
+        """Raises ConfigError where flags contradict each other."""
+        if self.fsdp and self.deepspeed:
+            raise ConfigError("--fsdp and --deepspeed both slice the model", hint="leave one of them out")
+        if self.ddp_find_unused_parameters and (self.fsdp or self.deepspeed):
+            other = "fsdp" if self.fsdp else "deepspeed"
+            raise ConfigError(
+                f"--ddp_find_unused_parameters has no effect with --{other}", hint="leave one of them out"
+            )

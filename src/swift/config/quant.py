@@ -21,7 +21,7 @@ class QuantConfig:
     bnb_4bit_quant_type: str = option("nf4", help="spacing of the 16 values", choices=("nf4", "fp4"))
     bnb_4bit_use_double_quant: bool = option(True, help="hold the scales of 4-bit blocks in 8 bits too")
 
-    def check(self, *, train_type: str, sliced: bool, init_weights: str) -> None:
+    def check(self, *, train_type: str, slicer: str | None, init_weights: str) -> None:
         """Raises ConfigError where the weights cannot be held in few bits."""
         if self.quant_method is None:
             if self.quant_bits is not None:
@@ -35,10 +35,10 @@ class QuantConfig:
                 "--quant_method bnb cannot train all weights: few bits cannot take small updates",
                 hint="use --train_type lora",
             )
-        if sliced:
+        if slicer:
             raise ConfigError(
-                "--quant_method bnb with --fsdp is not supported",
-                hint="leave --fsdp out: in 4 bits each process has room for a copy",
+                f"--quant_method bnb with {slicer} is not supported",
+                hint=f"leave {slicer} out: in 4 bits each process has room for a copy",
             )
         if init_weights.startswith(("pissa", "olora")):
             raise ConfigError(

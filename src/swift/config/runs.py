@@ -61,9 +61,13 @@ class TrainRun:
         self.output.profiled  # noqa: B018 - raises ConfigError
         self._check_evaluation()
         self.tuner.check()
-        sliced, train_type = self.parallel.fsdp is not None, self.tuner.train_type
-        self.quant.check(train_type=train_type, sliced=sliced, init_weights=self.tuner.init_weights)
-        self.optim.check(train_type=train_type, sliced=sliced)
+        slicer, train_type = self.parallel.slicer, self.tuner.train_type
+        self.quant.check(train_type=train_type, slicer=slicer, init_weights=self.tuner.init_weights)
+        self.optim.check(train_type=train_type, slicer=slicer)
+        self.schedule.check_precision(self.model.torch_dtype)
+        self.parallel.check()
+        if self.parallel.sequence_parallel_size > 1:
+            self._check_sequence_parallel()
         if self.data.packing_length is not None:
             self._check_packing_length(self.data.packing_length)
         if self.schedule.max_steps < 0 and self.schedule.num_train_epochs == 0:
@@ -77,6 +81,18 @@ class TrainRun:
                 raise ConfigError(
                     f"--{flag} needs rows to evaluate", hint="--val_dataset or --split_dataset_ratio"
                 )
+
+    def _check_sequence_parallel(self) -> None:
+        clash = None
+        if self.schedule.padding_free is False:
+            clash = "--padding_free false"
+        elif self.model.attn_impl is not None and not self.model.attn_impl.startswith("flash"):
+            clash = f"--attn_impl {self.model.attn_impl}"
+        if clash:
+            size = self.parallel.sequence_parallel_size
+            raise ConfigError(
+                f"{clash} cannot be combined with --sequence_parallel_size {size}", hint="leave it out"
+            )
 
     def _check_packing_length(self, length: int) -> None:
         if not self.data.packing:

@@ -23,6 +23,15 @@ class ScheduleConfig:
     gradient_checkpointing: bool | None = option(
         None, help="recompute activations to save memory; none = on a GPU yes, on a CPU no"
     )
+    activation_cpu_offload: bool = option(
+        False, help="keep what waits for the backward pass in the CPU's memory (GPU training)"
+    )
+    bf16: bool = option(
+        False, help="bfloat16 arithmetic, also over float32 weights (--torch_dtype float32 keeps those exact)"
+    )
+    fp16: bool = option(
+        False, help="float16 arithmetic with loss scaling; trained weights are kept in float32"
+    )
     padding_free: bool | None = option(
         None, help="rows as one flat sequence without padding; none = wherever the model allows it"
     )
@@ -69,6 +78,22 @@ class ScheduleConfig:
         if self.greater_is_better is not None:
             return not self.greater_is_better
         return self.metric_for_best_model.endswith("loss")
+
+    @property
+    def compute(self) -> str | None:
+        """dtype of the arithmetic where the weights are float32; None = theirs."""
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else None
+
+    def check_precision(self, torch_dtype: str | None) -> None:
+        """Raises ConfigError where two flags ask for two half precisions."""
+        if self.bf16 and self.fp16:
+            raise ConfigError("--bf16 and --fp16 contradict each other", hint="leave one of them out")
+        if self.compute and torch_dtype not in (None, "float32", self.compute):
+            flag = "--bf16" if self.bf16 else "--fp16"
+            raise ConfigError(
+                f"{flag} true contradicts --torch_dtype {torch_dtype}",
+                hint=f"--torch_dtype {self.compute}, or float32 for weights that stay exact",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,7 @@ NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT mean what torchru
 import logging
 from collections.abc import Sequence
 
+import torch
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
@@ -21,6 +22,16 @@ FORWARDED = {
     "MASTER_PORT": "--master_port",
 }
 SHUTDOWN_SECONDS = "600"  # from passing on SIGTERM to SIGKILL
+
+
+def launch_on_gpus(module: str, argv: Sequence[str]) -> int | None:
+    """`launch` with one process for each GPU that torch sees; None where that would be one."""
+    count = torch.cuda.device_count()
+    if count < 2:
+        return None
+    say(f"training on all {count} GPUs, each with rows of its own; NPROC_PER_NODE takes fewer")
+    env.set_defaults({"NPROC_PER_NODE": str(count)})
+    return launch(module, argv)
 
 
 def launch(module: str, argv: Sequence[str]) -> int:

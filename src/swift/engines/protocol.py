@@ -37,6 +37,7 @@ class StepInfo:
 
     grad_norm: float  # before clipping
     learning_rate: float  # that this step used
+    applied: bool = True  # False: float16 gradients overflowed, and the weights stayed as they were
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from swift.config.option import ConfigError
 from swift.utils import env
 
 Value = TypeVar("Value")
@@ -27,11 +28,24 @@ class Flags:
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among the others. Methods are called by all of them, in the same order, but for `flag`."""
+    """This process among the others. Methods are called by all of them, in the same order, but for `flag`.
+
+    `sequence_size` neighbours share their rows, each with a slice of the tokens; they are one data rank.
+    """
 
     rank: int = 0
     world: int = 1
+    sequence_size: int = 1
+    sequence_group: dist.ProcessGroup | None = None
     flags: Flags = field(default_factory=Flags, compare=False)
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.sequence_size
+
+    @property
+    def data_world(self) -> int:
+        return self.world // self.sequence_size
 
     @property
     def is_main(self) -> bool:
@@ -59,7 +73,7 @@ class Ranks:
         return shared
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
-        """The numbers of every rank, by rank; all ranks give equally many. float64, so sums stay exact."""
+        """The numbers of every data rank; all give equally many. float64, so sums stay exact."""
         mine = torch.tensor([*numbers, self.flags.mine], dtype=torch.float64)
         if self.world == 1:
             return [mine.tolist()[:-1]]
@@ -68,7 +82,7 @@ class Ranks:
         rows = [part.tolist() for part in parts]
         for row in rows:
             self.flags.agreed |= int(row.pop())
-        return rows
+        return rows[:: self.sequence_size]
 
     def collect(self, value: Value) -> list[Value]:
         """The value of every rank, by rank; anything that can be pickled."""
@@ -81,22 +95,36 @@ class Ranks:
         return [value for value, _ in boxes]
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
-        """Sums over ranks, added in the order of ranks: the same on each of them."""
+        """Sums over data ranks, added in their order: the same on each of them."""
         return [sum(column) for column in zip(*self.gather(numbers), strict=True)]
 
 
-def join_ranks(device: torch.device, timeout_seconds: int) -> tuple[Ranks, torch.device]:
-    """Joins the job that torchrun started, if there is one; the device of this process."""
+def join_ranks(
+    device: torch.device, timeout_seconds: int, *, sequence_size: int = 1, backend: str | None = None
+) -> tuple[Ranks, torch.device]:
+    """Joins the job that torchrun started, if there is one; the device of this process.
+
+    `backend` of exchanges between GPUs, None = nccl. Raises ConfigError where `sequence_size` does not divide
+    the processes.
+    """
     world, rank = int(env.read("WORLD_SIZE", "1") or 1), int(env.read("RANK", "0") or 0)
+    if world % sequence_size:
+        raise ConfigError(
+            f"--sequence_parallel_size {sequence_size} does not divide the {world} process(es)",
+            hint="set NPROC_PER_NODE (times NNODES) to a multiple of it",
+        )
+    if backend == "nccl" and device.type != "cuda":
+        raise ConfigError("--ddp_backend nccl needs GPUs", hint="leave it out: the CPU uses gloo")
     if world == 1:
         return Ranks(), device
     if device.type == "cuda":
         device = torch.device("cuda", int(env.read("LOCAL_RANK", "0") or 0))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-    return Ranks(rank, world), device
+        backends = f"cpu:gloo,cuda:{backend or 'nccl'}" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backends, timeout=timedelta(seconds=timeout_seconds))
+    group = dist.new_subgroups(sequence_size)[0] if sequence_size > 1 else None
+    return Ranks(rank, world, sequence_size, group), device
 
 
 def leave_ranks() -> None:

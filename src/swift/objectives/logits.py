@@ -22,12 +22,12 @@ class LogitsView(Protocol):
         """[T] bool: labels[t] has the highest logit."""
         ...
 
-    def mean(self, num_tokens: int) -> Tensor:
-        """[num_tokens] mean logit over the vocabulary, without gradient, 0 at positions without logits."""
+    def logits_mean(self, labels_T: Tensor) -> Tensor:
+        """[T] mean logit over the vocabulary, without gradient, 0 at positions without logits."""
         ...
 
-    def mean_logps(self, num_tokens: int) -> Tensor:
-        """[num_tokens] log p averaged over the vocabulary, 0 at positions without logits."""
+    def mean_logps(self, labels_T: Tensor) -> Tensor:
+        """[T] log p averaged over the vocabulary, 0 at positions without logits."""
         ...
 
 
@@ -50,12 +50,12 @@ class DenseLogits:
         hit_N = self.logits_NV.detach().argmax(-1) == labels_T[self.positions_N]
         return torch.zeros_like(labels_T, dtype=torch.bool).index_copy(0, self.positions_N, hit_N)
 
-    def mean(self, num_tokens: int) -> Tensor:
+    def logits_mean(self, labels_T: Tensor) -> Tensor:
         logits_NV = self.logits_NV.detach()
         mean_N = logits_NV.mean(-1, dtype=torch.promote_types(logits_NV.dtype, torch.float32))
-        return mean_N.new_zeros(num_tokens).index_copy(0, self.positions_N, mean_N)
+        return mean_N.new_zeros(labels_T.shape).index_copy(0, self.positions_N, mean_N)
 
-    def mean_logps(self, num_tokens: int) -> Tensor:
+    def mean_logps(self, labels_T: Tensor) -> Tensor:
         wide_NV = self.logits_NV if self.logits_NV.dtype == torch.float64 else self.logits_NV.float()
         mean_N = wide_NV.mean(-1) - wide_NV.logsumexp(-1)
-        return mean_N.new_zeros(num_tokens).index_copy(0, self.positions_N, mean_N)
+        return mean_N.new_zeros(labels_T.shape).index_copy(0, self.positions_N, mean_N)

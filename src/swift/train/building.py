@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
 
+from swift.config.option import ConfigError
 from swift.config.runs import SftRun, TrainRun
 from swift.engines.ranks import Ranks
 from swift.engines.transformers.engine import TransformersEngine
+from swift.engines.transformers.forward import check_sequence_parallel
+from swift.engines.transformers.wrap import Wrapper, load_zero, wrap
 from swift.models.adapters import add_lora, describe_adapters, load_adapter, merge, set_up
 from swift.models.freezing import freeze
 from swift.models.heads import load_scoring_model
-from swift.models.load import load_model
+from swift.models.load import load_config, load_model
 from swift.plugins.callbacks import Callback
 from swift.train.callbacks import EarlyStop, Screen
 from swift.train.hf_callbacks import HfCallbacks
@@ -28,7 +32,7 @@ from swift.train.rundir import new_run_directory
 from swift.train.saving import remove_partial
 from swift.train.trackers import JsonlTracker, Plotter
 from swift.train.tracking import TrackedRun, Tracking, load_trackers
-from swift.utils.log import say, warn
+from swift.utils.log import say
 
 
 def build_engine(
@@ -39,11 +43,15 @@ def build_engine(
     ranks: Ranks,
     device: torch.device,
     resumption: Resumption | None,
+    accumulation: int,
 ) -> TransformersEngine:
     """Seeds everything, loads the weights, adds adapters. Each rank draws dropout of its own."""
+    config = load_config(ready.model_path)
+    check_sequence_parallel(config, ranks.sequence_size)
+    wrapper = choose_wrapper(run, ranks, accumulation, config.get_text_config().hidden_size)
+    if run.schedule.activation_cpu_offload and device.type != "cuda":
+        raise ConfigError("--activation_cpu_offload true needs a GPU to take activations from")
     seed_everything(run.schedule.seed + ranks.rank)
-    if device.type == "cuda" and torch.cuda.device_count() > 1 and ranks.world == 1:
-        warn(f"{torch.cuda.device_count()} GPUs are visible; NPROC_PER_NODE says how many are used")
     loading = {
         "dtype": run.model.torch_dtype,
         "attention": run.model.attn_impl,
@@ -72,11 +80,15 @@ def build_engine(
         learning_rate=learning_rate,
         total_steps=total_steps,
         flat=run.schedule.padding_free,
-        own_attention=run.model.attn_impl is None or lacks_flash(run.model.attn_impl, model),
+        own_attention=(
+            ranks.sequence_size > 1 or run.model.attn_impl is None or lacks_flash(run.model.attn_impl, model)
+        ),
         gradient_checkpointing=device.type == "cuda" if checkpointing is None else checkpointing,
+        activation_cpu_offload=run.schedule.activation_cpu_offload,
+        compute=getattr(torch, run.schedule.compute or "", None) if model.dtype == torch.float32 else None,
         ranks=ranks,
-        fsdp=run.parallel.fsdp is not None and ranks.world > 1,
         noise_alpha=run.sft.neftune_noise_alpha if isinstance(run, SftRun) else None,
+        wrapper=wrapper,
         resume_from=resumption.checkpoint if resumption else None,
         frozen=frozen,
     )
@@ -97,6 +109,24 @@ def choose_weights(
         adapted = add_lora(model, run.tuner, seed=run.schedule.seed, resumed=resumption is not None)
     say(f"adapters: {describe_adapters(adapted)}")
     return adapted
+
+
+def choose_wrapper(run: TrainRun, ranks: Ranks, accumulation: int, width: int) -> Wrapper:
+    """What spreads the model: torch's own wrappers, or DeepSpeed with its config settled."""
+    text = run.parallel.deepspeed
+    if text in (None, "zero0"):  # stage 0 slices nothing, which is what DDP does
+        return partial(wrap, parallel=run.parallel)
+    zero = load_zero()
+    config = zero.settle(
+        text,
+        micro_batch=run.schedule.per_device_train_batch_size,
+        accumulation=accumulation,
+        data_world=ranks.data_world,
+        clip=run.optim.max_grad_norm,
+        compute=run.schedule.compute or run.model.torch_dtype,
+        width=width,
+    )
+    return partial(zero.wrap_zero, config=config)
 
 
 def seed_everything(seed: int) -> None:

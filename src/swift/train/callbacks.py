@@ -17,7 +17,7 @@ def format_row(row: dict[str, Any]) -> str:
     if "token_acc" in row:
         parts.append(f"acc {row['token_acc']:.3f}")
     parts += [
-        f"grad {row['grad_norm']:7.3f}",
+        "skipped: float16 overflow" if row["grad_norm"] is None else f"grad {row['grad_norm']:7.3f}",
         f"lr {row['learning_rate']:.2e}",
         f"{row['tokens/s']:8.0f} tok/s",
         f"{row['memory(GiB)']:5.2f} GiB",

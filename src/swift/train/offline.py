@@ -125,6 +125,7 @@ class Offline:
             sums = self.engine.forward_backward(batches, self.method.objective)
             info = self.engine.optim_step()
         state.step += 1
+        state.skipped_steps += not info.applied
         state.tokens += int(sums.pairs["tokens"][0])
         state.window.merge(sums)
         state.whole.merge(sums)
@@ -203,9 +204,11 @@ class Offline:
     def _log_row(self, state: TrainState, info: StepInfo, clock: "Clock") -> dict[str, Any]:
         row = {
             **loss_and_metrics(state.window),
-            "grad_norm": info.grad_norm,
+            "grad_norm": info.grad_norm if info.applied else None,
             "learning_rate": info.learning_rate,
         }
+        if state.skipped_steps:
+            row["skipped_steps"] = state.skipped_steps
         state.window = Sums()
         return {
             **row,

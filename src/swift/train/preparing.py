@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from swift.config.option import ConfigError
-from swift.config.runs import RlhfRun, TrainRun
+from swift.config.runs import RlhfRun, SftRun, TrainRun
 from swift.data.audit import audit
 from swift.data.cache import encode_cached, join_datasets, open_exported, remember
 from swift.data.channels import find_channels
@@ -23,6 +23,7 @@ from swift.data.sources import open_sets
 from swift.data.types import place
 from swift.engines.optim import check_optim
 from swift.engines.ranks import Ranks
+from swift.engines.transformers.wrap import load_zero
 from swift.models.directory import check_adapter_directory
 from swift.models.hub import resolve_adapter, resolve_model
 from swift.models.load import context_length, load_config, load_tokenizer
@@ -66,8 +67,10 @@ def prepare(run: TrainRun, method: Method, *, resumes: bool) -> Prepared:
     check_optim(run.optim)
     for adapter in run.tuner.adapters if not resumes else ():  # a resumed run has its own
         check_adapter_directory(Path(adapter).expanduser())
-    if run.model.torch_dtype == "float16":
-        raise ConfigError("--torch_dtype float16 cannot train yet", hint="use bfloat16 or float32")
+    if run.parallel.deepspeed not in (None, "zero0"):
+        load_zero().read_config(run.parallel.deepspeed)
+    if run.parallel.sequence_parallel_size > 1:
+        check_sequences(run, method)
     if run.template.truncation_strategy == "split" and method.shape != "chat":
         raise ConfigError("--truncation_strategy split is for plain text alone", hint="swift pt, swift sft")
     load_trackers(run.output.report_to)
@@ -118,6 +121,22 @@ def learn_facts(objective: Objective, ready: Prepared) -> Objective:
     if objective.config.enable_channel_loss:
         channels = find_channels([d for d in (ready.rows, ready.eval_rows) if d is not None])
     return replace(objective, channels=channels, experts_per_token=experts or 0)
+
+
+def check_sequences(run: TrainRun, method: Method) -> None:
+    """Raises ConfigError for what needs the whole of a row in one process."""
+    clash = None
+    if not method.learns_text or method.num_labels is not None:
+        clash = "a head on the last token"
+    elif isinstance(run, SftRun) and run.sft.neftune_noise_alpha:
+        clash = "--neftune_noise_alpha"
+    elif isinstance(run, SftRun) and run.sft.router_aux_loss_coef:
+        clash = "--router_aux_loss_coef"
+    if clash:
+        raise ConfigError(
+            f"--sequence_parallel_size {run.parallel.sequence_parallel_size} does not go with {clash} yet",
+            hint="leave one of them out",
+        )
 
 
 def describe_data(rows: EncodedDataset, plan: StepPlan) -> dict[str, Any]:
@@ -172,12 +191,13 @@ def plan_steps(
 ) -> StepPlan:
     """How rows, or packs of them, make up steps. `longest`: the tokens of a row that may not be exceeded."""
     size = run.schedule.per_device_train_batch_size
-    accumulation = run.schedule.gradient_accumulation_steps or math.ceil(ROWS_PER_STEP / size / ranks.world)
+    world = ranks.data_world
+    accumulation = run.schedule.gradient_accumulation_steps or math.ceil(ROWS_PER_STEP / size / world)
     if resumption:
-        accumulation = keep_step_size(resumption.data["rows_per_step"], size, ranks.world)
+        accumulation = keep_step_size(resumption.data["rows_per_step"], size, world)
     packs = pack_lengths(rows.lengths, run.data.packing_length or longest) if run.data.packing else None
     return StepPlan(
-        len(rows), size, accumulation, ranks.world, seed=run.data_seed,
+        len(rows), size, accumulation, world, seed=run.data_seed,
         shuffle=run.data.train_dataloader_shuffle, packs=packs,
     )  # fmt: skip
 

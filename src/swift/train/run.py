@@ -59,7 +59,10 @@ def train(run: Run, command: str, build_method: Callable[[Run], Method]) -> int:
     ready = prepare(run, method, resumes=resumption is not None)
     method = replace(method, objective=learn_facts(method.objective, ready))
     run, tokenizer, rows = ready.run, ready.tokenizer, ready.rows
-    ranks, device = join_ranks(pick_device(run.model.device), run.parallel.ddp_timeout)
+    ranks, device = join_ranks(
+        pick_device(run.model.device), run.parallel.ddp_timeout,
+        sequence_size=run.parallel.sequence_parallel_size, backend=run.parallel.ddp_backend,
+    )  # fmt: skip
     plan = plan_steps(run, rows, ready.max_length, ranks, resumption)
     check_rows(method, rows, plan)
     data = describe_data(rows, plan)
@@ -67,9 +70,10 @@ def train(run: Run, command: str, build_method: Callable[[Run], Method]) -> int:
     if resumption:
         check_same_data(resumption, data)
     total_steps = plan.total_steps(run.schedule.num_train_epochs, run.schedule.max_steps)
-    engine = build_engine(run, method, ready, total_steps, ranks, device, resumption)
+    engine = build_engine(run, method, ready, total_steps, ranks, device, resumption, plan.accumulation)
     dtype = str(engine.dtype).removeprefix("torch.")
-    summary.tell_weights(engine.model, f"{run.model.model}, {run.tuner.train_type}, {dtype}, {engine.device}")
+    what = f"{run.model.model}, {run.tuner.train_type}, {dtype}, {engine.device}"
+    summary.tell_weights(*engine.num_parameters, what)
     if isinstance(run, RlhfRun) and run.rlhf.precompute_ref_log_probs:
         precompute(run, ready, engine, ranks)
     if plan.packs:

@@ -16,6 +16,7 @@ class TrainState:
     running: Sums = field(default_factory=Sums)  # means over the whole run that an objective reads
     tokens: int = 0
     elapsed_seconds: float = 0.0  # training time of all processes that worked on this run
+    skipped_steps: int = 0  # steps whose float16 gradients overflowed
     best_metric: float | None = None
     best_step: int | None = None
     last_saved_step: int | None = None

@@ -6,7 +6,6 @@ from rich.console import Group
 from rich.panel import Panel
 from rich.rule import Rule
 from rich.text import Text
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from swift.data.encode import EncodedDataset, EncodeReport
@@ -34,9 +33,7 @@ def tell_rows(rows: EncodedDataset, what: str) -> None:
     )
 
 
-def tell_weights(model: nn.Module, description: str) -> None:
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+def tell_weights(trained: int, total: int, description: str) -> None:
     share = 100 * trained / total
     say(
         f"model: {description}: {total / 1e6:,.1f} M parameters, "

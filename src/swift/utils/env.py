@@ -16,6 +16,7 @@ VARIABLES = {
     "NODE_RANK": "index of this node",
     "MASTER_ADDR": "address of node 0",
     "MASTER_PORT": "port of node 0",
+    "CUDA_VISIBLE_DEVICES": "GPUs that may be used; training takes all of them unless NPROC_PER_NODE is set",
     "RANK": "global rank, set by torchrun",
     "WORLD_SIZE": "number of processes, set by torchrun",
     "LOCAL_RANK": "rank on this node, set by torchrun",
@@ -41,6 +42,15 @@ def set_defaults(variables: Mapping[str, str]) -> None:
     """Sets what is not set yet: the ENV block of a config file, any names."""
     for name, value in variables.items():
         os.environ.setdefault(name, value)
+
+
+def count_gpus(devices: Path = Path("/dev")) -> int:
+    """GPUs that may be used, without importing torch: those of CUDA_VISIBLE_DEVICES, else of /dev."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return sum(path.name.removeprefix("nvidia").isdecimal() for path in devices.glob("nvidia*"))
+    names = [name.strip() for name in listed.split(",")]
+    return len(names[: names.index("-1")] if "-1" in names else [name for name in names if name])
 
 
 def cache_root() -> Path:

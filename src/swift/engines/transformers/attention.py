@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from swift.engines.transformers.sequence_parallel import SequenceRanks
+
 try:  # torch's own variable-length flash kernel, the fast path on a GPU
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch < 2.10
@@ -69,26 +71,44 @@ def flat_attention(
     sliding_window: int | None = None,
     segment_lengths: list[int] | None = None,
     segment_bounds: Tensor | None = None,
+    sequence: SequenceRanks | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature. query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, D].
 
-    `segment_lengths` (ints) and `segment_bounds` (int32 [S + 1], cumulative) arrive through the model.
+    `segment_lengths` (ints) and `segment_bounds` (int32 [S + 1], cumulative) arrive through the model, and so
+    does `sequence`: where T is spread over ranks, the tensors are slices and the segments are of the whole.
     """
     assert attention_mask is None and segment_lengths is not None, "flat attention needs segments and no mask"
     assert softcap is None and s_aux is None, (
         f"{type(module).__name__}: soft caps and sinks need the padded layout"
     )
+    if sequence:
+        query, key, value = sequence.spread_heads(query, key, value)
+    output = attend(query, key, value, segment_lengths, segment_bounds, scaling, sliding_window, dropout)
+    return (sequence.spread_tokens(output) if sequence else output).transpose(1, 2), None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_lengths: list[int],
+    segment_bounds: Tensor | None,
+    scaling: float | None,
+    sliding_window: int | None,
+    dropout: float,
+) -> Tensor:
+    """[1, H, T, D] by the fastest kernel that is exact here."""
     if HAS_VARLEN and query.is_cuda and dropout == 0 and query.element_size() == 2:
         longest, left = max(segment_lengths), -1 if sliding_window is None else sliding_window - 1
         q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
         shape = (segment_bounds, segment_bounds, longest, longest)
         output = varlen_attn(q, k, v, *shape, scale=scaling, window_size=(left, 0), **VARLEN_GROUPS)
-        return output.unsqueeze(0), None
-    output = segmented_sdpa(query, key, value, segment_lengths, scaling, sliding_window, dropout)
-    return output.transpose(1, 2), None
+        return output.unsqueeze(0).transpose(1, 2)
+    return segmented_sdpa(query, key, value, segment_lengths, scaling, sliding_window, dropout)
 
 
 AttentionInterface.register(FLAT_ATTENTION, flat_attention)

@@ -6,6 +6,7 @@ given. train/saving.py makes the whole checkpoint atomic.
 """
 
 import io
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,6 @@ from peft import (
     set_peft_model_state_dict,
 )
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -30,7 +29,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from swift.engines.optim import answering, progress_of
 from swift.engines.protocol import Snapshot
 from swift.engines.ranks import Ranks
-from swift.engines.transformers.slices import Reader, settle, take_parts, to_host, write_parts, write_tensors
+from swift.engines.transformers.slices import Reader, settle, to_host, write_parts, write_tensors
+from swift.engines.transformers.wrap import Wrapped
 from swift.models.starts import has_starts, load_starts, save_with_starts
 from swift.utils.files import write_json
 
@@ -43,25 +43,25 @@ Writer = Callable[[Path], list[Path]]  # into a directory; what it wrote
 
 
 def take_snapshot(
-    model: Model, optimizer: Optimizer, scheduler: LRScheduler, path: Path, *, ranks: Ranks, resumable: bool
+    model: Model, wrapped: Wrapped, scheduler: LRScheduler, path: Path, *, ranks: Ranks, resumable: bool
 ) -> Snapshot:
     """A copy of what this process will write into `path`. Called by all ranks; gathers tensor by tensor."""
-    with answering(optimizer):
+    with answering(wrapped.optimizer):
         take = take_adapter if isinstance(model, PeftModel) else take_weights
-        size, weights = take(model, ranks)
-        groups = progress_of(optimizer)
+        size, weights = take(model, wrapped, ranks)
+        groups = progress_of(wrapped.optimizer)
     writers = [weights]
     if resumable:
-        moments, plain = name_moments(model, optimizer)
-        parts = take_parts(moments, rank=ranks.rank, world=ranks.world)
-        size += sum(part.tensor.nbytes for part in parts.values())
+        moments = wrapped.take_moments(model, ranks)
+        size += sum(part.tensor.nbytes for part in moments.parts.values())
         rest = {
             "schedule": scheduler.state_dict(),
             "groups": groups,
-            "plain": plain,
+            "plain": moments.plain,
+            "scaler": wrapped.scaler_state(),
         }
         name = f"optimizer-{ranks.rank + 1:05d}-of-{ranks.world:05d}.safetensors"
-        writers.append(lambda into: [write_parts(into / name, parts)])
+        writers.append(lambda into: [write_parts(into / name, moments.parts)])
         writers.append(keep_bytes(random_file(ranks.rank), random_states()))
         writers += [keep_bytes(SCHEDULER, rest)] if ranks.is_main else []
     settle()
@@ -80,19 +80,14 @@ def keep_bytes(name: str, value: Any) -> Writer:
     return write
 
 
-def gather(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, from the slices of all ranks. Called by all of them."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def take_adapter(model: PeftModel, ranks: Ranks) -> tuple[int, Writer]:
+def take_adapter(model: PeftModel, wrapped: Wrapped, ranks: Ranks) -> tuple[int, Writer]:
     """Bytes and writer of adapter_model.safetensors, on rank 0. The frozen model is not even gathered."""
     state = model.state_dict(keep_vars=True)
     kept = {id(t) for t in get_peft_model_state_dict(model, state_dict=dict(state)).values()}
     copies: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if id(tensor) in kept:
-            whole = gather(tensor)
+            whole = wrapped.gather(tensor)
             copies |= {name: to_host(whole)} if ranks.is_main else {}
 
     def write(into: Path) -> list[Path]:
@@ -104,28 +99,32 @@ def take_adapter(model: PeftModel, ranks: Ranks) -> tuple[int, Writer]:
     return sum(t.nbytes for t in copies.values()), write
 
 
-def take_weights(model: PreTrainedModel, ranks: Ranks) -> tuple[int, Writer]:
+def take_weights(model: PreTrainedModel, wrapped: Wrapped, ranks: Ranks) -> tuple[int, Writer]:
     """Bytes and writer of this rank's model*.safetensors; rank 0 adds config.json and the index.
 
     transformers' own writer is asked for everything but the tensors: it needs all of them in one process.
     """
     state = unique_weights(model)
-    shards = split_shards(state, SHARD_BYTES)
+    sizes = {k: math.prod(wrapped.shape(t)) * t.element_size() for k, t in state.items()}
+    shards = split_shards(sizes, SHARD_BYTES)
     names = shard_names(len(shards))
     mine: dict[str, dict[str, Tensor]] = {}
     for i, (name, shard) in enumerate(zip(names, shards, strict=True)):
-        wholes = ((key, gather(state[key])) for key in shard)  # on all ranks, whoever keeps it
+        wholes = ((key, wrapped.gather(state[key])) for key in shard)  # on all ranks, whoever keeps it
         copies = {key: to_host(whole) for key, whole in wholes if i % ranks.world == ranks.rank}
         if i % ranks.world == ranks.rank:
             mine[name] = copies
-    sizes = [{k: torch.empty(state[k].shape, dtype=state[k].dtype, device="meta") for k in s} for s in shards]
+    hollow = {k: torch.empty(wrapped.shape(t), dtype=t.dtype, device="meta") for k, t in state.items()}
 
     def write(into: Path) -> list[Path]:
         if ranks.is_main:
             model.save_pretrained(into, state_dict={})
             (into / WEIGHTS).unlink(missing_ok=True)  # that of no tensors
             if len(shards) > 1:
-                files = [(n, revert_weight_conversion(model, s)) for n, s in zip(names, sizes, strict=True)]
+                files = [
+                    (name, revert_weight_conversion(model, {key: hollow[key] for key in shard}))
+                    for name, shard in zip(names, shards, strict=True)
+                ]
                 total = sum(t.nbytes for _, s in files for t in s.values())
                 index = {"metadata": {"total_size": total}, "weight_map": {k: n for n, s in files for k in s}}
                 write_json(into / INDEX, index)
@@ -148,20 +147,20 @@ def unique_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name in names}
 
 
-def split_shards(state: dict[str, Tensor], limit: int) -> list[list[str]]:
+def split_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     """Names in the order of the model, cut between layers so that files have about `limit` bytes.
 
     A layer stays together: formats on disk may cut one tensor of a layer into several, or join them.
     """
     shards: list[list[str]] = [[]]
     size, layer = 0, ""
-    for name, tensor in state.items():
+    for name, num_bytes in sizes.items():
         at = next((name[: name.index(part)] + part for part in name.split(".") if part.isdecimal()), name)
         if at != layer and size >= limit:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size, layer = size + tensor.numel() * tensor.element_size(), at
+        size, layer = size + num_bytes, at
     return shards
 
 
@@ -186,44 +185,14 @@ def load_weights(model: Model, path: Path) -> None:
     model.load_state_dict(saved.state_dict())
 
 
-def name_moments(
-    model: nn.Module, optimizer: Optimizer
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """The optimizer's tensors as `parameter|moment`, and what is no tensor by parameter and moment."""
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"{name}|{key}"] = value
-            else:
-                plain.setdefault(name, {})[key] = value
-    return tensors, plain
-
-
 def load_state(
-    model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, path: Path, *, ranks: Ranks
+    model: nn.Module, wrapped: Wrapped, scheduler: LRScheduler, path: Path, *, ranks: Ranks
 ) -> None:
     """The inverse of a resumable snapshot, into any number of processes. Called by all ranks."""
     rest = torch.load(path / SCHEDULER, map_location="cpu", weights_only=True)
-    parameters = dict(model.named_parameters())
-    steps_on_device = {
-        parameter
-        for group in optimizer.param_groups
-        if group.get("fused") or group.get("capturable")
-        for parameter in group["params"]
-    }
-    for name, values in rest["plain"].items():
-        optimizer.state[parameters[name]].update(values)
-    reader = Reader(path.glob("optimizer-*.safetensors"))
-    for full_name in reader.shapes:
-        name, key = full_name.rsplit("|", 1)
-        parameter = parameters[name]
-        value = reader.read(full_name, parameter)
-        # The number of steps is on the CPU, unless a kernel on the GPU wants it there.
-        stays = value.ndim == 0 and parameter not in steps_on_device
-        optimizer.state[parameter][key] = value if stays else value.to(parameter.device)
-    for group, progress in zip(optimizer.param_groups, rest["groups"], strict=True):
+    wrapped.load_moments(model, Reader(path.glob("optimizer-*.safetensors")), rest["plain"])
+    wrapped.load_scaler_state(rest["scaler"])
+    for group, progress in zip(wrapped.optimizer.param_groups, rest["groups"], strict=True):
         group.update(progress)
     scheduler.load_state_dict(rest["schedule"])
     load_random(path, ranks.rank)

@@ -6,18 +6,23 @@ Not here: layouts (forward.py), processes (wrap.py), files (checkpoint.py).
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from packaging import version
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from swift.batch import IGNORED, Batch
 from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
+from swift.config.parallel import ParallelConfig
 from swift.engines.optim import answering, begin_training, build_optimizer, build_scheduler
 from swift.engines.protocol import Snapshot, StepInfo, Sums
 from swift.engines.ranks import Ranks
@@ -25,12 +30,17 @@ from swift.engines.transformers import checkpoint
 from swift.engines.transformers.attention import FLAT_ATTENTION
 from swift.engines.transformers.forward import refusal_of_flat, score
 from swift.engines.transformers.noise import EmbeddingNoise
-from swift.engines.transformers.wrap import Wrapped, grad_norm, wrap
+from swift.engines.transformers.offload import activations_on_cpu
+from swift.engines.transformers.sequence_parallel import SequenceRanks
+from swift.engines.transformers.wrap import Wrapper, shard, wrap
 from swift.models.adapters import leave_casting_to_autocast
 from swift.objectives.types import LossSum, Objective, TokenStats
 
 RENAMED_IN = version.parse("5.23")  # of transformers: gradient checkpointing became activation checkpointing
 
+DEFAULT_WRAPPER = partial(wrap, parallel=ParallelConfig())  # one process, or DDP
+
+HALF = (torch.bfloat16, torch.float16)
 # One token, not trained: what a rank runs while others still have rows.
 NOTHING = Batch(
     torch.zeros(1, dtype=torch.int64), torch.full((1,), IGNORED), torch.zeros(1, dtype=torch.int64), 1
@@ -50,57 +60,82 @@ class TransformersEngine:
         flat: bool | None = None,
         own_attention: bool = True,
         gradient_checkpointing: bool = False,
+        activation_cpu_offload: bool = False,
+        compute: torch.dtype | None = None,
         ranks: Ranks | None = None,
-        fsdp: bool = False,
         noise_alpha: float | None = None,
+        wrapper: Wrapper = DEFAULT_WRAPPER,
         resume_from: Path | None = None,
         frozen: PreTrainedModel | None = None,
     ) -> None:
-        """`frozen`: the reference of full-parameter training; with adapters it is the model without them."""
+        """`compute`: dtype of the arithmetic; None = that of the weights.
+
+        `frozen`: the reference of full-parameter training; with adapters it is the model without them.
+        """
         self.model = model
         self.ranks = ranks or Ranks()
-        self.data_rank, self.data_world = self.ranks.rank, self.ranks.world
+        self.data_rank, self.data_world = self.ranks.data_rank, self.ranks.data_world
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         self.device = next(model.parameters()).device
         self.dtype = base.dtype
-        if self.dtype in (torch.bfloat16, torch.float16):  # see _score
+        self.compute = compute or self.dtype
+        if self.compute in HALF:  # see _score
             leave_casting_to_autocast(model)
+        self.offload = activation_cpu_offload
         self.flat = choose_layout(base, flat)
         self.own_attention = self.flat and own_attention
         if self.own_attention:
             base.set_attn_implementation(FLAT_ATTENTION)
+        self.sequence = None
+        if self.ranks.sequence_size > 1:
+            assert self.own_attention, "only our own attention knows how to exchange heads"
+            place, group = self.ranks.rank % self.ranks.sequence_size, self.ranks.sequence_group
+            self.sequence = SequenceRanks(place, self.ranks.sequence_size, group)
         if gradient_checkpointing:
             enable_recompute(base)
+        if self.compute == torch.float16:
+            widen_trained(model)  # before weights are read: those of a checkpoint are as wide
         if resume_from:
             checkpoint.load_weights(model, resume_from)
         self.noise = EmbeddingNoise(base.get_input_embeddings(), noise_alpha) if noise_alpha else None
-        self.sharded = fsdp
-        self.wrapped = wrap(model, base, self.ranks, fsdp)
-        self.frozen = None if frozen is None else self._freeze(frozen)
         self.max_grad_norm = config.max_grad_norm
-        self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer, scheduler = build_optimizer(model, config, learning_rate)
-        self.scheduler = scheduler or build_scheduler(self.optimizer, config, total_steps)
-        if resume_from:
-            parts = (model, self.optimizer, self.scheduler, resume_from)
-            checkpoint.load_state(*parts, ranks=self.ranks)
-        begin_training(self.optimizer)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.num_parameters = (trained, sum(p.numel() for p in model.parameters()))  # slices would not tell
+        schedules: list[Any] = []  # that of a plugin's optimizer comes with it
 
-    def _freeze(self, model: PreTrainedModel) -> Wrapped:
+        def build() -> Optimizer:
+            optimizer, scheduler = build_optimizer(model, config, learning_rate)
+            schedules.append(scheduler)
+            return optimizer
+
+        self.wrapped = wrapper(model, base, ranks=self.ranks, compute=self.compute, build_optimizer=build)
+        self.module = self.wrapped.module  # what is called: the model, or inside `reference` the frozen one
+        self.frozen = None if frozen is None else self._freeze(frozen)
+        self.scheduler = schedules[0] or build_scheduler(self.wrapped.optimizer, config, total_steps)
+        if resume_from:
+            parts = (model, self.wrapped, self.scheduler, resume_from)
+            checkpoint.load_state(*parts, ranks=self.ranks)
+        begin_training(self.wrapped.optimizer)
+
+    def _freeze(self, model: PreTrainedModel) -> PreTrainedModel:
         """The reference as it runs beside the model: sliced where that one is, else whole."""
         model.requires_grad_(False).eval()
         if self.own_attention:
             model.set_attn_implementation(FLAT_ATTENTION)
-        return wrap(model, model, self.ranks, True) if self.sharded else Wrapped(model, 1.0)
+        if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+            shard(model, model, self.ranks, self.compute)
+        return model
 
     def _score(self, batch: Batch, needs: frozenset[str]) -> TokenStats:
         if self.noise:
             self.noise.batch = batch
-        # Adapters are kept in float32 beside a half-precision model: autocast runs both in the model's dtype.
-        is_half = self.dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(self.device.type, self.dtype, enabled=is_half):
+        # Weights in float32 beside half-precision arithmetic (adapters, or all of them): autocast runs both.
+        with (
+            activations_on_cpu(self.offload),
+            torch.autocast(self.device.type, self.compute, enabled=self.compute in HALF),
+        ):
             layout = {"flat": self.flat, "own_attention": self.own_attention, "device": self.device}
-            return score(self.wrapped.module, batch, needs, **layout)
+            return score(self.module, batch, needs, **layout, sequence=self.sequence)
 
     def _even_out(
         self, batches: Sequence[Batch], objective: Objective
@@ -122,7 +157,7 @@ class TransformersEngine:
     def forward(self, batches: Sequence[Batch], needs: frozenset[str]) -> list[TokenStats]:
         self.model.eval()
         longest = int(max(row[0] for row in self.ranks.gather([len(batches)])))
-        with torch.no_grad(), answering(self.optimizer):
+        with torch.no_grad(), answering(self.wrapped.optimizer):
             stats = [self._score(b, needs) for b in (*batches, *[NOTHING] * (longest - len(batches)))]
         return stats[: len(batches)]
 
@@ -133,16 +168,16 @@ class TransformersEngine:
         for i, batch in enumerate(batches, start=1):
             with self.wrapped.gradients(is_last=i == len(batches)):
                 result = objective(self._score(batch, objective.needs), batch.to(self.device))
-                # The scale rule: L = sum of terms / units of the whole step. `scale` undoes what DDP divides.
+                # The scale rule: L = sum of terms / units of the whole step. `wrapped` undoes means.
                 loss = sum(term / max(step_units[unit], 1) for unit, term in result.terms.items())
-                (loss * self.wrapped.scale).backward()
+                self.wrapped.backward(loss)
             results.append(result)
         return self._collect(results, batches, units)
 
     def measure(self, batches: Sequence[Batch], objective: Objective) -> Sums:
         self.model.eval()
         batches, units, _ = self._even_out(batches, objective)
-        with torch.no_grad(), answering(self.optimizer):
+        with torch.no_grad(), answering(self.wrapped.optimizer):
             results = [objective(self._score(b, objective.needs), b.to(self.device)) for b in batches]
         return self._collect(results, batches, units)
 
@@ -157,12 +192,11 @@ class TransformersEngine:
         return Sums(dict(zip(names, zip(numbers[0::2], numbers[1::2], strict=True), strict=True)))
 
     def optim_step(self) -> StepInfo:
-        norm = grad_norm(self.trainable, self.max_grad_norm or float("inf"))
         learning_rate = self.scheduler.get_last_lr()[0]
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepInfo(norm, learning_rate)
+        done = self.wrapped.step(self.max_grad_norm)
+        if done.applied:
+            self.scheduler.step()
+        return StepInfo(done.grad_norm, learning_rate, done.applied)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -171,11 +205,11 @@ class TransformersEngine:
             with self.model.disable_adapter():
                 yield
             return
-        trained, self.wrapped = self.wrapped, self.frozen
+        trained, self.module = self.module, self.frozen
         try:
             yield
         finally:
-            self.wrapped = trained
+            self.module = trained
 
     def drop_reference(self) -> None:
         """Frees the frozen copy, once nothing asks for it any more."""
@@ -184,8 +218,15 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
     def save(self, path: Path, *, resumable: bool) -> Snapshot:
-        parts = (self.model, self.optimizer, self.scheduler, path)
+        parts = (self.model, self.wrapped, self.scheduler, path)
         return checkpoint.take_snapshot(*parts, ranks=self.ranks, resumable=resumable)
+
+
+def widen_trained(model: nn.Module) -> None:
+    """float16 weights that are trained become float32: float16 cannot tell their updates apart."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            parameter.data = parameter.data.float()
 
 
 def enable_recompute(model: PreTrainedModel) -> None:

@@ -6,13 +6,17 @@ models whose attention cannot be replaced. Both give the same stats.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import ModelOutput
 
-from swift.batch import Batch
+from swift.batch import IGNORED, Batch
+from swift.config.option import ConfigError
+from swift.engines.transformers.sequence_parallel import SequenceRanks
 from swift.objectives.logits import DenseLogits
 from swift.objectives.types import TokenStats
 
@@ -21,7 +25,7 @@ HEADS = frozenset({"scores", "class_logits", "embeddings"})
 NEEDS_OWN_ATTENTION = ("attn_logit_softcapping", "linear_conv_kernel_dim", "mamba_d_state")
 
 
-def refusal_of_flat(model: nn.Module, config: PretrainedConfig) -> str | None:
+def refusal_of_flat(model: nn.Module | type[nn.Module], config: PretrainedConfig) -> str | None:
     """Why this model needs padding, None when flat batches are exact for it."""
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention cannot be replaced"
@@ -34,12 +38,32 @@ def refusal_of_flat(model: nn.Module, config: PretrainedConfig) -> str | None:
     return None
 
 
-def flat_arguments(batch: Batch, device: torch.device, *, own_attention: bool) -> dict[str, object]:
+def check_sequence_parallel(config: PretrainedConfig, size: int) -> None:
+    """Raises ConfigError where --sequence_parallel_size cannot be exact for a model."""
+    if size == 1:
+        return
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    if heads % size:
+        raise ConfigError(
+            f"--sequence_parallel_size {size} does not divide the model's {heads} attention heads",
+            hint="each process takes as many heads: choose a divisor",
+        )
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    refusal = refusal_of_flat(architecture, config)
+    if refusal:
+        raise ConfigError(
+            f"--sequence_parallel_size {size}: {type(config).__name__} needs padding, because {refusal}",
+            hint="leave --sequence_parallel_size out",
+        )
+
+
+def flat_arguments(batch: Batch, device: torch.device, *, own_attention: bool) -> dict[str, Any]:
     """Model arguments of one flat row; `segment_*` travel through the model to our attention function.
 
     The kernels of transformers keep segments apart by themselves, wherever position ids start again at 0.
     """
-    arguments: dict[str, object] = {
+    arguments: dict[str, Any] = {
         "input_ids": batch.input_ids[None].to(device),
         "position_ids": batch.positions()[None].to(device),
     }
@@ -114,20 +138,26 @@ def score(
     flat: bool,
     own_attention: bool,
     device: torch.device,
+    sequence: SequenceRanks | None = None,
 ) -> TokenStats:
     """Runs the model once and fills the stats in `needs`, each [T] on `device`.
 
     `batch` is on the host: shapes that depend on its values are worked out there, without waiting for a GPU.
-    `own_attention`: the flat kernel is ours, not one of transformers.
+    `own_attention`: the flat kernel is ours, not one of transformers. `sequence`: ranks that share a batch.
     """
     if needs & HEADS:
         return score_segments(model, batch, needs, flat=flat, own_attention=own_attention, device=device)
-    trained_N = batch.trained.nonzero().squeeze(1)
+    whole = sequence.pad(batch) if sequence else batch
+    labels_t = sequence.own(whole.labels) if sequence else batch.labels
+    trained_N = (labels_t != IGNORED).nonzero().squeeze(1)
     positions_N = trained_N.to(device)
     routing = {"output_router_logits": True} if "router_logits" in needs else {}
     index_T = None  # the place of each token in the padded layout
     if flat:
-        arguments = flat_arguments(batch, device, own_attention=own_attention)
+        arguments = flat_arguments(whole, device, own_attention=own_attention)
+        if sequence:
+            arguments |= {k: sequence.own(arguments[k]) for k in ("input_ids", "position_ids")}
+            arguments["sequence"] = sequence
         output = model(**arguments, **routing, logits_to_keep=positions_N, use_cache=False)
         logits_NV = output.logits[0]
     else:
@@ -135,14 +165,11 @@ def score(
         output = model(**arguments, **routing, use_cache=False)
         logits_NV = output.logits.flatten(0, 1)[index_T[trained_N].to(device)]
     view = DenseLogits(logits_NV, positions_N)
-    labels_T = batch.labels.to(device)
-    return TokenStats(
-        logps=view.logps(labels_T) if "logps" in needs else None,
-        correct=view.correct(labels_T) if "correct" in needs else None,
-        logits_mean=view.mean(batch.num_tokens) if "logits_mean" in needs else None,
-        mean_logps=view.mean_logps(batch.num_tokens) if "mean_logps" in needs else None,
-        router_logits=router_logits(output, index_T) if routing else None,
-    )
+    labels_t = labels_t.to(device)
+    found = {name: getattr(view, name)(labels_t) for name in sorted(needs - {"router_logits"})}
+    if sequence:
+        found = {name: sequence.gather(values_t)[: batch.num_tokens] for name, values_t in found.items()}
+    return TokenStats(**found, router_logits=router_logits(output, index_T) if routing else None)
 
 
 def router_logits(output: ModelOutput, index_T: Tensor | None) -> tuple[Tensor, ...]:

@@ -1,30 +1,63 @@
-"""Spreads a model over processes.
+"""Spreads a model over processes. DeepSpeed does it in deepspeed.py.
 
 DDP: every process holds everything. FSDP2: every process holds a slice of each tensor. Both average the
-gradients of all processes (FSDP2 could sum, but not on gloo): an engine multiplies its loss by their number.
+gradients of all processes (FSDP2 could sum, but not on gloo): the loss is multiplied by their number.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from swift.config.option import ConfigError
+from swift.config.parallel import ParallelConfig
 from swift.engines.ranks import Ranks
+from swift.engines.transformers.slices import Part, Reader, take_parts
+
+MASTER = "master"  # beside the moments: float32 weights that an engine keeps apart from the model's
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What became of one optimizer step."""
+
+    grad_norm: float  # before clipping; not finite where float16 overflowed
+    applied: bool  # False: the gradients overflowed, and the weights stayed as they were
+
+
+@dataclass(frozen=True)
+class Moments:
+    """An optimizer's state: tensors as `parameter|moment`, and what is no tensor by parameter and moment."""
+
+    parts: dict[str, Part]
+    plain: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Wrapped:
-    """`module` is what is called; `scale` makes the library's reduction a plain sum over ranks."""
+    """`module` is what is called; `scale` makes the library's reduction a plain sum over ranks.
+
+    `scaler` keeps float16 gradients in range: it scales losses up, gradients down, and skips what overflows.
+    """
 
     module: nn.Module
+    optimizer: Optimizer
     scale: float
+    scaler: GradScaler
 
     @contextmanager
     def gradients(self, *, is_last: bool) -> Iterator[None]:
@@ -35,21 +68,131 @@ class Wrapped:
         else:
             yield
 
+    def backward(self, loss: Tensor) -> None:
+        """`loss` is divided by the units of the whole step."""
+        self.scaler.scale(loss * self.scale).backward()
 
-def wrap(model: nn.Module, base: PreTrainedModel, ranks: Ranks, fsdp: bool) -> Wrapped:
-    """`model` as it runs on several processes; itself on one. `base` is the model below any adapters."""
+    def step(self, limit: float) -> Stepped:
+        """Clips to a global norm of `limit` (0 = never), steps and clears the gradients."""
+        self.scaler.unscale_(self.optimizer)
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        norm = grad_norm(trained, limit or float("inf"))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Stepped(norm, applied=math.isfinite(norm) or not self.scaler.is_enabled())
+
+    def shape(self, parameter: Tensor) -> torch.Size:
+        """Of the whole tensor."""
+        return parameter.shape
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The whole of a weight, from the slices of all ranks. Called by all of them."""
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def take_moments(self, model: nn.Module, ranks: Ranks) -> Moments:
+        """The optimizer's state as this rank writes it. Called by all ranks."""
+        tensors, plain = name_moments(model, self.optimizer)
+        return Moments(take_parts(tensors, rank=ranks.rank, world=ranks.world), plain)
+
+    def load_moments(self, model: nn.Module, reader: Reader, plain: dict[str, dict[str, Any]]) -> None:
+        """The inverse of `take_moments`, into any number of processes."""
+        parameters = dict(model.named_parameters())
+        steps_on_device = {
+            parameter
+            for group in self.optimizer.param_groups
+            if group.get("fused") or group.get("capturable")
+            for parameter in group["params"]
+        }
+        for name, values in plain.items():
+            self.optimizer.state[parameters[name]].update(values)
+        for full_name in reader.shapes:
+            name, key = full_name.rsplit("|", 1)
+            if key == MASTER:
+                continue
+            parameter = parameters[name]
+            value = reader.read(full_name, parameter)
+            # The number of steps is on the CPU, unless a kernel on the GPU wants it there.
+            stays = value.ndim == 0 and parameter not in steps_on_device
+            self.optimizer.state[parameter][key] = value if stays else value.to(parameter.device)
+
+    def scaler_state(self) -> dict[str, Any]:
+        return self.scaler.state_dict()
+
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        if self.scaler.is_enabled() and state:
+            self.scaler.load_state_dict(state)
+
+
+class Wrapper(Protocol):
+    """What spreads a model: `wrap` below, or that of deepspeed.py."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        base: PreTrainedModel,
+        *,
+        ranks: Ranks,
+        compute: torch.dtype,
+        build_optimizer: Callable[[], Optimizer],
+    ) -> Wrapped: ...
+
+
+def wrap(
+    model: nn.Module,
+    base: PreTrainedModel,
+    *,
+    ranks: Ranks,
+    compute: torch.dtype,
+    build_optimizer: Callable[[], Optimizer],
+    parallel: ParallelConfig,
+) -> Wrapped:
+    """`model` as it runs on several processes; itself on one. `base` is the model below any adapters.
+
+    `compute`: dtype of the arithmetic. FSDP2 sends wider weights in it, and adds gradients in float32.
+    """
     device = next(model.parameters()).device
-    if fsdp:
-        mesh = init_device_mesh(device.type, (ranks.world,))
-        names = set(base._no_split_modules or ())  # the decoder layers, as transformers itself names them
-        blocks = [m for m in base.modules() if type(m).__name__ in names]
-        for module in (*blocks, model):
-            fully_shard(module, mesh=mesh)
-        return Wrapped(model, float(ranks.world))
-    if ranks.world == 1:
-        return Wrapped(model, 1.0)
-    # Buffers (rotary frequencies) are equal by construction; sending them each step would only cost time.
-    return Wrapped(DistributedDataParallel(model, broadcast_buffers=False), float(ranks.world))
+    module = model
+    if parallel.fsdp and ranks.world > 1:
+        shard(model, base, ranks, compute)
+    elif ranks.world > 1:
+        # Buffers (rotary frequencies) are equal by construction; sending them each step would only cost time.
+        unused = parallel.ddp_find_unused_parameters
+        module = DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=unused)
+    scaler = GradScaler(device.type, enabled=compute == torch.float16)
+    return Wrapped(module, build_optimizer(), float(ranks.world), scaler)
+
+
+def shard(model: nn.Module, base: PreTrainedModel, ranks: Ranks, compute: torch.dtype) -> None:
+    """Leaves each process a slice of every tensor of `model`, in place (FSDP2)."""
+    mesh = init_device_mesh(next(model.parameters()).device.type, (ranks.world,))
+    names = set(base._no_split_modules or ())  # the decoder layers, as transformers itself names them
+    blocks = [m for m in base.modules() if type(m).__name__ in names]
+    mixed = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
+    for part in (*blocks, model):
+        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy() if compute == base.dtype else mixed)
+
+
+def load_zero() -> ModuleType:
+    """deepspeed.py, or in words what is missing for it."""
+    if find_spec("deepspeed") is None:
+        raise ConfigError("--deepspeed needs the package deepspeed", hint="pip install 'swiftune[deepspeed]'")
+    return import_module("swift.engines.transformers.deepspeed")
+
+
+def name_moments(
+    model: nn.Module, optimizer: Optimizer
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The optimizer's tensors as `parameter|moment`, and what is no tensor by parameter and moment."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}|{key}"] = value
+            else:
+                plain.setdefault(name, {})[key] = value
+    return tensors, plain
 
 
 def grad_norm(parameters: list[nn.Parameter], limit: float) -> float:
