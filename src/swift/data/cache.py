@@ -4,7 +4,8 @@ Owns: the key of an entry, its files, who writes it, the entries of `swift expor
 here: encoding itself (encode.py).
 
 An entry is a directory: ids.bin and labels.bin ([N] int32), loss_scale.bin ([N] float32, where some row has
-weights), rows.npy ([R, 4] int64: tokens, number of the source row, file, line) and entry.json, written last.
+weights), rows.npy ([R, 4] int64: tokens, number of the source row, file, line), for rows of several sequences
+parts.npy ([R, K] int64: tokens of each) and values.npy ([R, V] float32), and entry.json, written last.
 """
 
 import contextlib
@@ -33,15 +34,18 @@ from swift.data.encode import (
     encode_chunks,
     judge,
     make_report,
+    name_values,
+    pad_parts,
 )
 from swift.data.rows import Rows
+from swift.data.shapes import SHAPES
 from swift.template.chat import ChatTemplate
 from swift.template.tokenize import IGNORED, Encoded, fast_backend
 from swift.utils import env
 from swift.utils.files import write_json
 from swift.utils.log import say
 
-ENTRY = "entry.json"
+ENTRY, PARTS, VALUES = "entry.json", "parts.npy", "values.npy"
 _BLOCK = 1 << 22  # bytes read at once
 # What an encoded row is a function of, besides the rows and the tokenizer.
 _NOT_FOR_TRAINING = ("response_prefix", "max_length")
@@ -56,13 +60,15 @@ def encode_cached(
     max_length: int,
     what: str = "training",
     plugins: Sequence[str] = (),
+    shape: str = "chat",
 ) -> tuple[EncodedDataset, EncodeReport]:
     """As `encode_rows`, from the cache where it has these rows; otherwise it will have them afterwards.
 
-    `plugins`: files whose code takes part. Several processes may ask at once: one encodes, the others wait.
+    `plugins`: files whose code takes part. `shape`: one of SHAPES. Several processes may ask at once: one
+    encodes, the others wait.
     """
-    encoder = Encoder(template, max_length, template_config.truncation_strategy, config.strict)
-    settings = describe_settings(template, template_config, max_length)
+    encoder = Encoder(template, max_length, template_config.truncation_strategy, config.strict, shape)
+    settings = {**describe_settings(template, template_config, max_length), "shape": shape}
     known = [rows.digest, settings, digest_tokenizer(template), _digest_code(plugins)]
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
     root = env.cache_root() / "encoded"
@@ -73,13 +79,13 @@ def encode_cached(
             f"{root}: {error.strerror or error}", hint="SWIFT_CACHE names another place"
         ) from error
     with FileLock(root / f"{key}.lock"):
-        found = open_entry(root / key, rows) if config.load_from_cache_file else None
+        found = open_entry(root / key, rows, shape) if config.load_from_cache_file else None
         if found is not None and not (config.strict and found[1].num_dropped):
             say(f"{what}: encoded rows taken from {root / key}")
         else:
             about = {"settings": settings, "tokenizer": digest_tokenizer(template)}
             write_entry(root / key, encoder, rows, config, what=what, about=about)
-            found = open_entry(root / key, rows)
+            found = open_entry(root / key, rows, shape)
             assert found is not None, f"{root / key} cannot be read back"
     judge(found[1], config, what)
     return found
@@ -143,7 +149,8 @@ def _cut(dataset: EncodedDataset, first: int, end: int) -> Chunk:
     scale = None if dataset.loss_scale is None else dataset.loss_scale[span]
     flat = Encoded(dataset.ids[span], dataset.labels[span], scale)
     places = [dataset.places[i] for i in range(first, end)]
-    return Chunk(flat, dataset.lengths[first:end].tolist(), list(range(first, end)), places, [])
+    parts = [tuple(row) for row in dataset.parts[first:end].tolist()]
+    return Chunk(flat, parts, list(range(first, end)), places, [], [()] * len(parts))
 
 
 class _Writer:
@@ -158,6 +165,8 @@ class _Writer:
         self._labels = (self._directory / "labels.bin").open("wb")
         self._scale: Any = None
         self._rows: list[np.ndarray] = []
+        self._parts: list[np.ndarray] = []
+        self._values: list[np.ndarray] = []
         self._files: dict[str, int] = {}
         self._tokens = self._trained = 0
 
@@ -174,7 +183,10 @@ class _Writer:
             scale.tofile(self._scale)
         files = [self._files.setdefault(file, len(self._files)) for file, _ in chunk.places]
         lines = [line for _, line in chunk.places]
-        self._rows.append(np.array([chunk.lengths, chunk.kept, files, lines], dtype=np.int64).T)
+        parts = pad_parts(chunk.parts)
+        self._rows.append(np.array([parts.sum(1), chunk.kept, files, lines], dtype=np.int64).T)
+        self._parts.append(parts)
+        self._values.append(np.array(chunk.values, dtype=np.float32).reshape(len(chunk.values), -1))
         self._tokens += size
         self._trained += int(np.count_nonzero(flat.labels != IGNORED))
         return chunk
@@ -184,8 +196,16 @@ class _Writer:
         for handle in (self._ids, self._labels, self._scale):
             if handle is not None:
                 handle.close()
-        rows = np.concatenate(self._rows)
+        rows, width = np.concatenate(self._rows), max(parts.shape[1] for parts in self._parts)
         np.save(self._directory / "rows.npy", rows)
+        parts = np.concatenate([np.pad(p, ((0, 0), (0, width - p.shape[1]))) for p in self._parts])
+        values = np.concatenate([v for v in self._values if len(v)]) if len(rows) else np.empty((0, 0))
+        beside = [parts] if width > 1 else []
+        if width > 1:
+            np.save(self._directory / PARTS, parts)
+        if values.shape[1]:
+            np.save(self._directory / VALUES, values)
+            beside += list(values.T)
         known = {
             **about,
             "rows": len(rows),
@@ -193,7 +213,7 @@ class _Writer:
             "trained": self._trained,
             "weighted": self._scale is not None,
             "files": list(self._files),
-            "fingerprint": _fingerprint(self._directory, rows[:, 0]),
+            "fingerprint": _fingerprint(self._directory, rows[:, 0], beside),
         }
         write_json(self._directory / ENTRY, known)
         if self._entry.exists():
@@ -204,7 +224,7 @@ class _Writer:
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
-def _fingerprint(directory: Path, lengths: np.ndarray) -> str:
+def _fingerprint(directory: Path, lengths: np.ndarray, beside: Sequence[np.ndarray]) -> str:
     """As EncodedDataset.fingerprint, without mapping the files."""
     digest = hashlib.sha256()
 
@@ -218,6 +238,8 @@ def _fingerprint(directory: Path, lengths: np.ndarray) -> str:
     digest.update(np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)]).data)
     if (directory / "loss_scale.bin").exists():
         add("loss_scale.bin")
+    for array in beside:
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
@@ -234,7 +256,9 @@ class _Places(Sequence[Place]):
         return self._files[int(self._rows[index, 2])], int(self._rows[index, 3])
 
 
-def open_entry(entry: Path, rows: Rows | None = None) -> tuple[EncodedDataset, EncodeReport] | None:
+def open_entry(
+    entry: Path, rows: Rows | None = None, shape: str = "chat"
+) -> tuple[EncodedDataset, EncodeReport] | None:
     """What is in an entry; none where it is missing or damaged. `rows` are those it was made of."""
     try:
         about = json.loads((entry / ENTRY).read_text(encoding="utf-8"))
@@ -243,6 +267,8 @@ def open_entry(entry: Path, rows: Rows | None = None) -> tuple[EncodedDataset, E
         names = ("ids", "labels", "loss_scale") if about["weighted"] else ("ids", "labels")
         if table.shape != (about["rows"], 4) or table[:, 0].sum() != count:
             return None
+        parts = np.load(entry / PARTS) if (entry / PARTS).exists() else table[:, :1]
+        values = name_values(shape, np.load(entry / VALUES)) if SHAPES[shape].values else {}
         if any((entry / f"{name}.bin").stat().st_size != 4 * count for name in names):
             return None
         report = EncodeReport(
@@ -256,8 +282,9 @@ def open_entry(entry: Path, rows: Rows | None = None) -> tuple[EncodedDataset, E
     kinds = (np.int32, np.int32, np.float32)
     arrays = [np.memmap(entry / f"{name}.bin", kind, "r") for name, kind in zip(names, kinds, strict=False)]
     flat = Encoded(arrays[0], arrays[1], arrays[2] if len(arrays) > 2 else None)
-    samples = () if rows is None else Samples(rows, table[:, 1])
-    dataset = EncodedDataset(flat, table[:, 0], _Places(about["files"], table), samples, entry)
+    samples = () if rows is None else Samples(rows, table[:, 1], shape)
+    places = _Places(about["files"], table)
+    dataset = EncodedDataset(flat, parts, places, values=values, samples=samples, directory=entry)
     dataset.__dict__.update(num_trained=about["trained"], fingerprint=about["fingerprint"])
     return dataset, report
 

@@ -1,11 +1,13 @@
 """Encoded rows -> `Batch`. The only place where labels are shifted."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from swift.batch import IGNORED, Batch
+from swift.data.encode import EncodedDataset
 from swift.template.tokenize import Encoded
 
 
@@ -14,8 +16,29 @@ def shift_left(values: np.ndarray, fill: float) -> np.ndarray:
     return np.append(values[1:], np.asarray([fill], dtype=values.dtype))
 
 
+def collate_rows(dataset: EncodedDataset, indices: Sequence[int] | np.ndarray) -> Batch:
+    """The rows of these numbers as one flat batch, with what is known about each row and position."""
+    sequences, counts, spans = [], [], []
+    for index in indices:
+        found = dataset.sequences(index)
+        sequences += found
+        counts.append(len(found))
+        end = int(dataset.offsets[index + 1])
+        spans.append((end - int(dataset.lengths[index]), end))
+    chosen = np.asarray(indices, dtype=np.int64)
+    segment = {
+        name: torch.from_numpy(np.repeat(values[chosen], counts)) for name, values in dataset.values.items()
+    }
+    token = {
+        name: torch.from_numpy(np.concatenate([values[first:end] for first, end in spans]))
+        for name, values in dataset.tokens.items()
+    }
+    batch = collate(sequences)
+    return replace(batch, token={**batch.token, **token}, segment=segment)
+
+
 def collate(rows: Sequence[Encoded]) -> Batch:
-    """One flat batch, a segment a row, in the given order. Weights appear only where some row has them."""
+    """One flat batch, a segment a sequence, in the given order. Weights appear only where some have them."""
     input_ids = np.concatenate([r.input_ids for r in rows])
     labels = np.concatenate([shift_left(r.labels, IGNORED) for r in rows])
     segment_ids = np.repeat(np.arange(len(rows)), [len(r.input_ids) for r in rows])

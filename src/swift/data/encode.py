@@ -25,8 +25,9 @@ from rich.progress import track
 from swift.config.data import DataConfig
 from swift.config.option import ConfigError
 from swift.config.template import TemplateConfig
-from swift.data.formats import PREFERENCE_DATA, to_sample
+from swift.data.formats import PREFERENCE_DATA
 from swift.data.rows import InMemory, Line, Rows, parse_row
+from swift.data.shapes import SHAPES, Example
 from swift.data.types import Row, RowError, Sample, place
 from swift.template.chat import ChatTemplate
 from swift.template.tokenize import IGNORED, Encoded, Rejected, encode_chats
@@ -41,10 +42,10 @@ Place = tuple[str, int]  # file and line
 
 
 class Samples(Sequence[Sample]):
-    """The conversations of encoded rows, read again when they are asked for."""
+    """The first conversation of each encoded row, read again when it is asked for."""
 
-    def __init__(self, rows: Rows, kept: np.ndarray) -> None:
-        self._rows, self._kept = rows, kept
+    def __init__(self, rows: Rows, kept: np.ndarray, shape: str = "chat") -> None:
+        self._rows, self._kept, self._read = rows, kept, SHAPES[shape].read
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -52,26 +53,31 @@ class Samples(Sequence[Sample]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return to_sample(self._rows[int(self._kept[index])])
+        return self._read(self._rows[int(self._kept[index])]).samples[0]
 
 
 class EncodedDataset:
-    """Encoded rows, in memory or mapped from files. R = rows, N = tokens of all."""
+    """Encoded rows, in memory or mapped from files. R = rows, S = their sequences, N = tokens of all."""
 
     def __init__(
         self,
         flat: Encoded,
-        lengths: Sequence[int] | np.ndarray,
+        parts: np.ndarray,
         places: Sequence[Place],
+        *,
+        values: dict[str, np.ndarray] | None = None,
         samples: Sequence[Sample] = (),
         directory: Path | None = None,
     ) -> None:
-        assert len(lengths) == len(places), (len(lengths), len(places))
+        assert len(parts) == len(places), (len(parts), len(places))
         self.ids = flat.input_ids  # [N] int32
         self.labels = flat.labels  # [N] int32, not shifted
         self.loss_scale = flat.loss_scale  # [N] float32; none = 1 everywhere
-        self.lengths = np.array(lengths, dtype=np.int64)  # [R] tokens
+        self.parts = parts  # [R, K] int64 tokens of each sequence of a row; 0 = the row has fewer
+        self.lengths = parts.sum(1)  # [R] tokens
         self.offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.lengths)])  # [R + 1]
+        self.values = values or {}  # name -> [R] float32, numbers that go with a row
+        self.tokens: dict[str, np.ndarray] = {}  # name -> [N] float32, what was computed about each position
         self.places = places  # where each row was read
         self.samples = samples  # empty where the rows come from --cached_dataset
         self.directory = directory  # what it is mapped from, if it is
@@ -81,10 +87,15 @@ class EncodedDataset:
 
     def __getitem__(self, index: int) -> Encoded:
         end = self.offsets[index % len(self) + 1]
-        kept = slice(end - self.lengths[index], end)
-        return Encoded(
-            self.ids[kept], self.labels[kept], None if self.loss_scale is None else self.loss_scale[kept]
-        )
+        return Encoded(self.ids, self.labels, self.loss_scale).cut(int(end - self.lengths[index]), int(end))
+
+    def sequences(self, index: int) -> list[Encoded]:
+        """The row as sequences that do not see each other."""
+        row, parts = self[index], self.parts[index]
+        if len(parts) == 1:
+            return [row]
+        ends = np.cumsum(parts)
+        return [row.cut(end - length, end) for end, length in zip(ends, parts, strict=True) if length]
 
     @property
     def num_tokens(self) -> int:
@@ -98,7 +109,9 @@ class EncodedDataset:
     def fingerprint(self) -> str:
         """sha256 of everything that is trained on."""
         digest = hashlib.sha256()
-        for array in (self.ids, self.labels, self.offsets, self.loss_scale):
+        parts = self.parts if self.parts.shape[1] > 1 else None
+        arrays = (self.ids, self.labels, self.offsets, self.loss_scale, parts, *self.values.values())
+        for array in arrays:
             for block in _blocks(array) if array is not None else ():
                 digest.update(np.ascontiguousarray(block).data)
         return digest.hexdigest()
@@ -133,10 +146,11 @@ class Chunk:
     """Some rows, encoded. K = rows kept of them."""
 
     flat: Encoded  # [tokens of all]
-    lengths: list[int]  # [K]
+    parts: list[tuple[int, ...]]  # [K] tokens of each sequence of a row
     kept: list[int]  # [K] which rows these are, counted from the first of all
     places: list[Place]  # [K]
     dropped: list[tuple[Place, Rejected]]
+    values: list[tuple[float, ...]]  # [K]
 
 
 def encode_rows(
@@ -147,21 +161,37 @@ def encode_rows(
     template_config: TemplateConfig,
     max_length: int,
     what: str = "training",
+    shape: str = "chat",
 ) -> tuple[EncodedDataset, EncodeReport]:
-    """Encodes all rows, in order, into memory. `what` names them in messages.
+    """Encodes all rows, in order, into memory. `what` names them in messages, `shape` is one of SHAPES.
 
     Raises ConfigError as `encode_chunks` and `judge` do.
     """
     table = rows if isinstance(rows, Rows) else Rows([InMemory(rows)])
-    encoder = Encoder(template, max_length, template_config.truncation_strategy, config.strict)
+    encoder = Encoder(template, max_length, template_config.truncation_strategy, config.strict, shape)
     chunks = list(encode_chunks(encoder, table, config.dataset_num_proc))
     report = make_report(len(table), chunks)
     judge(report, config, what)
     kept = np.array([number for chunk in chunks for number in chunk.kept], dtype=np.int64)
-    lengths = [length for chunk in chunks for length in chunk.lengths]
+    parts = pad_parts([part for chunk in chunks for part in chunk.parts])
     places = [place for chunk in chunks for place in chunk.places]
     flat = _concatenate([chunk.flat for chunk in chunks])
-    return EncodedDataset(flat, lengths, places, Samples(table, kept)), report
+    values = name_values(shape, [row for chunk in chunks for row in chunk.values])
+    return EncodedDataset(flat, parts, places, values=values, samples=Samples(table, kept, shape)), report
+
+
+def pad_parts(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """[R, K] int64 tokens of each sequence, 0 where a row has fewer than others."""
+    longest = max(map(len, rows), default=1)
+    return np.array([[*row, *[0] * (longest - len(row))] for row in rows], dtype=np.int64).reshape(
+        -1, longest
+    )
+
+
+def name_values(shape: str, rows: Sequence[tuple[float, ...]] | np.ndarray) -> dict[str, np.ndarray]:
+    """Name -> [R] float32, from the numbers of each row."""
+    table = np.asarray(rows, dtype=np.float32)
+    return {name: table[:, i] for i, name in enumerate(SHAPES[shape].values)}
 
 
 def make_report(total: int, chunks: Iterable[Chunk]) -> EncodeReport:
@@ -169,7 +199,7 @@ def make_report(total: int, chunks: Iterable[Chunk]) -> EncodeReport:
     unsupervised: set[str] = set()
     kept = 0
     for chunk in chunks:
-        kept += len(chunk.lengths)
+        kept += len(chunk.parts)
         for where, rejected in chunk.dropped:
             dropped.setdefault(rejected.reason, []).append(where)
             if rejected.unsupervised:
@@ -185,20 +215,19 @@ class Encoder:
     max_length: int
     truncation_strategy: str
     strict: bool
+    shape: str = "chat"
     columns: dict[str, Any] = field(default_factory=dict)
 
     def encode(self, first: int, items: Sequence[Row | Line]) -> Chunk:
         """The rows from number `first` on. Raises ConfigError at a line that is not JSON."""
-        samples: list[Sample] = []
-        outcomes: list[tuple[int, Place, Sample | Rejected]] = []
-        for number, item in enumerate(items, start=first):
-            outcome: Sample | Rejected
+        read = SHAPES[self.shape].read
+        outcomes: list[Example | Rejected] = []
+        for item in items:
             try:
-                outcome = to_sample(parse_row(item, self.columns))
-                samples.append(outcome)
+                outcomes.append(read(parse_row(item, self.columns)))
             except RowError as error:
-                outcome = Rejected(str(error))
-            outcomes.append((number, (item.file, item.line), outcome))
+                outcomes.append(Rejected(str(error)))
+        samples = [s for outcome in outcomes if isinstance(outcome, Example) for s in outcome.samples]
         encoded = iter(
             encode_chats(
                 self.template,
@@ -209,21 +238,24 @@ class Encoder:
             )
         )
         parts: list[Encoded] = []
-        chunk = Chunk(_concatenate([]), [], [], [], [])
-        for number, where, outcome in outcomes:
-            result = next(encoded) if isinstance(outcome, Sample) else outcome
-            if isinstance(result, Encoded):
-                parts.append(result)
-                chunk.lengths.append(len(result.input_ids))
+        chunk = Chunk(_concatenate([]), [], [], [], [], [])
+        for number, (item, outcome) in enumerate(zip(items, outcomes, strict=True), start=first):
+            where = (item.file, item.line)
+            found = [next(encoded) for _ in outcome.samples] if isinstance(outcome, Example) else [outcome]
+            rejected = next((part for part in found if isinstance(part, Rejected)), None)
+            if rejected is None:
+                parts += found
+                chunk.parts.append(tuple(len(part.input_ids) for part in found))
                 chunk.kept.append(number)
                 chunk.places.append(where)
+                chunk.values.append(outcome.values)
             elif self.strict:
                 raise ConfigError(
-                    f"{place(*where)}: {result.reason}",
+                    f"{place(*where)}: {rejected.reason}",
                     hint="--strict true stops at the first row that cannot be used",
                 )
             else:
-                chunk.dropped.append((where, result))
+                chunk.dropped.append((where, rejected))
         return replace(chunk, flat=_concatenate(parts))
 
 

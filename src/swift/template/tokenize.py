@@ -28,10 +28,13 @@ class Encoded:
     """One row. L = its tokens."""
 
     input_ids: np.ndarray  # [L] int32
-    labels: (
-        np.ndarray
-    )  # [L] int32, not shifted; IGNORED = not trained. Nothing predicts token 0: it is never trained
+    labels: np.ndarray  # [L] int32, not shifted; IGNORED = not trained, as token 0: nothing predicts it
     loss_scale: np.ndarray | None  # [L] float32; none = 1 everywhere
+
+    def cut(self, first: int, end: int) -> "Encoded":
+        """Tokens [first, end), without copying them."""
+        scale = None if self.loss_scale is None else self.loss_scale[first:end]
+        return Encoded(self.input_ids[first:end], self.labels[first:end], scale)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from swift.config.schedule import ScheduleConfig
-from swift.data.collate import collate
+from swift.data.collate import collate_rows
 from swift.data.encode import EncodedDataset
 from swift.data.loader import StepPlan
 from swift.engines.protocol import Engine, StepInfo, Sums
@@ -79,7 +79,7 @@ class Offline:
 
     def _train_step(self, state: TrainState, clock: "Clock") -> None:
         micro_batches = self.plan.micro_batches(state.step, self.engine.data_rank)
-        batches = [collate([self.rows[i] for i in rows]) for rows in micro_batches]
+        batches = [collate_rows(self.rows, rows) for rows in micro_batches]
         with clock.training():
             sums = self.engine.forward_backward(batches, self.objective)
             info = self.engine.optim_step()
@@ -147,7 +147,7 @@ class Offline:
             len(self.eval_rows),
         )
         mine = range(self.engine.data_rank * size, count, self.engine.data_world * size)
-        batches = [collate([self.eval_rows[i] for i in range(s, min(s + size, count))]) for s in mine]
+        batches = [collate_rows(self.eval_rows, range(s, min(s + size, count))) for s in mine]
         sums = self.engine.measure(batches, self.objective)
         seconds = time.perf_counter() - started
         metrics = {f"eval_{k}": v for k, v in loss_and_metrics(sums).items()}
