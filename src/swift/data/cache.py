@@ -186,7 +186,7 @@ class _Writer:
         parts = pad_parts(chunk.parts)
         self._rows.append(np.array([parts.sum(1), chunk.kept, files, lines], dtype=np.int64).T)
         self._parts.append(parts)
-        self._values.append(np.array(chunk.values, dtype=np.float32).reshape(len(chunk.values), -1))
+        self._values.append(np.array(chunk.values, dtype=np.float32))
         self._tokens += size
         self._trained += int(np.count_nonzero(flat.labels != IGNORED))
         return chunk

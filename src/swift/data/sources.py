@@ -97,7 +97,7 @@ def open_rows(
 def open_sets(
     data: DataConfig, *, seed: int, use_hf: bool, token: str | None
 ) -> tuple[Rows | None, Rows | None]:
-    """Training rows and evaluation rows, as a run names them; none where it names none."""
+    """Training rows and evaluation rows, as a run names them; none where it names none, or streams them."""
     if not data.dataset:
         return None, None
     options: dict[str, Any] = {
@@ -108,6 +108,10 @@ def open_sets(
         "use_hf": use_hf,
         "token": token,
     }
+    if data.streaming:
+        if data.val_dataset:
+            return None, open_rows(data.val_dataset, shuffle=data.val_dataset_shuffle, **options)
+        return None, None
     rows = open_rows(
         data.dataset,
         shuffle=data.dataset_shuffle,

@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain, islice
 from typing import Any
@@ -31,7 +31,7 @@ from swift.data.types import Row, place
 from swift.template.tokenize import Encoded
 from swift.utils.log import warn
 
-WINDOW = 64  # packs whose rows are chosen together: on average half a pack of a window stays empty
+WINDOW = 128  # packs whose rows are chosen together: on average half a pack of a window stays empty
 _CHUNK = 128  # rows handed to the tokenizer, or to a worker process, at once
 
 Item = list[Encoded]  # one row, or the rows of a pack
@@ -159,6 +159,11 @@ class EncodedStream:
         self._pool = open_workers(self._encoder, workers) if workers else None
         self._items = self._read_items(self.position)
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the rows and the size of packs."""
+        return f"{self._source.fingerprint}-{self._capacity}"
+
     def next_item(self) -> Item | None:
         """The next row or pack; none at the end of a pass. `position` is then behind it."""
         return next(self._items)
@@ -235,70 +240,10 @@ class EncodedStream:
 
 
 def _rows_in(chunks: Sequence[Chunk]) -> int:
-    return sum(len(chunk.lengths) + len(chunk.dropped) for chunk in chunks)
+    return sum(len(chunk.kept) + len(chunk.dropped) for chunk in chunks)
 
 
 def _split(chunk: Chunk) -> list[Encoded]:
-    ends = np.cumsum(chunk.lengths).tolist()
-    flat, parts = chunk.flat, [slice(end - size, end) for end, size in zip(ends, chunk.lengths, strict=True)]
-    scale = flat.loss_scale
-    return [Encoded(flat.input_ids[p], flat.labels[p], None if scale is None else scale[p]) for p in parts]
-
-
-class StreamFeed:
-    """Optimizer steps from a stream: the order of items depends on neither micro-batches nor processes."""
-
-    steps_per_epoch = None  # nobody knows
-
-    def __init__(
-        self,
-        stream: EncodedStream,
-        *,
-        micro_batch_size: int,
-        accumulation: int,
-        data_world: int = 1,
-        first_step: int = 0,
-    ) -> None:
-        self.stream = stream
-        self.micro_batch_size, self.accumulation = micro_batch_size, accumulation
-        self.data_world = data_world
-        self._step = first_step
-
-    @property
-    def items_per_step(self) -> int:
-        return self.micro_batch_size * self.accumulation * self.data_world
-
-    def batches(self, step: int, data_rank: int = 0) -> list[list[Encoded]]:
-        """Rows of each micro-batch of one rank, fewer at the end of a pass. Steps come in order, once."""
-        assert step == self._step, (step, self._step)
-        self._step += 1
-        items: list[Item] = []
-        while len(items) < self.items_per_step:
-            item = self.stream.next_item()
-            if item is not None:
-                items.append(item)
-            elif items:
-                break
-        mine, size = items[data_rank :: self.data_world], self.micro_batch_size
-        return [list(chain.from_iterable(mine[i : i + size])) for i in range(0, len(mine), size)]
-
-    def epoch(self, _step: int) -> float:
-        """Whole passes so far."""
-        return float(self.stream.position.epoch)
-
-    def rows_until(self, _step: int) -> int:
-        """Rows that have been trained, or are in the block that is at work."""
-        return self.stream.read - self.stream.dropped.total()
-
-    def progress(self) -> dict[str, int]:
-        """For a line of the log."""
-        return {"rows_read": self.stream.read, "rows_dropped": self.stream.dropped.total()}
-
-    def describe(self) -> str:
-        """For the summary of a run."""
-        reasons = "".join(f"; {count} {reason}" for reason, count in self.stream.dropped.most_common())
-        return f"{self.stream.read} rows read, {self.stream.dropped.total()} dropped{reasons}"
-
-    def position(self) -> dict[str, Any] | None:
-        """What a checkpoint keeps."""
-        return asdict(self.stream.position)
+    lengths = [length for (length,) in chunk.parts]
+    ends = np.cumsum(lengths, dtype=np.int64).tolist()
+    return [chunk.flat.cut(end - length, end) for end, length in zip(ends, lengths, strict=True)]

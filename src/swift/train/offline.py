@@ -15,7 +15,7 @@ import torch
 from swift.config.schedule import ScheduleConfig
 from swift.data.collate import collate_rows
 from swift.data.encode import EncodedDataset
-from swift.data.loader import StepPlan
+from swift.data.feed import Feed, describe_lengths
 from swift.engines.protocol import Engine, StepInfo, Sums
 from swift.objectives.types import Objective
 from swift.train.callbacks import Callback, EndEvent, EvalEvent, SaveEvent, StartEvent, StepEvent
@@ -29,11 +29,11 @@ class Cadence:
 
     strategy: str
     every: int
-    steps_per_epoch: int
+    steps_per_epoch: int | None
     total_steps: int
 
     @classmethod
-    def of(cls, strategy: str, every: float, steps_per_epoch: int, total_steps: int) -> "Cadence":
+    def of(cls, strategy: str, every: float, steps_per_epoch: int | None, total_steps: int) -> "Cadence":
         """`every` below 1 is a share of all steps."""
         count = math.ceil(every * total_steps) if 0 < every < 1 else int(every)
         return cls(strategy, max(count, 1), steps_per_epoch, total_steps)
@@ -42,7 +42,10 @@ class Cadence:
         """The last step is always due, unless the strategy is `no`."""
         if self.strategy == "no":
             return False
-        every = self.steps_per_epoch if self.strategy == "epoch" else self.every
+        every = self.every
+        if self.strategy == "epoch":
+            assert self.steps_per_epoch is not None
+            every = self.steps_per_epoch
         return step % every == 0 or step == self.total_steps
 
 
@@ -52,9 +55,8 @@ class Offline:
 
     engine: Engine
     objective: Objective
-    rows: EncodedDataset
+    feed: Feed
     eval_rows: EncodedDataset | None
-    plan: StepPlan
     total_steps: int
     schedule: ScheduleConfig
     saver: Saver
@@ -78,8 +80,7 @@ class Offline:
             getattr(callback, hook)(event)
 
     def _train_step(self, state: TrainState, clock: "Clock") -> None:
-        micro_batches = self.plan.micro_batches(state.step, self.engine.data_rank)
-        batches = [collate_rows(self.rows, rows) for rows in micro_batches]
+        batches = self.feed.batches(state.step, self.engine.data_rank)
         with clock.training():
             sums = self.engine.forward_backward(batches, self.objective)
             info = self.engine.optim_step()
@@ -93,6 +94,7 @@ class Offline:
         metric = self._evaluate(state) if self._cadence("eval").due(state.step) else None
         if self._cadence("save").due(state.step):
             state.elapsed_seconds = clock.elapsed()
+            state.position = self.feed.position()
             path = self.saver.save(self.engine, state, metric, self._lower_is_better())
             self._tell("on_save", SaveEvent(state.step, path))
 
@@ -102,12 +104,11 @@ class Offline:
     def _cadence(self, what: str) -> Cadence:
         s = self.schedule
         if what == "save":
-            return Cadence.of(s.save_strategy, s.save_steps, self.plan.steps_per_epoch, self.total_steps)
+            return Cadence.of(s.save_strategy, s.save_steps, self.feed.steps_per_epoch, self.total_steps)
         strategy = s.eval_strategy or ("steps" if s.eval_steps else s.save_strategy)
         every = s.eval_steps or s.save_steps
-        return Cadence.of(
-            strategy if self.eval_rows else "no", every, self.plan.steps_per_epoch, self.total_steps
-        )
+        strategy = strategy if self.eval_rows else "no"
+        return Cadence.of(strategy, every, self.feed.steps_per_epoch, self.total_steps)
 
     def _lower_is_better(self) -> bool:
         if self.schedule.greater_is_better is not None:
@@ -116,7 +117,7 @@ class Offline:
 
     def _position(self, state: TrainState) -> dict[str, Any]:
         return {
-            "epoch": round(state.step / self.plan.steps_per_epoch, 6),
+            "epoch": round(self.feed.epoch(state.step), 6),
             "global_step/max_steps": f"{state.step}/{self.total_steps}",
             "percentage": f"{100 * state.step / self.total_steps:.2f}%",
         }
@@ -131,6 +132,7 @@ class Offline:
         return {
             **row,
             **self._position(state),
+            **self.feed.progress(),
             "elapsed_time": format_seconds(clock.elapsed()),
             "remaining_time": format_seconds(clock.remaining(state.step, self.total_steps)),
             "memory(GiB)": round(peak_memory_gib(), 2),
@@ -161,7 +163,7 @@ class Offline:
 
     def _summary(self, state: TrainState, clock: "Clock") -> dict[str, Any]:
         seconds = clock.elapsed()
-        samples = state.step * len(self.rows) / self.plan.steps_per_epoch
+        samples = self.feed.rows_until(state.step)
 
         def path(step: int | None) -> str | None:
             return None if step is None else str(self.run_directory / f"checkpoint-{step}")
@@ -171,7 +173,7 @@ class Offline:
             "train_runtime": round(seconds, 2),
             "train_steps_per_second": round(state.step / seconds, 4) if seconds else 0.0,
             "train_samples_per_second": round(samples / seconds, 3) if seconds else 0.0,
-            "train_dataset": describe_lengths(self.rows),
+            "train_dataset": self.feed.describe(),
             "val_dataset": describe_lengths(self.eval_rows) if self.eval_rows else None,
             "last_model_checkpoint": path(state.last_saved_step),
             "best_model_checkpoint": path(state.best_step),
@@ -220,10 +222,3 @@ def peak_memory_gib() -> float:
         return torch.cuda.max_memory_reserved() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def describe_lengths(rows: EncodedDataset) -> str:
-    """`193.38±32.78, min=141.00, max=270.00, size=26`: tokens a row."""
-    lengths = rows.lengths
-    spread = f"{lengths.mean():.2f}±{lengths.std():.2f}, min={lengths.min():.2f}, max={lengths.max():.2f}"
-    return f"{spread}, size={len(rows)}"

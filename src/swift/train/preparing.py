@@ -1,6 +1,7 @@
 """From --dataset to encoded rows, and from rows to the steps of a run. No model is needed for any of it."""
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -8,28 +9,55 @@ from swift.config.option import ConfigError
 from swift.config.runs import SftRun
 from swift.data.audit import audit
 from swift.data.cache import encode_cached, join_datasets, open_exported, remember
-from swift.data.encode import EncodedDataset
+from swift.data.encode import EncodedDataset, Encoder
+from swift.data.feed import Feed, StoredFeed, StreamFeed
 from swift.data.loader import StepPlan
 from swift.data.pack import pack_lengths
-from swift.data.rows import Rows
+from swift.data.rows import InMemory, Rows
+from swift.data.sources import open_sets
+from swift.data.stream import EncodedStream, Position, RowStream, open_stream
 from swift.engines.ranks import Ranks
 from swift.template.chat import ChatTemplate
 from swift.train import summary
 from swift.train.resume import Resumption
 from swift.utils.log import warn
 
+STREAM_HEAD = 1_000  # rows of a stream whose faults are told before weights load
 ROWS_PER_STEP = 16  # what --gradient_accumulation_steps aims at when it is not given
 
 
+@dataclass(frozen=True)
+class Sources:
+    """Rows of a run. Of training rows that are streamed, `train` has the first ones."""
+
+    train: Rows | None
+    evaluation: Rows | None
+    stream: EncodedStream | None = None
+
+
+def open_sources(
+    run: SftRun, template: ChatTemplate, max_length: int, resumption: Resumption | None
+) -> Sources:
+    """Finds the rows that a run names."""
+    hub: dict[str, Any] = {"use_hf": run.model.use_hf, "token": run.model.hub_token}
+    train, evaluation = open_sets(run.data, seed=run.data_seed, **hub)
+    if not run.data.streaming:
+        return Sources(train, evaluation)
+    source = open_stream(run.data, seed=run.data_seed, **hub)
+    head = Rows([InMemory(source.head(STREAM_HEAD))])
+    return Sources(head, evaluation, _start_stream(run, source, template, max_length, resumption))
+
+
 def encode_sets(
-    run: SftRun, template: ChatTemplate, train: Rows | None, evaluation: Rows | None, max_length: int
+    run: SftRun, template: ChatTemplate, sources: Sources, max_length: int
 ) -> tuple[EncodedDataset, EncodedDataset | None]:
     """Tokens of both sets, with what was dropped and why."""
     encoded = []
-    for what, rows in (("training", train), ("evaluation", evaluation)):
+    training = "training" if sources.stream is None else "first training"
+    for what, rows in ((training, sources.train), ("evaluation", sources.evaluation)):
         found = open_exported(
             run.data.cached_dataset, template, run.template,
-            model=str(run.model.model), max_length=max_length, training=what == "training",
+            model=str(run.model.model), max_length=max_length, training=what == training,
         )  # fmt: skip
         if rows is not None:
             dataset, report = encode_cached(
@@ -43,12 +71,37 @@ def encode_sets(
             continue
         dataset = join_datasets(found)
         summary.tell_rows(dataset, what)
-        if what == "training":
+        if what == training:
             for line in remember(dataset, "audit", partial(audit, dataset, template.stop_token_ids)):
                 warn(line)
         encoded.append(dataset)
     assert encoded[0] is not None, "a run has --dataset or --cached_dataset"
     return encoded[0], encoded[1]
+
+
+def _start_stream(
+    run: SftRun, source: RowStream, template: ChatTemplate, max_length: int, resumption: Resumption | None
+) -> EncodedStream:
+    """Its processes are forked here, so this comes before anything that starts threads."""
+    data, capacity = run.data, (run.data.packing_length or max_length) if run.data.packing else None
+    encoder = Encoder(template, max_length, run.template.truncation_strategy, data.strict)
+    position = Position(**(resumption.state.position or {})) if resumption else None
+    workers = data.dataset_num_proc if data.dataloader_num_workers is None else data.dataloader_num_workers
+    if data.dataset_num_proc > 1:
+        workers = max(workers, data.dataset_num_proc)
+    return EncodedStream(source, encoder, capacity=capacity, workers=workers, position=position)
+
+
+def make_feed(
+    plan: StepPlan, rows: EncodedDataset, stream: EncodedStream | None, resumption: Resumption | None
+) -> Feed:
+    """What the loop trains on: `rows`, or the stream of which they are the head."""
+    if stream is None:
+        return StoredFeed(rows, plan)
+    return StreamFeed(
+        stream, micro_batch_size=plan.micro_batch_size, accumulation=plan.accumulation,
+        data_world=plan.data_world, first_step=resumption.state.step if resumption else 0,
+    )  # fmt: skip
 
 
 def plan_steps(

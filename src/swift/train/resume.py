@@ -17,7 +17,7 @@ FIXED = (
     "model", "dataset", "train_type", "lora_rank", "lora_alpha", "target_modules", "max_length", "system",
     "seed", "data_seed", "loss_scale",
     "lr_scheduler_type", "learning_rate", "train_dataloader_shuffle", "packing", "packing_length",
-    "agent_template", "is_binary_loss_scale",
+    "streaming", "shuffle_buffer_size", "agent_template", "is_binary_loss_scale",
 )  # fmt: skip
 
 

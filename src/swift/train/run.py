@@ -6,7 +6,6 @@ from swift import __version__
 from swift.config.option import ConfigError, flatten
 from swift.config.runs import SftRun
 from swift.data.datasets import use_plugins
-from swift.data.sources import open_sets
 from swift.engines.ranks import join_ranks, leave_ranks
 from swift.models.hub import resolve_model
 from swift.models.load import context_length, load_config, load_tokenizer, pick_device
@@ -16,7 +15,13 @@ from swift.template.loss_scale import build_weights
 from swift.train import summary
 from swift.train.building import build_callbacks, build_engine, open_run_directory
 from swift.train.offline import Offline
-from swift.train.preparing import check_equal_on_ranks, encode_sets, plan_steps
+from swift.train.preparing import (
+    check_equal_on_ranks,
+    encode_sets,
+    make_feed,
+    open_sources,
+    plan_steps,
+)
 from swift.train.resume import check_same_data, hide_secrets, load_resumption, with_model, with_system
 from swift.train.rundir import check_writable, output_root
 from swift.train.saving import Saver
@@ -41,24 +46,17 @@ def run_sft(run: SftRun) -> int:
     if Path(run.model.model).is_dir():
         run = with_model(run, str(model_path))
     tokenizer = load_tokenizer(model_path)
-    train_rows, eval_source = open_sets(
-        run.data, seed=run.data_seed, use_hf=run.model.use_hf, token=run.model.hub_token
-    )
     longest = run.template.max_length or context_length(load_config(model_path)) or 2048
     longest = min(longest, run.data.packing_length or longest)
     template = ChatTemplate(tokenizer, run.template)
     run = with_system(run, template.system)
     tokenizer.chat_template = tokenizer.chat_template or template.source  # saved with every checkpoint
-    rows, eval_rows = encode_sets(run, template, train_rows, eval_source, longest)
+    sources = open_sources(run, template, longest, resumption)
+    rows, eval_rows = encode_sets(run, template, sources, longest)
     ranks, device = join_ranks(pick_device(run.model.device), run.parallel.ddp_timeout)
     plan = plan_steps(run, rows, longest, ranks, resumption)
-    data = {
-        "rows": len(rows),
-        "rows_per_step": plan.items_per_step,
-        "tokens": rows.num_tokens,
-        "fingerprint": rows.fingerprint,
-        "packs": plan.packs and plan.packs.fingerprint,
-    }
+    feed = make_feed(plan, rows, sources.stream, resumption)
+    data = feed.identity()
     check_equal_on_ranks(ranks, data)
     if resumption:
         check_same_data(resumption, data)
@@ -68,14 +66,14 @@ def run_sft(run: SftRun) -> int:
     summary.tell_weights(engine.model, f"{run.model.model}, {run.tuner.train_type}, {dtype}, {engine.device}")
     if plan.packs:
         summary.tell_packs(plan.packs, flat=engine.flat)
-    summary.tell_steps(plan, total_steps, rows)
+    summary.tell_steps(plan, total_steps, rows if sources.stream is None else None)
     summary.tell_sample(tokenizer, rows)
     directory = ranks.share(open_run_directory(run, root, resumption) if ranks.is_main else root)
     args = hide_secrets({**flatten(run), "swift_version": __version__, "command": "sft"})
     if ranks.is_main:
         write_json(directory / "args.json", args)
-        if eval_source is not None and not run.data.val_dataset and not resumption:
-            append_jsonl(directory / "val_dataset.jsonl", (row.columns for row in eval_source))
+        if sources.evaluation is not None and not run.data.val_dataset and not resumption:
+            append_jsonl(directory / "val_dataset.jsonl", (row.columns for row in sources.evaluation))
     saver = Saver(
         directory, tokenizer, args, data,
         only_model=run.schedule.save_only_model,
@@ -85,7 +83,7 @@ def run_sft(run: SftRun) -> int:
     )  # fmt: skip
     state = resumption.state if resumption else TrainState()
     loop = Offline(
-        engine=engine, objective=Sft(), rows=rows, eval_rows=eval_rows, plan=plan, total_steps=total_steps,
+        engine=engine, objective=Sft(), feed=feed, eval_rows=eval_rows, total_steps=total_steps,
         schedule=run.schedule, saver=saver, run_directory=directory,
         callbacks=build_callbacks(run, directory) if ranks.is_main else [],
     )  # fmt: skip
@@ -105,6 +103,8 @@ def run_loop(loop: Offline, state: TrainState) -> int:
         else:
             say(f"interrupted at step {state.step}; go on with --resume_from_checkpoint {directory}")
         return 130
+    finally:
+        loop.feed.close()
     for what, step in (
         ("last_model_checkpoint", state.last_saved_step),
         ("best_model_checkpoint", state.best_step),
