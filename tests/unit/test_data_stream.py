@@ -104,9 +104,7 @@ def test_blocks_are_passes_over_all_rows_that_can_be_used(file: Path) -> None:
     stream = stream_of(source)
     whole = [ids_of(stream.next_item()) for _ in range(581)]
     assert whole[-1] is None and None not in whole[:-1]
-    assert stream.position == Position(
-        1, 0, 0, 600, {"no column with a conversation (columns: nothing)": 20}
-    )
+    assert stream.position == Position(1, 0, 0, 600, {"no column with a conversation (columns: nothing)": 20})
     again = [ids_of(stream.next_item()) for _ in range(581)]
     assert again != whole and sorted(again[:-1]) == sorted(whole[:-1])
 
