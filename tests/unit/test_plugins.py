@@ -53,7 +53,8 @@ def write_rows(path: Path, rows: list[dict]) -> str:
 def test_importing_swift_and_its_old_paths_is_light() -> None:
     code = (
         "import sys, swift; light = set(sys.modules); import swift.plugin, swift.rewards, swift.llm;"
-        "from swift import register_dataset, ORM;"
+        "from swift import register_dataset, ORM; import swift.dataset;"
+        "assert all(getattr(swift.dataset, n) is getattr(swift.llm, n) for n in swift.llm.__all__);"
         "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'modelscope'};"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules);"
         "assert not [n for n in light if n.startswith('swift.')];"
@@ -61,7 +62,9 @@ def test_importing_swift_and_its_old_paths_is_light() -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     with pytest.raises(ImportError, match="nothing_here"):
-        from swift import nothing_here  # noqa: F401
+        from swift import nothing_here
+    with pytest.raises(ImportError, match="nothing_here"):
+        from swift.dataset import nothing_here  # noqa: F401
 
 
 def test_users_plugin_loads_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
