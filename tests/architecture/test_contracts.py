@@ -116,10 +116,9 @@ def test_objectives_and_engines_are_documented() -> None:
 
 
 def test_init_files_are_empty() -> None:
-    filled = [
-        p for p in python_files() if p.name == "__init__.py" and p.parent != SOURCE and p.stat().st_size
-    ]
-    assert filled == []
+    """But for the two that plugins import from."""
+    filled = {p.parent for p in python_files() if p.name == "__init__.py" and p.stat().st_size}
+    assert filled == {SOURCE, SOURCE / "dataset"}
 
 
 def test_files_name_no_machine_and_no_organisation_of_work() -> None:

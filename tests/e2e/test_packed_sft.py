@@ -80,6 +80,33 @@ def test_lengths_that_do_not_fit_are_refused(tiny_llama_dir, tmp_path, capsys, f
     assert not (tmp_path / "out").exists()
 
 
+def test_rows_are_encoded_by_one_command_and_trained_by_another(tiny_llama_dir, tmp_path):
+    """The same losses as from the rows themselves, on training and on evaluation rows."""
+    data = write_rows(tmp_path / "rows.jsonl")
+    split = ("--split_dataset_ratio", "0.2")
+    target = tmp_path / "encoded"
+    command = [
+        "export",
+        "--model",
+        str(tiny_llama_dir),
+        "--dataset",
+        str(data),
+        "--to_cached_dataset",
+        "true",
+    ]
+    assert run_command([*command, *split, "--output_dir", str(target)]) == 0
+    assert sorted(path.name for path in target.iterdir()) == ["train", "val"]
+    flags = ("--max_steps", "4", "--save_steps", "4")
+    stored = sft_command(tiny_llama_dir, data, tmp_path / "stored", *flags)
+    place = stored.index("--dataset")
+    stored[place : place + 2] = ["--cached_dataset", str(target)]
+    assert run_command(stored) == 0
+    assert run_command(sft_command(tiny_llama_dir, data, tmp_path / "rows", *flags, *split)) == 0
+    logs = [read_log(only_run(tmp_path / name)) for name in ("stored", "rows")]
+    curves = [[row[key] for row in log for key in ("loss", "eval_loss") if key in row] for log in logs]
+    assert len(curves[0]) == 5 and curves[0] == curves[1]
+
+
 def test_resuming_refuses_other_packs(tiny_llama_dir, tmp_path, capsys):
     data = write_rows(tmp_path / "rows.jsonl")
     assert run_command(sft_command(tiny_llama_dir, data, tmp_path / "out", *FLAGS)) == 0

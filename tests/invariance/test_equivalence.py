@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_layouts import make_rows
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from swift.config.optim import OptimConfig
@@ -20,7 +21,7 @@ from swift.config.parallel import ParallelConfig
 from swift.data.collate import collate
 from swift.engines.ranks import join_ranks
 from swift.engines.transformers.engine import TransformersEngine
-from swift.engines.transformers.wrap import full_tensor, load_zero, wrap
+from swift.engines.transformers.wrap import load_zero, wrap
 from swift.objectives.sft import Sft
 
 # Rows of each step. The last are uneven, and leave ranks without a trained token (row 4) or a row.
@@ -117,7 +118,9 @@ def read_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
 
         if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
             return safe_get_full_grad(parameter).cpu()
-    return None if parameter.grad is None else full_tensor(parameter.grad)
+    if isinstance(parameter.grad, DTensor):
+        return parameter.grad.full_tensor()
+    return parameter.grad
 
 
 @pytest.fixture(scope="module")

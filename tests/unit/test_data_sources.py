@@ -11,13 +11,13 @@ import pytest
 
 from swift.config.option import ConfigError
 from swift.data.rows import InMemory, Rows
-from swift.data.sources import Spec, load_rows, mix_tables, open_rows, parse_spec, sample_indices, split_rows
+from swift.data.sources import Spec, mix_tables, open_rows, parse_spec, sample_indices, split_rows
 from swift.data.types import Row
 
 
 def load(*specs: Any, **options: Any) -> list[Row]:
     options = {"seed": 42, "shuffle": False, "columns": {}} | options
-    return load_rows([str(spec) for spec in specs], **options)
+    return list(open_rows([str(spec) for spec in specs], **options))
 
 
 def write(path: Path, text: str | bytes) -> Path:

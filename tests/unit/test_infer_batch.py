@@ -10,7 +10,7 @@ from swift.config.model import ModelConfig
 from swift.config.option import ConfigError
 from swift.config.template import TemplateConfig
 from swift.data.formats import to_sample
-from swift.data.sources import load_rows
+from swift.data.sources import open_rows
 from swift.infer import batch
 from swift.infer.batch import Rejects, Stats, answer_rows, load_questions, mend_last_line, report, result_row
 from swift.infer.engine import Completion, TransformersInferEngine
@@ -95,7 +95,7 @@ def test_result_rows_have_the_schema_and_train(engine, questions_file, tmp_path)
     assert rows[0]["logprobs"] is None
     assert rows[1]["solution"] == "42"
     assert rows[4]["tag"] == "long"
-    again = [to_sample(row) for row in load_rows([str(path)], seed=0, shuffle=False, columns={})]
+    again = [to_sample(row) for row in list(open_rows([str(path)], seed=0, shuffle=False, columns={}))]
     for question, sample, row in zip(questions, again, rows, strict=True):
         answer = {"role": "assistant", "content": row["response"]}
         assert list(sample.messages) == [*question.messages, answer]

@@ -16,7 +16,7 @@ from swift.data.datasets import DatasetMeta, SubsetDataset, register_dataset, us
 from swift.data.formats import to_sample
 from swift.data.preference import to_prompt
 from swift.data.preprocessors import AlpacaPreprocessor, MessagesPreprocessor, ResponsePreprocessor
-from swift.data.sources import load_rows
+from swift.data.sources import open_rows
 from swift.data.types import Row, RowError
 from swift.plugins.hooks import ORM, orms
 from swift.plugins.registry import Registry, load_file, load_object, load_plugins
@@ -53,7 +53,8 @@ def write_rows(path: Path, rows: list[dict]) -> str:
 def test_importing_swift_and_its_old_paths_is_light() -> None:
     code = (
         "import sys, swift; light = set(sys.modules); import swift.plugin, swift.rewards, swift.llm;"
-        "from swift import register_dataset, ORM;"
+        "from swift import register_dataset, ORM; import swift.dataset;"
+        "assert all(getattr(swift.dataset, n) is getattr(swift.llm, n) for n in swift.llm.__all__);"
         "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'modelscope'};"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules);"
         "assert not [n for n in light if n.startswith('swift.')];"
@@ -61,7 +62,9 @@ def test_importing_swift_and_its_old_paths_is_light() -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     with pytest.raises(ImportError, match="nothing_here"):
-        from swift import nothing_here  # noqa: F401
+        from swift import nothing_here
+    with pytest.raises(ImportError, match="nothing_here"):
+        from swift.dataset import nothing_here  # noqa: F401
 
 
 def test_users_plugin_loads_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +76,7 @@ def test_users_plugin_loads_unchanged(tmp_path: Path, monkeypatch: pytest.Monkey
         return [Row(row, "hub", number) for number, row in enumerate(ROWS, start=1)]
 
     monkeypatch.setattr(sources, "_load_from_hub", load)
-    rows = load_rows(["zouxuhong/Countdown-Tasks-3to4#3"], **OPTIONS)
+    rows = list(open_rows(["zouxuhong/Countdown-Tasks-3to4#3"], **OPTIONS))
     assert asked == [("ms", "zouxuhong/Countdown-Tasks-3to4", ())]
     assert [row.columns["target"] for row in rows] == [6, 20, 6]
     assert sorted(rows[0].columns) == ["messages", "nums", "target"]
@@ -96,7 +99,7 @@ def test_registered_path_and_filter(tmp_path: Path, capsys: pytest.CaptureFixtur
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     register_dataset(DatasetMeta(dataset_name="small", dataset_path=path, preprocess_func=Small()))
     for name in ("small", path):
-        rows = load_rows([name], **OPTIONS)
+        rows = list(open_rows([name], **OPTIONS))
         assert [message["content"] for message in rows[0].columns["messages"]] == ["[1, 2, 3]", "6"]
         assert (rows[0].file, rows[0].line, len(rows)) == (path, 1, 1)
     assert "small: its preprocessor left out 1 of 2 rows" in capsys.readouterr().err
@@ -108,7 +111,7 @@ def test_row_that_a_preprocessor_cannot_read(tmp_path: Path) -> None:
 
     path = write_rows(tmp_path / "rows.jsonl", [{"missing": "q"}, {"other": 1}])
     register_dataset(DatasetMeta(dataset_path=path, preprocess_func=broken))
-    good, bad = load_rows([path], **OPTIONS)
+    good, bad = list(open_rows([path], **OPTIONS))
     assert to_sample(good).messages == ({"role": "user", "content": "q"},)
     with pytest.raises(RowError, match="fails: KeyError: 'missing'"):
         to_sample(bad)
@@ -165,7 +168,7 @@ def test_dataset_info_file(tmp_path: Path) -> None:
     entry = {"dataset_path": "rows.jsonl", "dataset_name": "mine", "columns": {"a": "query", "b": "response"}}
     info = write(tmp_path / "info.json", json.dumps([entry, {"hf_dataset_id": "o/d", "tags": ["x"]}]))
     use_plugins(PluginConfig(custom_dataset_info=(info,)))
-    (row,) = load_rows(["mine"], **OPTIONS)
+    (row,) = list(open_rows(["mine"], **OPTIONS))
     assert row.columns == {"query": "x", "response": "y"}
     assert datasets.find_registered("o/d") is not None
 

@@ -20,6 +20,13 @@ class DataConfig:
     load_from_cache_file: bool = option(
         True, help="take rows that were encoded before from the cache; no = encode them again"
     )
+    streaming: bool = option(
+        False,
+        help="read and encode rows while training, in which case --max_steps is needed",
+    )
+    shuffle_buffer_size: int = option(
+        1000, help="with --streaming true: rows of which the next one is drawn", unit="rows", range=(1, None)
+    )
     interleave_prob: tuple[float, ...] = option(
         (), help="draw rows from the datasets by these weights, one each; none = one dataset after another"
     )
@@ -38,7 +45,9 @@ class DataConfig:
     train_dataloader_shuffle: bool = option(True, help="new order of the rows in every epoch")
     dataloader_num_workers: int | None = option(
         None,
-        help="accepted for compatibility: rows are encoded before training, so there is nothing to prefetch",
+        help="with --streaming true: processes that encode ahead, 0 = none (none = --dataset_num_proc); "
+        "other rows are encoded before training, so there is nothing to prefetch",
+        range=(0, None),
     )
     packing: bool = option(
         False, help="put rows together into long sequences; batch sizes and steps then count those packs"
@@ -64,8 +73,22 @@ class DataConfig:
             )
         if any(weight <= 0 for weight in self.interleave_prob):
             raise ConfigError("--interleave_prob takes weights above 0")
+        if self.streaming:
+            self._check_stream()
         if self.cached_dataset and not self.dataset and (self.val_dataset or self.split_dataset_ratio):
             raise ConfigError(
                 "--val_dataset and --split_dataset_ratio have no effect on --cached_dataset alone",
                 hint="give them to swift export --to_cached_dataset",
+            )
+
+    def _check_stream(self) -> None:
+        if self.cached_dataset:
+            raise ConfigError(
+                "--cached_dataset holds rows that are encoded already, --streaming true encodes them later",
+                hint="leave one of them out",
+            )
+        if self.split_dataset_ratio:
+            raise ConfigError(
+                "--split_dataset_ratio needs all rows at hand, --streaming true does not have them",
+                hint="name evaluation rows with --val_dataset",
             )

@@ -68,6 +68,8 @@ class TrainRun:
         self.parallel.check()
         if self.parallel.sequence_parallel_size > 1:
             self._check_sequence_parallel()
+        if self.data.streaming:
+            self._check_stream()
         if self.data.packing_length is not None:
             self._check_packing_length(self.data.packing_length)
         if self.schedule.max_steps < 0 and self.schedule.num_train_epochs == 0:
@@ -93,6 +95,22 @@ class TrainRun:
             raise ConfigError(
                 f"{clash} cannot be combined with --sequence_parallel_size {size}", hint="leave it out"
             )
+
+    def _check_stream(self) -> None:
+        if self.schedule.max_steps < 0:
+            raise ConfigError(
+                "--streaming true needs --max_steps: how many rows there are is not known",
+                hint="for example --max_steps 1000",
+            )
+        for flag, value in (
+            ("--save_strategy", self.schedule.save_strategy),
+            ("--eval_strategy", self.schedule.eval_strategy),
+        ):
+            if value == "epoch":
+                raise ConfigError(
+                    f"{flag} epoch: with --streaming true nobody knows when a pass will end",
+                    hint=f"{flag} steps",
+                )
 
     def _check_packing_length(self, length: int) -> None:
         if not self.data.packing:
@@ -177,9 +195,9 @@ class ExportRun:
         if self.export.to_cached_dataset:
             if not self.model.model or not self.data.dataset:
                 raise ConfigError("--to_cached_dataset needs --model and --dataset")
-            if self.data.cached_dataset or self.data.packing:
+            if self.data.cached_dataset or self.data.packing or self.data.streaming:
                 raise ConfigError(
-                    "--cached_dataset and --packing have no effect on --to_cached_dataset",
+                    "--cached_dataset, --packing and --streaming have no effect on --to_cached_dataset",
                     hint="give them to the training that uses the encoded rows",
                 )
             self.data.check()

@@ -56,3 +56,23 @@ def collate(rows: Sequence[Encoded]) -> Batch:
         num_segments=len(rows),
         token=token,
     )
+
+
+def mismatch_rows(
+    dataset: EncodedDataset, micro_batches: Sequence[Sequence[int] | np.ndarray], order: np.ndarray
+) -> list[Batch]:
+    """The same micro-batches, each row with the answer of the row before it in `order`.
+
+    `order`: all rows that are scored together, on any rank; the first one follows the last.
+    """
+    before = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
+    return [collate([_mismatch(dataset[i], dataset[before[i]]) for i in chosen]) for chosen in micro_batches]
+
+
+def _mismatch(prompt: Encoded, answer: Encoded) -> Encoded:
+    """The prompt of one row with the answer of another."""
+    trained = [int(np.argmax(row.labels != IGNORED)) for row in (prompt, answer)]
+    head, tail = prompt.cut(0, trained[0]), answer.cut(trained[1], len(answer.labels))
+    return Encoded(
+        np.concatenate([head.input_ids, tail.input_ids]), np.concatenate([head.labels, tail.labels]), None
+    )

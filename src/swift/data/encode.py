@@ -7,9 +7,13 @@ worker processes. Not here: one row's tokens (template/tokenize.py), what is kep
 
 import hashlib
 import multiprocessing
+import os
+import signal
 import sys
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -273,25 +277,34 @@ def encode_chunks(encoder: Encoder, rows: Rows, num_proc: int) -> Iterator[Chunk
     tasks = ((start, rows.unparsed(slice(start, start + _CHUNK))) for start in starts)
     workers = min(num_proc, len(rows) // _WORTH_A_WORKER)
     if workers > 1:
-        # Forked workers are ready at once; to import what they need anew takes each of them seconds. They
-        # touch neither torch nor the console, and the tokenizer knows how to go on without its threads.
-        start = "fork" if sys.platform == "linux" else "spawn"
-        with multiprocessing.get_context(start).Pool(workers, _set_encoder, (encoder,)) as pool:
-            yield from _with_bar(_run_ahead(pool, tasks, 3 * workers), len(starts), len(rows))
+        with open_workers(encoder, workers) as pool:
+            yield from _with_bar(run_ahead(pool, tasks, lambda: 3 * workers), len(starts), len(rows))
     else:
         yield from _with_bar((encoder.encode(*task) for task in tasks), len(starts), len(rows))
     rows.check_unchanged()
 
 
-def _run_ahead(pool: Any, tasks: Iterable[Any], ahead: int) -> Iterator[Chunk]:
-    """Results in order; never more than `ahead` of them are under way, so that nothing piles up."""
-    waiting: deque[Any] = deque()
+def open_workers(encoder: Encoder, count: int) -> ProcessPoolExecutor:
+    """Processes for `run_ahead`, which end when this one does, however it ends.
+
+    Forked workers are ready at once; to import what they need anew takes each of them seconds. They touch
+    neither torch nor the console, and the tokenizer knows how to go on without its threads.
+    """
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(count, context, _set_encoder, (encoder,))
+    pool.submit(_run_encoder, 0, ())  # the first task starts them
+    return pool
+
+
+def run_ahead(pool: ProcessPoolExecutor, tasks: Iterable[Any], ahead: Callable[[], int]) -> Iterator[Chunk]:
+    """Results in order; never more than `ahead()` of them are under way, so that nothing piles up."""
+    waiting: deque[Future[Chunk]] = deque()
     for task in tasks:
-        waiting.append(pool.apply_async(_run_encoder, task))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().get()
+        waiting.append(pool.submit(_run_encoder, *task))
+        if len(waiting) >= ahead():
+            yield waiting.popleft().result()
     while waiting:
-        yield waiting.popleft().get()
+        yield waiting.popleft().result()
 
 
 def _with_bar(chunks: Iterable[Any], num_chunks: int, num_rows: int) -> Iterable[Any]:
@@ -306,6 +319,15 @@ _encoders: list[Encoder] = []
 
 def _set_encoder(encoder: Encoder) -> None:
     _encoders[:] = [encoder]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the process that started this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run_encoder(first: int, items: Sequence[Row | Line]) -> Chunk:

@@ -40,6 +40,9 @@ class Part(Protocol):
     def digest(self) -> str: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Row | Line: ...
+    def stream(self) -> Iterator[Row | Line]:
+        """Every row, read anew and not kept."""
+        ...
 
 
 class JsonLines:
@@ -80,6 +83,14 @@ class JsonLines:
         text = os.pread(self._handle.fileno(), int(end - start), int(start))
         return Line(text.removeprefix(b"\xef\xbb\xbf") if start == 0 else text, str(self.path), number)
 
+    def stream(self) -> Iterator[Line]:
+        file = str(self.path)
+        with _opened(self.path) as handle:
+            for number, text in enumerate(handle, start=1):
+                text = text.removeprefix(b"\xef\xbb\xbf") if number == 1 else text
+                if text.strip():
+                    yield Line(text, file, number)
+
     def check_unchanged(self) -> None:
         if _stamp(self.path) != self._stamp:
             raise ConfigError(f"{self.path} changed while it was read", hint="start again")
@@ -109,6 +120,9 @@ class OtherFile:
     def __getitem__(self, index: int) -> Row:
         return self._rows[index]
 
+    def stream(self) -> Iterator[Row]:
+        return read_file(self.path)
+
 
 class InMemory(list[Row]):
     """Rows that came from elsewhere than a file."""
@@ -120,6 +134,9 @@ class InMemory(list[Row]):
             known = [row.columns, row.file, row.line, row.problem]
             digest.update(json.dumps(known, sort_keys=True, default=str).encode() + b"\n")
         return digest.hexdigest()
+
+    def stream(self) -> Iterator[Row]:
+        return iter(self)
 
 
 class Rows(Sequence[Row]):
@@ -199,6 +216,19 @@ class Rows(Sequence[Row]):
         for part in self.parts:
             if isinstance(part, JsonLines):
                 part.check_unchanged()
+
+
+def mark_ends(part: Part) -> str:
+    """What a part is known by again without reading all of it: its size and both ends, if it is a file."""
+    if not isinstance(part, JsonLines | OtherFile):
+        return part.digest
+    with _opened(part.path) as handle:
+        size = handle.seek(0, os.SEEK_END)
+        digest = hashlib.sha256(str(size).encode())
+        for start in (0, max(0, size - _BLOCK)):
+            handle.seek(start)
+            digest.update(handle.read(_BLOCK))
+    return digest.hexdigest()
 
 
 def open_path(path: Path) -> Rows:

@@ -55,33 +55,6 @@ def parse_spec(spec: str) -> Spec:
     return Spec(None, hub, dataset_id, tuple(part for part in subsets.split("/") if part), count)
 
 
-def load_rows(
-    specs: Sequence[str],
-    *,
-    seed: int,
-    shuffle: bool,
-    columns: dict[str, Any],
-    model_name: Sequence[str] = (),
-    model_author: Sequence[str] = (),
-    use_hf: bool = False,
-    token: str | None = None,
-    keep_broken: bool = False,
-) -> list[Row]:
-    """The rows that `open_rows` opens, read."""
-    opened = open_rows(
-        specs,
-        seed=seed,
-        shuffle=shuffle,
-        columns=columns,
-        model_name=model_name,
-        model_author=model_author,
-        use_hf=use_hf,
-        token=token,
-        keep_broken=keep_broken,
-    )
-    return list(opened)
-
-
 def open_rows(
     specs: Sequence[str],
     *,
@@ -106,21 +79,12 @@ def open_rows(
     """
     opened: list[Rows] = []
     for text in specs:
-        spec = parse_spec(text)
-        registered = find_registered(spec.dataset_id)
-        if registered is not None:
-            on_hf = spec.hub == "hf" or use_hf or env.is_on("USE_HF")
-            spec = replace(spec, **registered.source(spec.subsets, use_hf=on_hf))
-        if spec.path is not None and registered is None and not keep_broken:
-            rows = open_path(spec.path)
-        else:
-            found = _read_spec(
-                text, spec, (model_name, model_author), use_hf=use_hf, token=token, keep_broken=keep_broken
-            )
-            rows = Rows([InMemory(found if registered is None else registered.preprocess(found))])
-        if spec.count is not None:
-            choice = partial(_choose, count=spec.count, seed=seed, shuffle=shuffle)
-            rows = rows.take(choice, ["take", spec.count, seed, shuffle])
+        rows, count = open_spec(
+            text, names=(model_name, model_author), use_hf=use_hf, token=token, keep_broken=keep_broken
+        )
+        if count is not None:
+            choice = partial(_choose, count=count, seed=seed, shuffle=shuffle)
+            rows = rows.take(choice, ["take", count, seed, shuffle])
         opened.append(rows)
     if mix:
         order = partial(mix_tables, weights=mix, seed=seed, stop=stop_mixing)
@@ -133,7 +97,7 @@ def open_rows(
 def open_sets(
     data: DataConfig, *, seed: int, use_hf: bool, token: str | None
 ) -> tuple[Rows | None, Rows | None]:
-    """Training rows and evaluation rows, as a run names them; none where it names none."""
+    """Training rows and evaluation rows, as a run names them; none where it names none, or streams them."""
     if not data.dataset:
         return None, None
     options: dict[str, Any] = {
@@ -144,6 +108,10 @@ def open_sets(
         "use_hf": use_hf,
         "token": token,
     }
+    if data.streaming:
+        if data.val_dataset:
+            return None, open_rows(data.val_dataset, shuffle=data.val_dataset_shuffle, **options)
+        return None, None
     rows = open_rows(
         data.dataset,
         shuffle=data.dataset_shuffle,
@@ -156,24 +124,33 @@ def open_sets(
     return split_rows(rows, data.split_dataset_ratio, seed)
 
 
-def _choose(rows: Rows, count: int, seed: int, shuffle: bool) -> list[int]:
-    return sample_indices(len(rows), count, seed=seed, shuffle=shuffle)
-
-
-def _read_spec(
+def open_spec(
     text: str,
-    spec: Spec,
-    names: tuple[Sequence[str], Sequence[str]],
     *,
+    names: tuple[Sequence[str], Sequence[str]],
     use_hf: bool,
     token: str | None,
-    keep_broken: bool,
-) -> list[Row]:
+    keep_broken: bool = False,
+) -> tuple[Rows, int | None]:
+    """All rows of one value of --dataset, and its #N. `names`: --model_name and --model_author."""
+    spec = parse_spec(text)
+    registered = find_registered(spec.dataset_id)
+    if registered is not None:
+        on_hf = spec.hub == "hf" or use_hf or env.is_on("USE_HF")
+        spec = replace(spec, **registered.source(spec.subsets, use_hf=on_hf))
+    if spec.path is not None and registered is None and not keep_broken:
+        return open_path(spec.path), spec.count
     if spec.path is not None:
-        return read_path(spec.path, keep_broken=keep_broken)
-    if spec.hub is None and is_packaged(spec.dataset_id):
-        return load_packaged(spec.dataset_id, spec.subsets, model_name=names[0], model_author=names[1])
-    return _load_from_hub(text, spec, use_hf=use_hf, token=token)
+        found = read_path(spec.path, keep_broken=keep_broken)
+    elif spec.hub is None and is_packaged(spec.dataset_id):
+        found = load_packaged(spec.dataset_id, spec.subsets, model_name=names[0], model_author=names[1])
+    else:
+        found = _load_from_hub(text, spec, use_hf=use_hf, token=token)
+    return Rows([InMemory(found if registered is None else registered.preprocess(found))]), spec.count
+
+
+def _choose(rows: Rows, count: int, seed: int, shuffle: bool) -> list[int]:
+    return sample_indices(len(rows), count, seed=seed, shuffle=shuffle)
 
 
 def mix_tables(lengths: Sequence[int], *, weights: Sequence[float], seed: int, stop: str) -> np.ndarray:

@@ -10,7 +10,7 @@ from swift.config.option import ConfigError
 from swift.config.runs import DatasetRun
 from swift.data.datasets import use_plugins
 from swift.data.encode import EncodedDataset, EncodeReport, encode_rows
-from swift.data.sources import load_rows
+from swift.data.sources import open_rows
 from swift.data.types import Row, place
 from swift.dataset.blocks import Page, Shown, Table, inspection_page, print_page
 from swift.dataset.html import render_page
@@ -38,7 +38,7 @@ def run_dataset(run: DatasetRun) -> int:
         model.model, use_hf=model.use_hf, revision=model.model_revision, token=model.hub_token
     )
     template = ChatTemplate(load_tokenizer(model_path), run.template)
-    rows = load_rows(
+    opened = open_rows(
         options.dataset,
         seed=options.data_seed,
         shuffle=options.dataset_shuffle,
@@ -49,6 +49,7 @@ def run_dataset(run: DatasetRun) -> int:
         token=model.hub_token,
         keep_broken=True,
     )
+    rows = list(opened)
     if options.action == "inspect":
         page = inspect_rows(run, rows, template, context_length(load_config(model_path)))
     else:

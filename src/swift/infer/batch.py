@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from swift.config.generation import GenerationConfig, InferOptions
 from swift.config.option import ConfigError
 from swift.data.formats import to_sample
-from swift.data.sources import load_rows
+from swift.data.sources import open_rows
 from swift.data.types import Row, RowError, Sample, place
 from swift.infer.engine import Completion, Prompt, PromptTooLong, TransformersInferEngine
 from swift.template.types import Message, RenderError
@@ -100,8 +100,9 @@ def load_questions(
     columns: dict[str, Any],
     **names_and_hub: Any,
 ) -> tuple[list[Question], Rejects]:
-    """The rows to answer, `names_and_hub` as load_rows takes them. Raises ConfigError when there is none."""
-    rows = load_rows(specs, seed=seed, shuffle=options.dataset_shuffle, columns=columns, **names_and_hub)
+    """The rows to answer, `names_and_hub` as open_rows takes them. Raises ConfigError when there is none."""
+    opened = open_rows(specs, seed=seed, shuffle=options.dataset_shuffle, columns=columns, **names_and_hub)
+    rows = list(opened)
     if options.val_dataset_sample and options.val_dataset_sample < len(rows):
         kept = random.Random(seed).sample(range(len(rows)), options.val_dataset_sample)
         rows = [rows[i] for i in sorted(kept)]

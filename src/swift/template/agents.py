@@ -8,8 +8,9 @@ template shows no tools, or by --agent_template. Not here: rendering (chat.py).
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from swift.template.jinja import Renderer
@@ -28,7 +29,7 @@ Call = tuple[str, Any]  # name, arguments
 _CALL_ID = "zqcall123"  # nine characters, which Mistral's templates insist on
 _OBSERVATION = "\nObservation:"
 _REACT_CALL = re.compile(r"Action: (.+)\nAction Input: ")
-_JSON_CALL = re.compile(r'\{"name": ')
+_JSON_CALL = re.compile(r'(?=\{"name": )')
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +206,9 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _lines(tools: list[Any]) -> str:
-    return "\n".join(map(_json, tools))
+def _told(text: str, tools: list[Any]) -> str:
+    """What is told about tools, with their descriptions, a line each."""
+    return text.replace("@TOOLS@", "\n".join(map(_json, tools)))
 
 
 def _text_values(arguments: Any) -> dict[str, str]:
@@ -214,10 +216,6 @@ def _text_values(arguments: Any) -> dict[str, str]:
     if not isinstance(arguments, dict):
         raise RenderError("a tool call whose arguments are not an object")
     return {key: value if isinstance(value, str) else _json(value) for key, value in arguments.items()}
-
-
-def _hermes_tools(tools: list[Any]) -> str:
-    return HERMES_TOOLS.replace("@TOOLS@", _lines(tools))
 
 
 def _hermes_calls(calls: list[Call]) -> str:
@@ -230,42 +228,34 @@ def _parse_hermes(text: str) -> list[Call]:
     return [(body["name"], body["arguments"]) for body in bodies]
 
 
-def _qwen_coder_tools(tools: list[Any]) -> str:
-    return QWEN_CODER_TOOLS.replace("@TOOLS@", _lines(tools))
+@dataclass(frozen=True, slots=True)
+class _Tagged:
+    """Calls as a name and an element for each argument. {0}, {1}: the name and the arguments, or a pair."""
+
+    call: str
+    pair: str
+
+    def write(self, calls: list[Call]) -> str:
+        texts = []
+        for name, arguments in calls:
+            pairs = _text_values(arguments).items()
+            texts.append(self.call.format(name, "".join(self.pair.format(*pair) for pair in pairs)))
+        return "\n".join(texts)
+
+    def read(self, text: str) -> list[Call]:
+        call, pair = (_pattern(form) for form in (self.call, self.pair))
+        return [(name, dict(pair.findall(body))) for name, body in call.findall(text)]
 
 
-def _qwen_coder_calls(calls: list[Call]) -> str:
-    texts = []
-    for name, arguments in calls:
-        pairs = _text_values(arguments).items()
-        body = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in pairs)
-        texts.append(f"<tool_call>\n<function={name}>\n{body}</function>\n</tool_call>")
-    return "\n".join(texts)
+def _pattern(form: str) -> re.Pattern[str]:
+    """What finds the two things that were put into `form`."""
+    return re.compile("(.*?)".join(map(re.escape, re.split(r"\{\d\}", form))), re.DOTALL)
 
 
-def _parse_qwen_coder(text: str) -> list[Call]:
-    calls = re.findall(r"<tool_call>\n<function=(.*?)>\n(.*?)</function>\n</tool_call>", text, re.DOTALL)
-    pair = re.compile(r"<parameter=(.*?)>\n(.*?)\n</parameter>", re.DOTALL)
-    return [(name, dict(pair.findall(body))) for name, body in calls]
-
-
-def _glm_tools(tools: list[Any]) -> str:
-    return GLM_TOOLS.replace("@TOOLS@", _lines(tools))
-
-
-def _glm_calls(calls: list[Call]) -> str:
-    texts = []
-    for name, arguments in calls:
-        pairs = _text_values(arguments).items()
-        body = "".join(f"<arg_key>{k}</arg_key>\n<arg_value>{v}</arg_value>\n" for k, v in pairs)
-        texts.append(f"<tool_call>{name}\n{body}</tool_call>")
-    return "\n".join(texts)
-
-
-def _parse_glm(text: str) -> list[Call]:
-    calls = re.findall(r"<tool_call>(.*?)\n(.*?)</tool_call>", text, re.DOTALL)
-    pair = re.compile(r"<arg_key>(.*?)</arg_key>\n<arg_value>(.*?)</arg_value>\n", re.DOTALL)
-    return [(name, dict(pair.findall(body))) for name, body in calls]
+_QWEN_CODER = _Tagged(
+    "<tool_call>\n<function={0}>\n{1}</function>\n</tool_call>", "<parameter={0}>\n{1}\n</parameter>\n"
+)
+_GLM = _Tagged("<tool_call>{0}\n{1}</tool_call>", "<arg_key>{0}</arg_key>\n<arg_value>{1}</arg_value>\n")
 
 
 def _llama_tools(tools: list[Any]) -> str:
@@ -278,11 +268,15 @@ def _llama_calls(calls: list[Call]) -> str:
 
 
 def _parse_llama(text: str) -> list[Call]:
-    decoder, calls, position = json.JSONDecoder(), [], 0
-    while match := _JSON_CALL.search(text, position):
-        body, position = decoder.raw_decode(text, match.start())
-        calls.append((body["name"], body["parameters"]))
-    return calls
+    return [(body["name"], body["parameters"]) for _, body in _read_json(text, _JSON_CALL)]
+
+
+def _read_json(text: str, before: re.Pattern[str]) -> Iterator[tuple[re.Match[str], Any]]:
+    """Every match of `before` that no earlier value holds, with the JSON value that follows it."""
+    decoder, position = json.JSONDecoder(), 0
+    while match := before.search(text, position):
+        value, position = decoder.raw_decode(text, match.end())
+        yield match, value
 
 
 def _react_tools(instructions: str, tools: list[Any]) -> str:
@@ -295,33 +289,23 @@ def _react_tools(instructions: str, tools: list[Any]) -> str:
     return instructions.replace("@TOOLS@", told).replace("@NAMES@", names)
 
 
-def _react_en_tools(tools: list[Any]) -> str:
-    return _react_tools(REACT_EN, tools)
-
-
-def _react_zh_tools(tools: list[Any]) -> str:
-    return _react_tools(REACT_ZH, tools)
-
-
 def _react_calls(calls: list[Call]) -> str:
     return "\n".join(f"Action: {name}\nAction Input: {_json(arguments)}" for name, arguments in calls)
 
 
 def _parse_react(text: str) -> list[Call]:
-    decoder, calls, position = json.JSONDecoder(), [], 0
-    while match := _REACT_CALL.search(text, position):
-        arguments, position = decoder.raw_decode(text, match.end())
-        calls.append((match.group(1), arguments))
-    return calls
+    return [(match.group(1), arguments) for match, arguments in _read_json(text, _REACT_CALL)]
 
 
 FORMATS = {
-    "hermes": AgentFormat(_hermes_tools, _hermes_calls, _parse_hermes),
-    "qwen3_coder": AgentFormat(_qwen_coder_tools, _qwen_coder_calls, _parse_qwen_coder, typed=False),
-    "glm4_5": AgentFormat(_glm_tools, _glm_calls, _parse_glm, typed=False),
+    "hermes": AgentFormat(partial(_told, HERMES_TOOLS), _hermes_calls, _parse_hermes),
+    "qwen3_coder": AgentFormat(
+        partial(_told, QWEN_CODER_TOOLS), _QWEN_CODER.write, _QWEN_CODER.read, typed=False
+    ),
+    "glm4_5": AgentFormat(partial(_told, GLM_TOOLS), _GLM.write, _GLM.read, typed=False),
     "llama3": AgentFormat(
         _llama_tools, _llama_calls, _parse_llama, response="{}", response_role="tool", tools_in="user"
     ),
-    "react_en": AgentFormat(_react_en_tools, _react_calls, _parse_react, continues=True),
-    "react_zh": AgentFormat(_react_zh_tools, _react_calls, _parse_react, continues=True),
+    "react_en": AgentFormat(partial(_react_tools, REACT_EN), _react_calls, _parse_react, continues=True),
+    "react_zh": AgentFormat(partial(_react_tools, REACT_ZH), _react_calls, _parse_react, continues=True),
 }

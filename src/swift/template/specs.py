@@ -31,8 +31,7 @@ def _fill(source: str, opening: str, end: str) -> str:
 
 # What models are told about tools (agents.py). @TOOLS@ = their descriptions, @NAMES@ = their names.
 
-# As in the templates of Qwen2.5 and Qwen3.
-HERMES_TOOLS = """\
+_SIGNATURES = """\
 # Tools
 
 You may call one or more functions to assist with the user query.
@@ -42,11 +41,18 @@ You are provided with function signatures within <tools></tools> XML tags:
 @TOOLS@
 </tools>
 
+"""
+
+# As in the templates of Qwen2.5 and Qwen3.
+HERMES_TOOLS = (
+    _SIGNATURES
+    + """\
 For each function call, return a json object with function name and arguments within <tool_call></tool_call> \
 XML tags:
 <tool_call>
 {"name": <function-name>, "arguments": <args-json-object>}
 </tool_call>"""
+)
 
 # As in the template of Qwen3-Coder, with the tools as JSON.
 QWEN_CODER_TOOLS = """\
@@ -74,16 +80,9 @@ multiple lines
 </tool_call>"""
 
 # As in the template of GLM-4.5.
-GLM_TOOLS = """\
-# Tools
-
-You may call one or more functions to assist with the user query.
-
-You are provided with function signatures within <tools></tools> XML tags:
-<tools>
-@TOOLS@
-</tools>
-
+GLM_TOOLS = (
+    _SIGNATURES
+    + """\
 For each function call, output the function name and arguments within the following XML format:
 <tool_call>{function-name}
 <arg_key>{arg-key-1}</arg_key>
@@ -92,6 +91,7 @@ For each function call, output the function name and arguments within the follow
 <arg_value>{arg-value-2}</arg_value>
 ...
 </tool_call>"""
+)
 
 # As in the template of Llama 3.1.
 LLAMA_TOOLS = """\

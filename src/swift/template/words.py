@@ -14,7 +14,6 @@ import numpy as np
 from tokenizers import Encoding
 
 _MOST_WORDS = 200_000  # remembered in one process: about 40 MB
-_BATCH = 64  # rows taken apart at once: their words stay in the processor's cache
 _LONGEST_WORD = 64  # characters; longer pieces seldom come twice
 _INDEPENDENT = ("Digits", "Split", "ByteLevel", "Punctuation")  # ways to split that stay inside a word
 _GAPS = ("  ", " \n", "\n ", "\t", "\r", "\x0b", "\x0c")
@@ -48,58 +47,56 @@ class WordMemory:
 
         Spans are characters [start, end), ascending.
         """
-        for first in range(0, len(texts), _BATCH):
-            rows = [self._split(text) for text in texts[first : first + _BATCH]]
-            self._learn(rows)
-            for parts, borders in zip(rows, spans[first : first + _BATCH], strict=True):
-                yield self._row(parts, list(chain.from_iterable(borders)))
+        for text, borders in zip(texts, spans, strict=True):
+            self._forget()
+            yield self._row(text, list(chain.from_iterable(borders)))
 
-    def _split(self, text: str) -> list[list[str]]:
-        """The words of every part between added tokens; all but a part's first follow a space."""
-        parts = [part for part in self._cuts.split(text) if part]
-        if text.isascii() and not any(gap in text for gap in _GAPS):
-            return [part.split(" ") for part in parts]
-        return [_BORDER.split(part) for part in parts]
-
-    def _learn(self, rows: list[list[list[str]]]) -> None:
+    def _forget(self) -> None:
         for known, word in self._long:
             known.pop(word, None)
         self._long = []
         if len(self._first) + len(self._after) + len(self._inside) > _MOST_WORDS:
             self._first, self._after, self._inside = {}, {}, {}
-        parts = list(chain.from_iterable(rows))
-        first = {words[0] for words in parts} - self._first.keys()
-        after = set(chain.from_iterable(words[1:] for words in parts)) - self._after.keys()
-        for known, new, space in ((self._first, first, ""), (self._after, after, " ")):
-            missing = sorted(new)
-            texts = [space + word for word in missing]
-            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-            for word, encoding in zip(missing, encodings, strict=True):
-                known[word] = np.array(encoding.ids, dtype=np.int32).tobytes()
-            self._long += [(known, word) for word in missing if len(word) > _LONGEST_WORD]
 
-    def _row(self, parts: list[list[str]], places: list[int]) -> tuple[np.ndarray, list[int]]:
+    def _row(self, text: str, places: list[int]) -> tuple[np.ndarray, list[int]]:
         ids: list[bytes] = []
         found: list[int] = []
         characters, size, wanted = 0, 0, iter(places)  # before this part; size in bytes
         place = next(wanted, -1)
-        for words in parts:
-            encoded, length = [self._first[words[0]]], len(words[0])
-            if len(words) > 1:
-                encoded += map(self._after.__getitem__, words[1:])
-                length = sum(map(len, words)) + len(words) - 1
-            while characters <= place < characters + length:
+        split = _split_plain if text.isascii() and not any(gap in text for gap in _GAPS) else _BORDER.split
+        for part in filter(None, self._cuts.split(text)):
+            words = split(part)  # all but the first follow a space
+            encoded = self._look_up(words)
+            while characters <= place < characters + len(part):
                 number, before = _word_at(words, place - characters)
                 tokens = (size + sum(map(len, encoded[:number]))) // 4
-                text = words[0] if number == 0 else " " + words[number]
+                word = words[0] if number == 0 else " " + words[number]
                 count = self._counts[len(found) % 2]
-                found.append(tokens + self._count(text, place - characters - before, count))
+                found.append(tokens + self._count(word, place - characters - before, count))
                 place = next(wanted, -1)
-            ids += encoded
-            characters += length
-            size += sum(map(len, encoded))
+            ids.append(b"".join(encoded))
+            characters += len(part)
+            size += len(ids[-1])
         found += [size // 4] * (len(places) - len(found))
         return np.frombuffer(b"".join(ids), dtype=np.int32), found
+
+    def _look_up(self, words: list[str]) -> list[bytes]:
+        """The ids of each word. Those that are new are encoded together."""
+        try:
+            following = iter(words)
+            return [self._first[next(following)], *map(self._after.__getitem__, following)]
+        except KeyError:
+            first = {words[0]} - self._first.keys()
+            after = set(words[1:]) - self._after.keys()
+        for known, new, space in ((self._first, first, ""), (self._after, after, " ")):
+            missing = list(new)
+            encodings = self._backend.encode_batch_fast(
+                [space + word for word in missing], add_special_tokens=False
+            )
+            for word, encoding in zip(missing, encodings, strict=True):
+                known[word] = np.array(encoding.ids, dtype=np.int32).tobytes()
+            self._long += [(known, word) for word in missing if len(word) > _LONGEST_WORD]
+        return self._look_up(words)
 
     def _count(self, text: str, place: int, count: Count) -> int:
         if place == 0:
@@ -108,6 +105,10 @@ class WordMemory:
             encoding = self._backend.encode(text, add_special_tokens=False)
             self._inside[text, place, count] = count(encoding, text, place)
         return self._inside[text, place, count]
+
+
+def _split_plain(text: str) -> list[str]:
+    return text.split(" ")
 
 
 def _word_at(words: list[str], place: int) -> tuple[int, int]:

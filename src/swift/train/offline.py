@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from swift.batch import Batch
 from swift.config.schedule import ScheduleConfig
-from swift.data.collate import collate, collate_rows
+from swift.data.collate import collate_rows, mismatch_rows
 from swift.data.encode import EncodedDataset
-from swift.data.loader import StepPlan
+from swift.data.feed import Feed, describe_lengths
 from swift.engines.protocol import Engine, StepInfo, Sums
 from swift.plugins.callbacks import (
     Callback,
@@ -33,7 +32,7 @@ from swift.plugins.callbacks import (
 )
 from swift.train.method import Method
 from swift.train.saving import Saver
-from swift.train.scoring import Step, mismatch
+from swift.train.scoring import Step
 from swift.train.state import TrainState, format_seconds, loss_and_metrics
 from swift.train.stopping import FAILED, INTERRUPT, TERMINATE, Terminated
 from swift.utils.log import say
@@ -45,11 +44,11 @@ class Cadence:
 
     strategy: str
     every: int
-    steps_per_epoch: int
+    steps_per_epoch: int | None
     total_steps: int
 
     @classmethod
-    def of(cls, strategy: str, every: float, steps_per_epoch: int, total_steps: int) -> "Cadence":
+    def of(cls, strategy: str, every: float, steps_per_epoch: int | None, total_steps: int) -> "Cadence":
         """`every` below 1 is a share of all steps."""
         count = math.ceil(every * total_steps) if 0 < every < 1 else int(every)
         return cls(strategy, max(count, 1), steps_per_epoch, total_steps)
@@ -58,7 +57,10 @@ class Cadence:
         """The last step is always due, unless the strategy is `no`."""
         if self.strategy == "no":
             return False
-        every = self.steps_per_epoch if self.strategy == "epoch" else self.every
+        every = self.every
+        if self.strategy == "epoch":
+            assert self.steps_per_epoch is not None
+            every = self.steps_per_epoch
         return step % every == 0 or step == self.total_steps
 
 
@@ -68,9 +70,8 @@ class Offline:
 
     engine: Engine
     method: Method
-    rows: EncodedDataset
+    feed: Feed
     eval_rows: EncodedDataset | None
-    plan: StepPlan
     total_steps: int
     schedule: ScheduleConfig
     saver: Saver
@@ -118,10 +119,12 @@ class Offline:
 
     def _train_step(self, state: TrainState, clock: "Clock") -> Stop | None:
         """One optimizer step and what is due after it; the wish of a callback to end the run."""
-        micro_batches = self.plan.micro_batches(state.step, self.engine.data_rank)
-        order = self.plan.step_rows(state.step) if self.method.needs_mismatched else np.empty(0, np.int64)
+        batches = self.feed.batches(state.step, self.engine.data_rank)
+        mismatched = (
+            self.feed.mismatched(state.step, self.engine.data_rank) if self.method.needs_mismatched else []
+        )
         with clock.training():
-            batches = self._batches(self.rows, micro_batches, order, state.running)
+            batches = self.method.score(self.engine, Step(batches, mismatched, state.running))
             sums = self.engine.forward_backward(batches, self.method.objective)
             info = self.engine.optim_step()
         state.step += 1
@@ -139,24 +142,9 @@ class Offline:
             self._save(state, clock, metric)
         return next((wish for wish in wishes if isinstance(wish, Stop)), None)
 
-    def _batches(
-        self,
-        rows: EncodedDataset,
-        micro_batches: Sequence[Sequence[int] | np.ndarray],
-        order: np.ndarray,
-        running: Sums,
-    ) -> list[Batch]:
-        """Batches as the objective reads them. `order`: all rows scored together, on any rank."""
-        batches = [collate_rows(rows, chosen) for chosen in micro_batches]
-        before = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
-        mismatched = [
-            collate([mismatch(rows[i], rows[before[i]]) for i in chosen])
-            for chosen in (micro_batches if before else [])
-        ]
-        return self.method.score(self.engine, Step(batches, mismatched, running))
-
     def _save(self, state: TrainState, clock: "Clock", metric: float | None) -> None:
         state.elapsed_seconds = clock.elapsed()
+        state.position = self.feed.position()
         self.saver.save(self.engine, state, metric, self.schedule.lower_is_better)
 
     def _tell_saved(self) -> None:
@@ -184,15 +172,14 @@ class Offline:
     def _cadence(self, what: str) -> Cadence:
         s = self.schedule
         if what == "save":
-            return Cadence.of(s.save_strategy, s.save_steps, self.plan.steps_per_epoch, self.total_steps)
+            return Cadence.of(s.save_strategy, s.save_steps, self.feed.steps_per_epoch, self.total_steps)
         strategy = s.eval_strategy or ("steps" if s.eval_steps else s.save_strategy)
         every = s.eval_steps or s.save_steps
-        return Cadence.of(
-            strategy if self.eval_rows else "no", every, self.plan.steps_per_epoch, self.total_steps
-        )
+        strategy = strategy if self.eval_rows else "no"
+        return Cadence.of(strategy, every, self.feed.steps_per_epoch, self.total_steps)
 
     def _epoch(self, state: TrainState) -> float:
-        return round(state.step / self.plan.steps_per_epoch, 6)
+        return round(self.feed.epoch(state.step), 6)
 
     def _position(self, state: TrainState) -> dict[str, Any]:
         return {
@@ -213,6 +200,7 @@ class Offline:
         return {
             **row,
             **self._position(state),
+            **self.feed.progress(),
             "elapsed_time": format_seconds(clock.elapsed()),
             "remaining_time": format_seconds(clock.remaining(state.step, self.total_steps)),
             "memory(GiB)": round(peak_memory_gib(), 2),
@@ -229,9 +217,11 @@ class Offline:
             len(self.eval_rows),
         )
         mine = range(self.engine.data_rank * size, count, self.engine.data_world * size)
-        order = np.arange(count if self.method.needs_mismatched else 0)
         chosen = [range(s, min(s + size, count)) for s in mine]
-        batches = self._batches(self.eval_rows, chosen, order, copy.deepcopy(state.running))
+        batches = [collate_rows(self.eval_rows, rows) for rows in chosen]
+        order = np.arange(count)
+        mismatched = mismatch_rows(self.eval_rows, chosen, order) if self.method.needs_mismatched else []
+        batches = self.method.score(self.engine, Step(batches, mismatched, copy.deepcopy(state.running)))
         sums = self.engine.measure(batches, self.method.objective)
         seconds = time.perf_counter() - started
         metrics = {f"eval_{k}": v for k, v in loss_and_metrics(sums).items()}
@@ -245,7 +235,7 @@ class Offline:
 
     def _summary(self, state: TrainState, clock: "Clock") -> dict[str, Any]:
         seconds = clock.elapsed()
-        samples = state.step * len(self.rows) / self.plan.steps_per_epoch
+        samples = self.feed.rows_until(state.step)
 
         def path(step: int | None) -> str | None:
             return None if step is None else str(self.run_directory / f"checkpoint-{step}")
@@ -255,7 +245,7 @@ class Offline:
             "train_runtime": round(seconds, 2),
             "train_steps_per_second": round(state.step / seconds, 4) if seconds else 0.0,
             "train_samples_per_second": round(samples / seconds, 3) if seconds else 0.0,
-            "train_dataset": describe_lengths(self.rows),
+            "train_dataset": self.feed.describe(),
             "val_dataset": describe_lengths(self.eval_rows) if self.eval_rows else None,
             "last_model_checkpoint": path(state.last_saved_step),
             "best_model_checkpoint": path(state.best_step),
@@ -304,10 +294,3 @@ def peak_memory_gib() -> float:
         return torch.cuda.max_memory_reserved() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def describe_lengths(rows: EncodedDataset) -> str:
-    """`193.38±32.78, min=141.00, max=270.00, size=26`: tokens a row."""
-    lengths = rows.lengths
-    spread = f"{lengths.mean():.2f}±{lengths.std():.2f}, min={lengths.min():.2f}, max={lengths.max():.2f}"
-    return f"{spread}, size={len(rows)}"

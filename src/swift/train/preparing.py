@@ -15,11 +15,13 @@ from swift.data.audit import audit
 from swift.data.cache import encode_cached, join_datasets, open_exported, remember
 from swift.data.channels import find_channels
 from swift.data.datasets import use_plugins
-from swift.data.encode import EncodedDataset
+from swift.data.encode import EncodedDataset, Encoder
+from swift.data.feed import Feed, StoredFeed, StreamFeed
 from swift.data.loader import StepPlan
 from swift.data.pack import pack_lengths
-from swift.data.rows import Rows
+from swift.data.rows import InMemory, Rows
 from swift.data.sources import open_sets
+from swift.data.stream import EncodedStream, Position, RowStream, open_stream
 from swift.data.types import place
 from swift.engines.optim import check_optim
 from swift.engines.ranks import Ranks
@@ -40,6 +42,7 @@ from swift.train.rundir import check_writable, output_root
 from swift.train.tracking import load_trackers
 from swift.utils.log import warn
 
+STREAM_HEAD = 1_000  # rows of a stream whose faults are told before weights load
 ROWS_PER_STEP = 16  # what --gradient_accumulation_steps aims at when it is not given
 
 
@@ -56,16 +59,17 @@ class Prepared:
     rows: EncodedDataset
     eval_rows: EncodedDataset | None
     eval_source: Rows | None
+    stream: EncodedStream | None  # what is trained on, where `rows` are only its head
     max_length: int  # tokens a row may have
     callbacks: list[Any]  # the users' own
 
 
-def prepare(run: TrainRun, method: Method, *, resumes: bool) -> Prepared:
+def prepare(run: TrainRun, method: Method, *, resumption: Resumption | None) -> Prepared:
     """Finds the model and encodes the rows. Most mistakes end here, as a ConfigError."""
     use_plugins(run.plugins)
     build_weights(run.template.loss_scale)  # a wrong name is told before anything is downloaded
     check_optim(run.optim)
-    for adapter in run.tuner.adapters if not resumes else ():  # a resumed run has its own
+    for adapter in run.tuner.adapters if not resumption else ():  # a resumed run has its own
         check_adapter_directory(Path(adapter).expanduser())
     if run.parallel.deepspeed not in (None, "zero0"):
         load_zero().read_config(run.parallel.deepspeed)
@@ -73,6 +77,8 @@ def prepare(run: TrainRun, method: Method, *, resumes: bool) -> Prepared:
         check_sequences(run, method)
     if run.template.truncation_strategy == "split" and method.shape != "chat":
         raise ConfigError("--truncation_strategy split is for plain text alone", hint="swift pt, swift sft")
+    if run.data.streaming:
+        check_stream(run, method)
     load_trackers(run.output.report_to)
     callbacks = find_callbacks(run.output.callbacks)
     assert run.model.model is not None
@@ -87,7 +93,6 @@ def prepare(run: TrainRun, method: Method, *, resumes: bool) -> Prepared:
     if Path(run.model.model).is_dir():
         run = with_model(run, str(model_path))
     tokenizer = load_tokenizer(model_path)
-    train_rows, eval_source = open_sets(run.data, seed=run.data_seed, **hub)
     longest = run.template.max_length or context_length(load_config(model_path)) or 2048
     longest = min(longest, run.data.packing_length or longest)
     if not method.learns_text:  # rows may consist of a question alone
@@ -96,12 +101,11 @@ def prepare(run: TrainRun, method: Method, *, resumes: bool) -> Prepared:
     run = with_system(run, template.system)
     if run.template.use_chat_template:
         tokenizer.chat_template = tokenizer.chat_template or template.source  # saved with every checkpoint
-    rows, eval_rows = encode_sets(
-        run, template, train_rows, eval_source, max_length=longest, shape=method.shape
-    )
+    sources = open_sources(run, template, longest, resumption)
+    rows, eval_rows = encode_sets(run, template, sources, longest, method.shape)
     return Prepared(
-        run, root, model_path, reference_path, reference_adapter, tokenizer, rows, eval_rows, eval_source,
-        longest, callbacks,
+        run, root, model_path, reference_path, reference_adapter, tokenizer, rows, eval_rows,
+        sources.evaluation, sources.stream, longest, callbacks,
     )  # fmt: skip
 
 
@@ -123,6 +127,14 @@ def learn_facts(objective: Objective, ready: Prepared) -> Objective:
     return replace(objective, channels=channels, experts_per_token=experts or 0)
 
 
+def check_stream(run: TrainRun, method: Method) -> None:
+    """Raises ConfigError for what needs to know all rows."""
+    channels = isinstance(run, SftRun) and run.sft.enable_channel_loss
+    if method.shape != "chat" or channels:
+        what = "--enable_channel_loss" if channels else "pairs and labels"
+        raise ConfigError(f"--streaming true does not go with {what} yet", hint="leave it out")
+
+
 def check_sequences(run: TrainRun, method: Method) -> None:
     """Raises ConfigError for what needs the whole of a row in one process."""
     clash = None
@@ -139,32 +151,38 @@ def check_sequences(run: TrainRun, method: Method) -> None:
         )
 
 
-def describe_data(rows: EncodedDataset, plan: StepPlan) -> dict[str, Any]:
-    """What a resumed run must find again, and every rank must have."""
-    return {
-        "rows": len(rows),
-        "rows_per_step": plan.items_per_step,
-        "tokens": rows.num_tokens,
-        "fingerprint": rows.fingerprint,
-        "packs": plan.packs and plan.packs.fingerprint,
-    }
+@dataclass(frozen=True)
+class Sources:
+    """Rows of a run. Of training rows that are streamed, `train` has the first ones."""
+
+    train: Rows | None
+    evaluation: Rows | None
+    stream: EncodedStream | None = None
+
+
+def open_sources(
+    run: TrainRun, template: ChatTemplate, max_length: int, resumption: Resumption | None
+) -> Sources:
+    """Finds the rows that a run names."""
+    hub: dict[str, Any] = {"use_hf": run.model.use_hf, "token": run.model.hub_token}
+    train, evaluation = open_sets(run.data, seed=run.data_seed, **hub)
+    if not run.data.streaming:
+        return Sources(train, evaluation)
+    source = open_stream(run.data, seed=run.data_seed, **hub)
+    head = Rows([InMemory(source.head(STREAM_HEAD))])
+    return Sources(head, evaluation, _start_stream(run, source, template, max_length, resumption))
 
 
 def encode_sets(
-    run: TrainRun,
-    template: ChatTemplate,
-    train: Rows | None,
-    evaluation: Rows | None,
-    *,
-    max_length: int,
-    shape: str,
+    run: TrainRun, template: ChatTemplate, sources: Sources, max_length: int, shape: str
 ) -> tuple[EncodedDataset, EncodedDataset | None]:
     """Tokens of both sets, with what was dropped and why."""
     encoded = []
-    for what, rows in (("training", train), ("evaluation", evaluation)):
+    training = "training" if sources.stream is None else "first training"
+    for what, rows in ((training, sources.train), ("evaluation", sources.evaluation)):
         found = open_exported(
             run.data.cached_dataset, template, run.template,
-            model=str(run.model.model), max_length=max_length, training=what == "training",
+            model=str(run.model.model), max_length=max_length, training=what == training,
         )  # fmt: skip
         if rows is not None:
             dataset, report = encode_cached(
@@ -178,12 +196,37 @@ def encode_sets(
             continue
         dataset = join_datasets(found)
         summary.tell_rows(dataset, what)
-        if what == "training":
+        if what == training:
             for line in remember(dataset, "audit", partial(audit, dataset, template.stop_token_ids)):
                 warn(line)
         encoded.append(dataset)
     assert encoded[0] is not None, "a run has --dataset or --cached_dataset"
     return encoded[0], encoded[1]
+
+
+def _start_stream(
+    run: TrainRun, source: RowStream, template: ChatTemplate, max_length: int, resumption: Resumption | None
+) -> EncodedStream:
+    """Its processes are forked here, so this comes before anything that starts threads."""
+    data, capacity = run.data, (run.data.packing_length or max_length) if run.data.packing else None
+    encoder = Encoder(template, max_length, run.template.truncation_strategy, data.strict)
+    position = Position(**(resumption.state.position or {})) if resumption else None
+    workers = data.dataset_num_proc if data.dataloader_num_workers is None else data.dataloader_num_workers
+    if data.dataset_num_proc > 1:
+        workers = max(workers, data.dataset_num_proc)
+    return EncodedStream(source, encoder, capacity=capacity, workers=workers, position=position)
+
+
+def make_feed(
+    plan: StepPlan, rows: EncodedDataset, stream: EncodedStream | None, resumption: Resumption | None
+) -> Feed:
+    """What the loop trains on: `rows`, or the stream of which they are the head."""
+    if stream is None:
+        return StoredFeed(rows, plan)
+    return StreamFeed(
+        stream, micro_batch_size=plan.micro_batch_size, accumulation=plan.accumulation,
+        data_world=plan.data_world, first_step=resumption.state.step if resumption else 0,
+    )  # fmt: skip
 
 
 def plan_steps(

@@ -19,8 +19,8 @@ from swift.train.preparing import (
     Prepared,
     check_equal_on_ranks,
     check_rows,
-    describe_data,
     learn_facts,
+    make_feed,
     plan_steps,
     prepare,
 )
@@ -56,7 +56,7 @@ def train(run: Run, command: str, build_method: Callable[[Run], Method]) -> int:
     method = build_method(run)
     if method.objective.couples_rows:
         warn("the loss compares the rows of a micro-batch: it depends on --per_device_train_batch_size")
-    ready = prepare(run, method, resumes=resumption is not None)
+    ready = prepare(run, method, resumption=resumption)
     method = replace(method, objective=learn_facts(method.objective, ready))
     run, tokenizer, rows = ready.run, ready.tokenizer, ready.rows
     ranks, device = join_ranks(
@@ -65,7 +65,8 @@ def train(run: Run, command: str, build_method: Callable[[Run], Method]) -> int:
     )  # fmt: skip
     plan = plan_steps(run, rows, ready.max_length, ranks, resumption)
     check_rows(method, rows, plan)
-    data = describe_data(rows, plan)
+    feed = make_feed(plan, rows, ready.stream, resumption)
+    data = feed.identity()
     check_equal_on_ranks(ranks, data)
     if resumption:
         check_same_data(resumption, data)
@@ -78,7 +79,7 @@ def train(run: Run, command: str, build_method: Callable[[Run], Method]) -> int:
         precompute(run, ready, engine, ranks)
     if plan.packs:
         summary.tell_packs(plan.packs, flat=engine.flat)
-    summary.tell_steps(plan, total_steps, rows)
+    summary.tell_steps(plan, total_steps, rows if ready.stream is None else None)
     summary.tell_sample(tokenizer, rows)
     directory = ranks.share(open_run_directory(run, ready.root, resumption) if ranks.is_main else ready.root)
     args = hide_secrets({**flatten(run), "swift_version": __version__, "command": command})
@@ -97,7 +98,7 @@ def train(run: Run, command: str, build_method: Callable[[Run], Method]) -> int:
     if resumption and ranks.is_main:
         saver.tidy(state.best_step, state.step)
     loop = Offline(
-        engine=engine, method=method, rows=rows, eval_rows=ready.eval_rows, plan=plan,
+        engine=engine, method=method, feed=feed, eval_rows=ready.eval_rows,
         total_steps=total_steps, schedule=run.schedule, saver=saver, run_directory=directory,
         callbacks=build_callbacks(run, directory, args, ready.callbacks) if ranks.is_main else [],
         follows_wishes=bool(ready.callbacks or run.schedule.early_stop_interval),
@@ -133,6 +134,8 @@ def run_loop(loop: Offline, state: TrainState) -> int:
         else:
             say(f"{word} at step {state.step}; no checkpoint was due yet (--save_steps)")
         return code
+    finally:
+        loop.feed.close()
     for what, step in (
         ("last_model_checkpoint", state.last_saved_step),
         ("best_model_checkpoint", state.best_step),

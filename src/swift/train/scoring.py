@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from swift.batch import IGNORED, Batch
+from swift.batch import Batch
 from swift.data.collate import collate_rows
 from swift.data.encode import EncodedDataset
 from swift.engines.protocol import Engine, Sums
 from swift.engines.ranks import Ranks
 from swift.objectives.distance import Distance
-from swift.template.tokenize import Encoded
 from swift.utils import env
 from swift.utils.log import console
 
@@ -93,15 +92,6 @@ def with_constant(batches: Sequence[Batch], name: str, value: float) -> list[Bat
         replace(batch, segment={**batch.segment, name: torch.full((batch.num_segments,), value)})
         for batch in batches
     ]
-
-
-def mismatch(prompt: Encoded, answer: Encoded) -> Encoded:
-    """The prompt of one row with the answer of another."""
-    trained = [int(np.argmax(row.labels != IGNORED)) for row in (prompt, answer)]
-    head, tail = prompt.cut(0, trained[0]), answer.cut(trained[1], len(answer.labels))
-    return Encoded(
-        np.concatenate([head.input_ids, tail.input_ids]), np.concatenate([head.labels, tail.labels]), None
-    )
 
 
 def precompute_reference(

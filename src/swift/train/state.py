@@ -20,6 +20,7 @@ class TrainState:
     best_metric: float | None = None
     best_step: int | None = None
     last_saved_step: int | None = None
+    position: dict[str, Any] | None = None  # in a stream of rows; none = the step says it
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -50,14 +50,17 @@ def tell_packs(packs: Packs, *, flat: bool) -> None:
         warn("--packing true: this model needs padding, so the rows of a pack are padded to its longest")
 
 
-def tell_steps(plan: StepPlan, total_steps: int, rows: EncodedDataset) -> None:
+def tell_steps(plan: StepPlan, total_steps: int, rows: EncodedDataset | None) -> None:
+    """`rows` are none where they come as a stream."""
     items = "packs" if plan.packs else "rows"
     say(
         f"steps: {plan.items_per_step} {items} a step ({plan.micro_batch_size} x {plan.accumulation} "
-        f"accumulated x {plan.data_world} process(es)), {plan.steps_per_epoch} steps an epoch, "
-        f"{total_steps} in all"
+        f"accumulated x {plan.data_world} process(es)), "
+        + (f"{plan.steps_per_epoch} steps an epoch, " if rows else "")
+        + f"{total_steps} in all"
     )
-    say(f"tokens: about {rows.num_tokens / plan.steps_per_epoch:,.0f} a step")
+    if rows:
+        say(f"tokens: about {rows.num_tokens / plan.steps_per_epoch:,.0f} a step")
 
 
 def sample_text(pieces: Sequence[tuple[str, float]]) -> Text:
