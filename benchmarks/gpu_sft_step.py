@@ -22,10 +22,10 @@ from swift.config.optim import OptimConfig
 from swift.config.parallel import ParallelConfig
 from swift.config.tuner import TunerConfig
 from swift.data.collate import collate
-from swift.engines.ranks import join_ranks, leave_ranks
+from swift.engines.ranks import Ranks, join_ranks, leave_ranks
 from swift.engines.transformers.attention import FLAT_ATTENTION
 from swift.engines.transformers.engine import TransformersEngine
-from swift.engines.transformers.wrap import wrap
+from swift.engines.transformers.wrap import Wrapper, load_zero, wrap
 from swift.models.adapters import add_lora
 from swift.objectives.sft import Sft
 from swift.template.tokenize import Encoded
@@ -77,6 +77,28 @@ def memory_gib(device: torch.device) -> float | None:
     return round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else None
 
 
+def choose_wrapper(options: argparse.Namespace, ranks: Ranks, width: int) -> Wrapper:
+    if not options.zero:
+        return partial(wrap, parallel=ParallelConfig(fsdp="fsdp2" if options.fsdp else None))
+    zero = load_zero()
+    config = zero.settle(
+        options.zero, micro_batch=1, accumulation=1, data_world=ranks.world, clip=OptimConfig().max_grad_norm,
+        compute="bfloat16", width=width,
+    )  # fmt: skip
+    return partial(zero.wrap_zero, config=config)
+
+
+def print_profile(engine: TransformersEngine, rows: list[Encoded], path: str) -> None:
+    """One step under torch's profiler."""
+    with torch.profiler.profile() as profile:
+        engine.forward_backward([collate(rows)], Sft())
+        engine.optim_step()
+    profile.export_chrome_trace(path)
+    print(
+        profile.key_averages().table(sort_by="self_device_time_total", row_limit=25, max_name_column_width=60)
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-8b")
@@ -85,6 +107,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--layouts", nargs="+", default=["flat", "flat-sdpa-mask", "padded"])
     parser.add_argument("--fsdp", action="store_true")
+    parser.add_argument("--zero", help="zero1, zero2, zero3 or an offloading one of them, through DeepSpeed")
+    parser.add_argument("--dropout", type=float, default=TunerConfig().lora_dropout)
+    parser.add_argument(
+        "--profile", help="write a Chrome trace of one step here, and print the longest kernels"
+    )
     options = parser.parse_args()
     shape = SHAPES[options.shape]
     ranks, device = join_ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu"), 600)
@@ -92,7 +119,7 @@ def main() -> None:
     with torch.device(device):
         model = Qwen3ForCausalLM(Qwen3Config(**shape, max_position_embeddings=40960)).to(torch.bfloat16)
     if options.tuner == "lora":
-        model = add_lora(model, TunerConfig(), seed=0)
+        model = add_lora(model, TunerConfig(lora_dropout=options.dropout), seed=0)
     engine = TransformersEngine(
         model,
         OptimConfig(),
@@ -100,7 +127,7 @@ def main() -> None:
         total_steps=100,
         gradient_checkpointing=True,
         ranks=ranks,
-        wrapper=partial(wrap, parallel=ParallelConfig(fsdp="fsdp2" if options.fsdp else None)),
+        wrapper=choose_wrapper(options, ranks, shape["hidden_size"]),
     )
     base = model.get_base_model() if options.tuner == "lora" else model
     rows = make_rows(options.tokens, shape["vocab_size"], ranks.rank)
@@ -123,7 +150,8 @@ def main() -> None:
             "device": name,
             "shape": options.shape,
             "processes": ranks.world,
-            "tuner": options.tuner + ("-fsdp2" if options.fsdp else ""),
+            "tuner": options.tuner
+            + ("-fsdp2" if options.fsdp else f"-{options.zero}" if options.zero else ""),
             "layout": layout,
             "rows": len(rows),
             "tokens": options.tokens,
@@ -134,6 +162,8 @@ def main() -> None:
         }
         if ranks.is_main:
             print(json.dumps(result), flush=True)
+            if options.profile:
+                print_profile(engine, rows, options.profile)
     leave_ranks()
 
 

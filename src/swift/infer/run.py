@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from swift.config.option import ConfigError, default_of
 from swift.config.runs import InferRun
 from swift.data.datasets import use_plugins
-from swift.data.sources import load_rows
+from swift.data.sources import open_rows
 from swift.infer.batch import answer_rows, load_questions, mend_last_line, report
 from swift.infer.chat import Chat
 from swift.infer.engine import TransformersInferEngine
@@ -95,12 +95,12 @@ def score_texts(source: Source, labels: int, specs: tuple[str, ...], columns: di
         )
     seed = run.generation.seed if run.infer.data_seed is None else run.infer.data_seed
     hub = {"use_hf": run.model.use_hf, "token": run.model.hub_token}
-    rows = load_rows(specs, seed=seed, shuffle=run.infer.dataset_shuffle, columns=columns, **hub)
-    rows = rows[: run.infer.val_dataset_sample]
+    rows = open_rows(specs, seed=seed, shuffle=run.infer.dataset_shuffle, columns=columns, **hub)
+    chosen = list(rows)[: run.infer.val_dataset_sample]
     path = Path(run.infer.result_path) if run.infer.result_path else default_result_path(source)
     open_result_file(path)
     scorer = TextScorer.load(source.model, source.adapter, labels, run)
-    count = scorer.score_rows(rows, path, batch_size=run.infer.max_batch_size, strict=run.infer.strict)
+    count = scorer.score_rows(chosen, path, batch_size=run.infer.max_batch_size, strict=run.infer.strict)
     say(f"{count} scores: {path}")
     return 0
 

@@ -32,6 +32,7 @@ from swift.config.option import ConfigError
 from swift.engines.ranks import Ranks
 from swift.engines.transformers.slices import Part, Reader, to_host
 from swift.engines.transformers.wrap import MASTER, Moments, Stepped
+from swift.utils import env
 
 HALF = (torch.float16, torch.bfloat16)
 ON_CPU = {"device": "cpu", "pin_memory": True}
@@ -271,6 +272,7 @@ def wrap_zero(
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names it calls
     if not dist.is_initialized():  # it wants a group also of one process
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        env.set_defaults({"LOCAL_RANK": "0"})
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(verbose=False)
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
