@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--layouts", nargs="+", default=["flat", "flat-sdpa-mask", "padded"])
     parser.add_argument("--fsdp", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="--torch_compile true")
     parser.add_argument("--zero", help="zero1, zero2, zero3 or an offloading one of them, through DeepSpeed")
     parser.add_argument("--dropout", type=float, default=TunerConfig().lora_dropout)
     parser.add_argument(
@@ -126,6 +127,7 @@ def main() -> None:
         learning_rate=1e-5,
         total_steps=100,
         gradient_checkpointing=True,
+        compiler="inductor" if options.compile else None,
         ranks=ranks,
         wrapper=choose_wrapper(options, ranks, shape["hidden_size"]),
     )
@@ -152,7 +154,7 @@ def main() -> None:
             "processes": ranks.world,
             "tuner": options.tuner
             + ("-fsdp2" if options.fsdp else f"-{options.zero}" if options.zero else ""),
-            "layout": layout,
+            "layout": layout + ("-compiled" if options.compile else ""),
             "rows": len(rows),
             "tokens": options.tokens,
             "seconds": round(best, 4),

@@ -134,3 +134,11 @@ def test_a_model_that_needs_padding_gets_it_and_refuses_flat(tiny_llama_dir):
     assert engine.flat is False
     with pytest.raises(ConfigError, match=r"--padding_free true: .* layers of type linear_attention"):
         TransformersEngine(model, OptimConfig(), learning_rate=1e-3, total_steps=1, flat=True)
+
+
+def test_compiled_layers_give_the_same(tiny_qwen3_dir):
+    """Two lengths of batches, so that the second one is compiled for any; recomputed in the backward pass."""
+    plain = step(build_engine(tiny_qwen3_dir), 3)
+    options = {"gradient_checkpointing": True, "compiler": "aot_eager"}
+    compiled = step(build_engine(tiny_qwen3_dir, **options), 3)
+    assert_equal(compiled, plain, 1e-6)

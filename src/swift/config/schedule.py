@@ -23,6 +23,10 @@ class ScheduleConfig:
     gradient_checkpointing: bool | None = option(
         None, help="recompute activations to save memory; none = on a GPU yes, on a CPU no"
     )
+    torch_compile: bool = option(
+        False, help="compile the layers with torch: faster steps, after a minute of start-up"
+    )
+    torch_compile_backend: str = option("inductor", help="compiler of --torch_compile true")
     activation_cpu_offload: bool = option(
         False, help="keep what waits for the backward pass in the CPU's memory (GPU training)"
     )

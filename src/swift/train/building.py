@@ -85,6 +85,7 @@ def build_engine(
         ),
         gradient_checkpointing=device.type == "cuda" if checkpointing is None else checkpointing,
         activation_cpu_offload=run.schedule.activation_cpu_offload,
+        compiler=run.schedule.torch_compile_backend if run.schedule.torch_compile else None,
         compute=getattr(torch, run.schedule.compute or "", None) if model.dtype == torch.float32 else None,
         ranks=ranks,
         noise_alpha=run.sft.neftune_noise_alpha if isinstance(run, SftRun) else None,

@@ -89,8 +89,12 @@ class HfCallbacks(Callback):
         self.state.log_history.append({**event.row, "step": event.step})
         return self._call("on_evaluate", metrics=event.row)
 
-    def on_save(self, _: SaveEvent) -> Wish | None:
-        return self._call("on_save")
+    def on_save(self, event: SaveEvent) -> Wish | None:
+        """Checkpoints become whole beside training: the step told is theirs, which may have passed."""
+        now, self.state.global_step = self.state.global_step, event.step
+        wish = self._call("on_save")
+        self.state.global_step = now
+        return wish
 
     def on_end(self, _: EndEvent) -> None:
         self._call("on_train_end")

@@ -27,7 +27,7 @@ from swift.engines.optim import answering, begin_training, build_optimizer, buil
 from swift.engines.protocol import Snapshot, StepInfo, Sums
 from swift.engines.ranks import Ranks
 from swift.engines.transformers import checkpoint
-from swift.engines.transformers.attention import FLAT_ATTENTION
+from swift.engines.transformers.attention import FLAT_ATTENTION, compile_layers
 from swift.engines.transformers.forward import refusal_of_flat, score
 from swift.engines.transformers.noise import EmbeddingNoise
 from swift.engines.transformers.offload import activations_on_cpu
@@ -61,6 +61,7 @@ class TransformersEngine:
         own_attention: bool = True,
         gradient_checkpointing: bool = False,
         activation_cpu_offload: bool = False,
+        compiler: str | None = None,
         compute: torch.dtype | None = None,
         ranks: Ranks | None = None,
         noise_alpha: float | None = None,
@@ -68,7 +69,7 @@ class TransformersEngine:
         resume_from: Path | None = None,
         frozen: PreTrainedModel | None = None,
     ) -> None:
-        """`compute`: dtype of the arithmetic; None = that of the weights.
+        """`compute`: dtype of the arithmetic; None = that of the weights. `compiler`: of the layers.
 
         `frozen`: the reference of full-parameter training; with adapters it is the model without them.
         """
@@ -93,6 +94,8 @@ class TransformersEngine:
             self.sequence = SequenceRanks(place, self.ranks.sequence_size, group)
         if gradient_checkpointing:
             enable_recompute(base)
+        if compiler:
+            compile_layers(base, compiler)
         if self.compute == torch.float16:
             widen_trained(model)  # before weights are read: those of a checkpoint are as wide
         if resume_from:

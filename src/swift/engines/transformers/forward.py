@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from swift.batch import IGNORED, Batch
 from swift.config.option import ConfigError
+from swift.engines.transformers.attention import Segments
 from swift.engines.transformers.sequence_parallel import SequenceRanks
 from swift.objectives.logits import DenseLogits
 from swift.objectives.types import TokenStats
@@ -58,8 +59,10 @@ def check_sequence_parallel(config: PretrainedConfig, size: int) -> None:
         )
 
 
-def flat_arguments(batch: Batch, device: torch.device, *, own_attention: bool) -> dict[str, Any]:
-    """Model arguments of one flat row; `segment_*` travel through the model to our attention function.
+def flat_arguments(
+    batch: Batch, device: torch.device, *, own_attention: bool, sequence: SequenceRanks | None = None
+) -> dict[str, Any]:
+    """Model arguments of one flat row; `segments` travel through the model to our attention function.
 
     The kernels of transformers keep segments apart by themselves, wherever position ids start again at 0.
     """
@@ -70,7 +73,9 @@ def flat_arguments(batch: Batch, device: torch.device, *, own_attention: bool) -
     if own_attention:
         lengths = batch.segment_lengths()
         bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        arguments |= {"segment_lengths": lengths.tolist(), "segment_bounds": bounds.to(device)}
+        arguments["segments"] = Segments(lengths.tolist(), bounds.to(device), sequence)
+    if sequence:
+        arguments |= {name: sequence.own(arguments[name]) for name in ("input_ids", "position_ids")}
     return arguments
 
 
@@ -154,10 +159,7 @@ def score(
     routing = {"output_router_logits": True} if "router_logits" in needs else {}
     index_T = None  # the place of each token in the padded layout
     if flat:
-        arguments = flat_arguments(whole, device, own_attention=own_attention)
-        if sequence:
-            arguments |= {k: sequence.own(arguments[k]) for k in ("input_ids", "position_ids")}
-            arguments["sequence"] = sequence
+        arguments = flat_arguments(whole, device, own_attention=own_attention, sequence=sequence)
         output = model(**arguments, **routing, logits_to_keep=positions_N, use_cache=False)
         logits_NV = output.logits[0]
     else:
