@@ -112,5 +112,3 @@ def test_self_cognition_without_a_name(train):
 def test_flags_that_contradict_each_other(train):
     code, said = train(lines(GOOD), "--val_dataset", "x.jsonl", "--split_dataset_ratio", "0.1")
     assert code == 2 and "--val_dataset and --split_dataset_ratio" in said
-    code, said = train(lines(GOOD), "--torch_dtype", "float16")
-    assert code == 2 and "--torch_dtype float16 cannot train yet" in said

@@ -146,7 +146,17 @@ def test_losses_that_need_more_than_a_pair(losses_named, tiny_llama_dir, tmp_pat
 
 def test_kto_learns_from_single_answers_in_any_layout(tiny_llama_dir, tmp_path):
     data = write_liked(tmp_path / "liked.jsonl")
-    flags = ("--save_strategy", "no", "--lora_dropout", "0", "--split_dataset_ratio", "0.25")
+    held_out = write_liked(tmp_path / "held_out.jsonl", 4)
+    flags = (
+        "--save_strategy",
+        "no",
+        "--lora_dropout",
+        "0",
+        "--eval_steps",
+        "6",
+        "--val_dataset",
+        str(held_out),
+    )
     run = train("kto", tiny_llama_dir, data, tmp_path / "out", *flags)
     log = [row for row in read_log(run) if "loss" in row]
     assert log[0]["loss"] == pytest.approx(0.5, abs=1e-6) and log[0]["kl"] == 0

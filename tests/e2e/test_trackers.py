@@ -35,7 +35,7 @@ def test_a_missing_package_is_told_before_the_run(tmp_path, monkeypatch, capsys,
 
 
 def test_tensorboard_of_a_resumed_run_has_every_step_once(tiny_llama_dir, tmp_path):
-    log = train_and_resume(tiny_llama_dir, tmp_path)
+    log = train_and_resume(tiny_llama_dir, tmp_path, "--report_to", "tensorboard")
     events = EventAccumulator(str(only_run(tmp_path / "out") / "runs"))
     events.Reload()
     points = [(event.step, event.value) for event in events.Scalars("train/loss")]

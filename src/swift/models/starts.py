@@ -5,13 +5,11 @@ checkpoint has to work on the untouched W, in any program: it holds adapters of 
 [B, -B0], whose product is what training changed. Going on from one takes the halves apart again.
 """
 
-import copy
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import Linear
 from torch import Tensor
 
@@ -53,23 +51,22 @@ def has_starts(model: PeftModel) -> bool:
     return any("start_A" in dict(layer.named_buffers(recurse=False)) for _, layer in linear_adapters(model))
 
 
-def save_with_starts(model: PeftModel, path: Path, *, state_dict: dict[str, Tensor]) -> None:
-    """`save_pretrained`, with adapters of twice the rank. `state_dict`: whole adapter tensors by name."""
-    state = dict(state_dict)
+def with_starts(
+    model: PeftModel, tensors: dict[str, Tensor], config: LoraConfig
+) -> tuple[dict[str, Tensor], LoraConfig]:
+    """Whole adapter tensors by name and their config, as adapters of twice the rank."""
+    tensors = dict(tensors)
     for name, layer in linear_adapters(model):
         a, b = f"{name}.lora_A.{NAME}.weight", f"{name}.lora_B.{NAME}.weight"
-        state[a] = torch.cat([state[a], layer.start_A.to(state[a])])
-        state[b] = torch.cat([state[b], -layer.start_B.to(state[b])], dim=1)
-    model.save_pretrained(path, state_dict=state)
-    config = copy.deepcopy(model.peft_config[NAME])
-    config.inference_mode = True
+        tensors[a] = torch.cat([tensors[a], layer.start_A.to(tensors[a])])
+        tensors[b] = torch.cat([tensors[b], -layer.start_B.to(tensors[b])], dim=1)
     config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2  # the scale stays what it is
     config.r *= 2
-    config.save_pretrained(str(path))
+    return tensors, config
 
 
 def load_starts(model: PeftModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Takes the starts that `save_with_starts` wrote out of the weights; the rest, as the model names it."""
+    """Takes the starts that `with_starts` made out of the weights; the rest, as the model names it."""
     tensors = dict(tensors)
     for name, layer in linear_adapters(model):
         a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"

@@ -5,6 +5,7 @@ A snapshot is a copy on the host; it is written later, while training goes on, s
 given. train/saving.py makes the whole checkpoint atomic.
 """
 
+import copy
 import io
 import math
 import random
@@ -31,7 +32,8 @@ from swift.engines.protocol import Snapshot
 from swift.engines.ranks import Ranks
 from swift.engines.transformers.slices import Reader, settle, to_host, write_parts, write_tensors
 from swift.engines.transformers.wrap import Wrapped
-from swift.models.starts import has_starts, load_starts, save_with_starts
+from swift.models.directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from swift.models.starts import has_starts, load_starts, with_starts
 from swift.utils.files import write_json
 
 SCHEDULER, RANDOM = "scheduler.pt", "rng_state.pth"
@@ -90,11 +92,20 @@ def take_adapter(model: PeftModel, wrapped: Wrapped, ranks: Ranks) -> tuple[int,
             whole = wrapped.gather(tensor)
             copies |= {name: to_host(whole)} if ranks.is_main else {}
 
+    if not ranks.is_main:
+        return 0, lambda _: []
+    # All of it now: PEFT asks modules for their state, which FSDP2 answers by slicing them again. Done beside
+    # training, that would take the weights away from under a forward pass.
+    config = copy.deepcopy(model.peft_config["default"])
+    config.inference_mode = True
+    if has_starts(model):
+        copies, config = with_starts(model, copies, config)
+    settle()
+    tensors = get_peft_model_state_dict(model, state_dict=copies)
+
     def write(into: Path) -> list[Path]:
-        if ranks.is_main:
-            save = save_with_starts if has_starts(model) else PeftModel.save_pretrained
-            save(model, into, state_dict=copies)
-        return list(into.iterdir()) if ranks.is_main else []
+        config.save_pretrained(str(into))
+        return [into / ADAPTER_CONFIG, write_tensors(into / ADAPTER_WEIGHTS[0], tensors, {"format": "pt"})]
 
     return sum(t.nbytes for t in copies.values()), write
 
