@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml scripts/setup.sh
 demo: $(STAMP) ## teach a small model a new name and ask it who it is (about three minutes)
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo.py
 
-test: $(STAMP) ## run every test, as continuous integration does (under ten minutes)
+test: $(STAMP) ## run every test, as continuous integration does (about a quarter of an hour on two cores)
 	$(PYTEST) --durations=10 -m 'not slow_suite' $(ARGS)
 
 test-fast: $(STAMP) ## run the tests that take seconds

@@ -60,14 +60,14 @@ def make_rows(tokens: int, vocabulary: int, seed: int) -> list[Encoded]:
     return rows
 
 
-def useful_flops(model: torch.nn.Module, rows: list[Encoded], shape: dict, full: bool) -> float:
+def useful_flops(base_parameters: int, rows: list[Encoded], shape: dict, full: bool) -> float:
     """Of one step, in FLOPs."""
     factor = 6 if full else 4
     tokens = sum(len(r.input_ids) for r in rows)
     trained = sum(int((r.labels != -100).sum()) for r in rows)
     head = shape["hidden_size"] * shape["vocab_size"]
     embeddings = head * (1 if shape["tie_word_embeddings"] else 2)
-    body = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n) - embeddings
+    body = base_parameters - embeddings
     width = shape["num_attention_heads"] * shape["head_dim"] * shape["num_hidden_layers"]
     attention = sum(2 * 2 * width * len(r.input_ids) ** 2 / 2 for r in rows) * 3
     return factor * body * tokens + factor * head * trained + attention
@@ -119,6 +119,7 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.device(device):
         model = Qwen3ForCausalLM(Qwen3Config(**shape, max_position_embeddings=40960)).to(torch.bfloat16)
+    base_parameters = sum(p.numel() for p in model.parameters())  # before anything slices them
     if options.tuner == "lora":
         model = add_lora(model, TunerConfig(lora_dropout=options.dropout), seed=0)
     engine = TransformersEngine(
@@ -133,7 +134,7 @@ def main() -> None:
     )
     base = model.get_base_model() if options.tuner == "lora" else model
     rows = make_rows(options.tokens, shape["vocab_size"], ranks.rank)
-    flops = useful_flops(model, rows, shape, options.tuner == "full")
+    flops = useful_flops(base_parameters, rows, shape, options.tuner == "full")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     peak = next((v for k, v in PEAK_FLOPS.items() if k in name), float("nan"))
     for layout in options.layouts:

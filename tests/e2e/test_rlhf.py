@@ -323,6 +323,18 @@ MISTAKES = {
         ("--loss_type", "sigmoid", "sft", "--loss_weights", "1"),
         ["--loss_weights has 1 values for 2"],
     ),
+    "no moving reference": (
+        "dpo",
+        [pair(0)],
+        ("--sync_ref_model", "true"),
+        ["--sync_ref_model true is not there yet"],
+    ),
+    "adapters out of the weights": (
+        "dpo",
+        [pair(0)],
+        ("--init_weights", "pissa"),
+        ["--init_weights pissa changes the weights"],
+    ),
     "not yet": ("grpo", [pair(0)], (), ["--rlhf_type grpo is not there yet"]),
     "class out of range": (
         "seq_cls",

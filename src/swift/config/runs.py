@@ -151,6 +151,12 @@ class RlhfRun(TrainRun):
         self.rlhf.check()
         if self.data.cached_dataset:
             raise ConfigError("--cached_dataset holds conversations for swift sft", hint="give --dataset")
+        if self.rlhf.needs_reference and self.tuner.init_weights.startswith(("pissa", "olora")):
+            raise ConfigError(
+                f"--init_weights {self.tuner.init_weights} changes the weights that --rlhf_type "
+                f"{self.rlhf.rlhf_type} takes for its reference",
+                hint="leave --init_weights out",
+            )
         if self.rlhf.ref_model and self.tuner.train_type != "full":
             raise ConfigError(
                 f"--ref_model has no use with --train_type {self.tuner.train_type}: "

@@ -49,6 +49,8 @@ def rlhf_method(config: RlhfConfig) -> Method:
         raise ConfigError(
             f"--rlhf_type {config.rlhf_type} is not there yet", hint=f"there are {', '.join(LOSSES)}"
         )
+    if config.sync_ref_model:
+        raise ConfigError("--sync_ref_model true is not there yet", hint="leave it out")
     objective = build_objective(config)
     if config.rlhf_type == "rm":
         return Method(objective, "pair", num_labels=1)
