@@ -170,6 +170,36 @@ def test_kto_learns_from_single_answers_in_any_layout(tiny_llama_dir, tmp_path):
         assert steps_of(again, name) == pytest.approx(steps_of(run, name), rel=3e-5, abs=1e-7), name
 
 
+def test_kto_needs_its_reference_also_after_it_was_run_beforehand(tiny_llama_dir, tmp_path):
+    """Its estimate asks about answers to other prompts, which change with every step."""
+    data = write_liked(tmp_path / "liked.jsonl")
+    flags = ("--train_type", "full", "--learning_rate", "1e-3", "--max_steps", "3", "--save_strategy", "no")
+    plain = train("kto", tiny_llama_dir, data, tmp_path / "plain", *flags)
+    before = train("kto", tiny_llama_dir, data, tmp_path / "b", *flags, "--precompute_ref_log_probs", "true")
+    for name in ("loss", "kl", "grad_norm"):
+        assert steps_of(before, name) == pytest.approx(steps_of(plain, name), rel=2e-5, abs=1e-7), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_process_without_rows_waits_for_nobody(kind, workers, tiny_llama_dir, tmp_path):
+    """Three rows on two processes: in the last step one has none, whatever was computed beforehand."""
+    rows = write_pairs(tmp_path / "p.jsonl", 3) if kind == "dpo" else write_liked(tmp_path / "l.jsonl", 3)
+    flags = (
+        "--train_type", "full", "--learning_rate", "1e-3", "--num_train_epochs", "1", "--save_strategy", "no",
+        "--per_device_train_batch_size", "1", "--gradient_accumulation_steps",
+    )  # fmt: skip
+    single = train(kind, tiny_llama_dir, rows, tmp_path / "single", *flags, "2")
+    for name, more in (("run", ()), ("known", ("--precompute_ref_log_probs", "true"))):
+        arguments = command(kind, tiny_llama_dir, rows, tmp_path / name, *flags, "1", *more)
+        result = workers.run(arguments, processes=2)
+        assert result.code == 0, result.stderr[-3000:]
+        ours, theirs = losses(only_run(tmp_path / name)), losses(single)
+        assert len(ours) == 2 and [row[1:] for row in ours] == [
+            pytest.approx(row[1:], rel=2e-5) for row in theirs
+        ]
+
+
 @pytest.mark.parametrize("train_type", ["lora", "full"])
 def test_a_reward_model_scores_texts_and_loads_anywhere(train_type, tiny_llama_dir, tmp_path):
     data = write_pairs(tmp_path / "pairs.jsonl")

@@ -54,12 +54,18 @@ def rlhf_method(config: RlhfConfig) -> Method:
     objective = build_objective(config)
     if config.rlhf_type == "rm":
         return Method(objective, "pair", num_labels=1)
-    if config.rlhf_type == "kto":
-        estimates = "kto" in config.losses
-        score = score_kto if estimates else score_reference
-        return Method(objective, "kto", score, needs_reference=True, needs_mismatched=estimates)
+    # Rows that bring the reference along do so on every rank, also where a step has no row for it.
+    needs_reference = config.needs_reference or "bco_pair" in config.losses
+    is_known = config.precompute_ref_log_probs or not needs_reference
+    score: Scorer = score_nothing if is_known else score_reference
+    if "kto" in config.losses:
+        score = partial(score_kto, score)
     if "bco_pair" in config.losses:
-        return Method(objective, "pair", partial(score_bco, config.beta_value), needs_reference=True)
-    if config.needs_reference:
-        return Method(objective, "pair", score_reference, needs_reference=True)
-    return Method(objective, "pair")
+        score = partial(score_bco, score, config.beta_value)
+    return Method(
+        objective,
+        "kto" if config.rlhf_type == "kto" else "pair",
+        score,
+        needs_reference=needs_reference,
+        needs_mismatched="kto" in config.losses,
+    )

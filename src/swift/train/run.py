@@ -52,6 +52,14 @@ def run_rlhf(run: RlhfRun) -> int:
 
 def train(run: Run, command: str, build_method: Callable[[Run], Method]) -> int:
     """Trains as `run` says; returns the exit code."""
+    # The engine is gone when this returns: wrappers that outlive their process group may wait for it forever.
+    code = _train(run, command, build_method)
+    leave_ranks()
+    return code
+
+
+def _train(run: Run, command: str, build_method: Callable[[Run], Method]) -> int:
+    """`train`, with the processes of the job still together at the end."""
     run, resumption = load_resumption(run)
     method = build_method(run)
     if method.objective.couples_rows:
@@ -77,6 +85,8 @@ def train(run: Run, command: str, build_method: Callable[[Run], Method]) -> int:
     summary.tell_weights(*engine.num_parameters, what)
     if isinstance(run, RlhfRun) and run.rlhf.precompute_ref_log_probs:
         precompute(run, ready, engine, ranks)
+        if not method.needs_mismatched:  # whose answers change with every step
+            engine.drop_reference()
     if plan.packs:
         summary.tell_packs(plan.packs, flat=engine.flat)
     summary.tell_steps(plan, total_steps, rows if ready.stream is None else None)
@@ -103,13 +113,11 @@ def train(run: Run, command: str, build_method: Callable[[Run], Method]) -> int:
         callbacks=build_callbacks(run, directory, args, ready.callbacks) if ranks.is_main else [],
         follows_wishes=bool(ready.callbacks or run.schedule.early_stop_interval),
     )  # fmt: skip
-    code = run_loop(loop, state)
-    leave_ranks()
-    return code
+    return run_loop(loop, state)
 
 
 def precompute(run: RlhfRun, ready: Prepared, engine: TransformersEngine, ranks: Ranks) -> None:
-    """Runs the reference model over all rows, once; a copy of it is no longer needed afterwards."""
+    """Runs the reference model over all rows, once."""
     paths = [ready.reference_path or ready.model_path, ready.reference_adapter]
     key = "\n".join(describe_weights(path) for path in paths if path)
     for rows in (ready.rows, ready.eval_rows):
@@ -118,7 +126,6 @@ def precompute(run: RlhfRun, ready: Prepared, engine: TransformersEngine, ranks:
                 engine, rows, batch_size=run.schedule.per_device_eval_batch_size, ranks=ranks,
                 key=f"{key} {engine.dtype}",
             )  # fmt: skip
-    engine.drop_reference()
 
 
 def run_loop(loop: Offline, state: TrainState) -> int:

@@ -52,10 +52,7 @@ def score_reference(engine: Engine, step: Step) -> list[Batch]:
 
 
 def add_reference(engine: Engine, batches: list[Batch]) -> list[Batch]:
-    """token["ref_logps"] [T]: what the model answered before training. Known ones are not computed again."""
-    # Whether a data set brings them along is the same on every rank; one without batches has nothing to ask.
-    if batches and all(REF_LOGPS in batch.token for batch in batches):
-        return batches
+    """token["ref_logps"] [T]: what the model answered before training."""
     with engine.reference():
         stats = engine.forward(batches, LOGPS)
     return [
@@ -65,22 +62,22 @@ def add_reference(engine: Engine, batches: list[Batch]) -> list[Batch]:
     ]
 
 
-def score_kto(engine: Engine, step: Step) -> list[Batch]:
-    """token["ref_logps"], and segment["kl"] [S]: how far the policy is from the reference, one number.
+def score_kto(score: Scorer, engine: Engine, step: Step) -> list[Batch]:
+    """As `score`, and segment["kl"] [S]: how far the policy is from the reference, one number.
 
     Estimated on answers to other prompts, over the whole step and at least 0: arXiv:2402.01306 section 4.1.
     """
     sums = engine.measure(add_reference(engine, step.mismatched), Distance())
     kl = max(sums.means()["kl"], 0.0)
-    return with_constant(add_reference(engine, step.batches), "kl", kl)
+    return with_constant(score(engine, step), "kl", kl)
 
 
-def score_bco(beta: float, engine: Engine, step: Step) -> list[Batch]:
-    """token["ref_logps"], and segment["bco_delta"] [S]: the mean reward of all answers up to this step.
+def score_bco(score: Scorer, beta: float, engine: Engine, step: Step) -> list[Batch]:
+    """As `score`, and segment["bco_delta"] [S]: the mean reward of all answers up to this step.
 
     arXiv:2404.04656 section 3.2; the mean counts every answer once.
     """
-    batches = add_reference(engine, step.batches)
+    batches = score(engine, step)
     total, count = engine.measure(batches, Distance()).pairs["kl"]
     step.running.add("reward", beta * total, count)
     return with_constant(batches, "bco_delta", step.running.means()["reward"])
