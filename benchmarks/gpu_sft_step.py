@@ -12,6 +12,7 @@ bf16 peak; recomputation is not counted as useful.
 import argparse
 import json
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -138,7 +139,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     peak = next((v for k, v in PEAK_FLOPS.items() if k in name), float("nan"))
     for layout in options.layouts:
-        engine.flat, engine.own_attention = layout != "padded", layout == "flat"
+        engine.layout = replace(engine.layout, flat=layout != "padded", own_attention=layout == "flat")
         base.set_attn_implementation(FLAT_ATTENTION if layout == "flat" else "sdpa")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()

@@ -167,7 +167,7 @@ def test_contradicting_deepspeed_configs_are_told(tmp_path, monkeypatch):
     for text, message in (("zero9", "neither a preset nor a file"), ("{", "is not JSON"), ("[1]", "neither")):
         with pytest.raises(ConfigError, match=message):
             settle(text)
-    monkeypatch.setattr("swift.engines.transformers.wrap.find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="needs the package deepspeed") as missing:
         load_zero()
     assert missing.value.hint == "pip install 'swiftune[deepspeed]'"

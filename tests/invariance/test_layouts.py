@@ -131,7 +131,7 @@ def test_a_model_that_needs_padding_gets_it_and_refuses_flat(tiny_llama_dir):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
     model.config.layer_types = ["linear_attention", "full_attention"]
     engine = TransformersEngine(model, OptimConfig(), learning_rate=1e-3, total_steps=1)
-    assert engine.flat is False
+    assert engine.layout.flat is False
     with pytest.raises(ConfigError, match=r"--padding_free true: .* layers of type linear_attention"):
         TransformersEngine(model, OptimConfig(), learning_rate=1e-3, total_steps=1, flat=True)
 

@@ -2,10 +2,9 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from test_layouts import assert_equal
+from test_layouts import assert_equal, make_rows
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from swift.config.optim import OptimConfig
@@ -13,9 +12,7 @@ from swift.config.sft import SftConfig
 from swift.data.collate import collate
 from swift.engines.transformers.engine import TransformersEngine
 from swift.objectives.sft import Sft
-from swift.template.tokenize import Encoded
 
-LENGTHS = (5, 17, 9, 30, 3, 12, 21, 8)
 LAYOUTS = [(8, {}), (3, {}), (1, {}), (4, {"flat": False}), (4, {"gradient_checkpointing": True})]
 VARIANTS = {
     "smoothing": SftConfig(label_smoothing_factor=0.2),
@@ -33,17 +30,6 @@ def make_model() -> Qwen3MoeForCausalLM:
         attn_implementation="sdpa", experts_implementation="eager",
     )  # fmt: skip
     return Qwen3MoeForCausalLM(config).to(torch.float64)
-
-
-def make_rows() -> list[Encoded]:
-    random = np.random.RandomState(0)
-    rows = []
-    for i, length in enumerate(LENGTHS):
-        ids = random.randint(3, 250, length).astype(np.int32)
-        labels = ids.copy()
-        labels[: length if i == 4 else random.randint(1, length - 1)] = -100
-        rows.append(Encoded(ids, labels, None))
-    return rows
 
 
 def step(variant: SftConfig, size: int, options: dict) -> tuple[float, dict[str, torch.Tensor], dict]:

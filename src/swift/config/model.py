@@ -1,6 +1,7 @@
 """Which model, in which precision, from where."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from swift.config.option import option
 
@@ -23,3 +24,8 @@ class ModelConfig:
     device: str | None = option(None, help="cpu, cuda or cuda:N; none = the first GPU, else the CPU")
     use_hf: bool = option(False, help="take hub ids from HuggingFace instead of ModelScope")
     hub_token: str | None = option(None, help="access token of the hub; never written to a file or the log")
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """Which hub, and as whom: keywords of everything that may ask one."""
+        return {"use_hf": self.use_hf, "token": self.hub_token}

@@ -32,9 +32,14 @@ class ParallelConfig:
     )
 
     @property
+    def zero(self) -> str | None:
+        """--deepspeed where it has something to do: stage 0 slices nothing, which is what DDP does."""
+        return None if self.deepspeed == "zero0" else self.deepspeed
+
+    @property
     def slicer(self) -> str | None:
         """The flag that slices weights or optimizer over the processes, if one does."""
-        if self.deepspeed not in (None, "zero0"):
+        if self.zero:
             return f"--deepspeed {self.deepspeed}"
         return "--fsdp" if self.fsdp else None
 

@@ -175,6 +175,11 @@ class InferRun:
     template: TemplateConfig = field(default_factory=TemplateConfig)
     plugins: PluginConfig = field(default_factory=PluginConfig)
 
+    @property
+    def data_seed(self) -> int:
+        """Seed of #N."""
+        return self.generation.seed if self.infer.data_seed is None else self.infer.data_seed
+
     def check(self) -> None:
         """Raises ConfigError where flags contradict each other or one is missing."""
         if not self.model.model and not self.infer.adapters:

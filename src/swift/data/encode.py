@@ -248,10 +248,9 @@ class Encoder:
             found = [next(encoded) for _ in outcome.samples] if isinstance(outcome, Example) else [outcome]
             rejected = next((part for part in found if isinstance(part, Rejected)), None)
             if rejected is None:
-                splits = self.truncation_strategy == "split"
-                for row in (
-                    [[piece] for piece in cut_pieces(found[0], self.max_length)] if splits else [found]
-                ):
+                splits = self.truncation_strategy == "split"  # of chats alone, which are one sequence
+                rows = [[piece] for piece in cut_pieces(found[0], self.max_length)] if splits else [found]
+                for row in rows:
                     parts += row
                     chunk.parts.append(tuple(len(part.input_ids) for part in row))
                     chunk.kept.append(number)

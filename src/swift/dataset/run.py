@@ -34,9 +34,7 @@ def run_dataset(run: DatasetRun) -> int:
     for path in outputs:
         _prepare(path)
     assert model.model is not None
-    model_path = resolve_model(
-        model.model, use_hf=model.use_hf, revision=model.model_revision, token=model.hub_token
-    )
+    model_path = resolve_model(model.model, revision=model.model_revision, **model.hub)
     template = ChatTemplate(load_tokenizer(model_path), run.template)
     opened = open_rows(
         options.dataset,
@@ -45,8 +43,7 @@ def run_dataset(run: DatasetRun) -> int:
         columns=options.columns,
         model_name=options.model_name,
         model_author=options.model_author,
-        use_hf=model.use_hf,
-        token=model.hub_token,
+        **model.hub,
         keep_broken=True,
     )
     rows = list(opened)

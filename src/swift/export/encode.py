@@ -24,13 +24,11 @@ def export_encoded(run: ExportRun) -> int:
     output = Path(run.export.output_dir or f"{name}-cached_dataset").expanduser()
     if output.exists() and not (run.export.exist_ok and output.is_dir()):
         raise ConfigError(f"--output_dir {output} exists", hint="name another, or --exist_ok true")
-    model = resolve_model(
-        run.model.model, use_hf=run.model.use_hf, revision=run.model.model_revision, token=run.model.hub_token
-    )
+    model = resolve_model(run.model.model, revision=run.model.model_revision, **run.model.hub)
     template = ChatTemplate(load_tokenizer(model), run.template)
     longest = run.template.max_length or context_length(load_config(model)) or 2048
     seed = 42 if run.data.data_seed is None else run.data.data_seed
-    training, evaluation = open_sets(run.data, seed=seed, use_hf=run.model.use_hf, token=run.model.hub_token)
+    training, evaluation = open_sets(run.data, seed=seed, **run.model.hub)
     about = {
         "settings": describe_settings(template, run.template, longest),
         "tokenizer": digest_tokenizer(template),

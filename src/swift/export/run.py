@@ -34,7 +34,7 @@ def plan_merge(run: ExportRun) -> MergePlan:
     if len(run.export.adapters) != 1:
         raise ConfigError("--merge_lora takes one checkpoint", hint="give --adapters one directory")
     max_shard_bytes = parse_size(run.export.max_shard_size)
-    adapter = resolve_adapter(run.export.adapters[0], use_hf=run.model.use_hf, token=run.model.hub_token)
+    adapter = resolve_adapter(run.export.adapters[0], **run.model.hub)
     kind = read_json(adapter / ADAPTER_CONFIG).get("peft_type")
     if kind != "LORA":
         raise ConfigError(f"--adapters {adapter} are of type {kind}, only LORA can be merged")

@@ -68,12 +68,11 @@ def run_infer(run: InferRun) -> int:
     questions, rejects = load_questions(
         specs,
         run.infer,
-        seed=run.generation.seed if run.infer.data_seed is None else run.infer.data_seed,
+        seed=run.data_seed,
         columns=columns,
         model_name=source.saved.get("model_name") or (),
         model_author=source.saved.get("model_author") or (),
-        use_hf=run.model.use_hf,
-        token=run.model.hub_token,
+        **run.model.hub,
     )
     result_path = result_path or default_result_path(source)
     open_result_file(result_path)
@@ -93,9 +92,8 @@ def score_texts(source: Source, labels: int, specs: tuple[str, ...], columns: di
             f"{source.adapter or run.model.model} gives scores, not answers",
             hint="name conversations to score with --val_dataset",
         )
-    seed = run.generation.seed if run.infer.data_seed is None else run.infer.data_seed
-    hub = {"use_hf": run.model.use_hf, "token": run.model.hub_token}
-    rows = open_rows(specs, seed=seed, shuffle=run.infer.dataset_shuffle, columns=columns, **hub)
+    options = {"seed": run.data_seed, "shuffle": run.infer.dataset_shuffle, "columns": columns}
+    rows = open_rows(specs, **options, **run.model.hub)
     chosen = list(rows)[: run.infer.val_dataset_sample]
     path = Path(run.infer.result_path) if run.infer.result_path else default_result_path(source)
     open_result_file(path)
@@ -122,18 +120,13 @@ def find_source(run: InferRun) -> Source:
         )
     adapter = None
     if run.infer.adapters:
-        adapter = resolve_adapter(run.infer.adapters[0], use_hf=run.model.use_hf, token=run.model.hub_token)
+        adapter = resolve_adapter(run.infer.adapters[0], **run.model.hub)
     checkpoint = adapter or Path(run.model.model or "").expanduser()
     saved = load_run_args(checkpoint) if run.infer.load_args and checkpoint.is_dir() else {}
     run = take_saved(run, saved | ({"model": adapter_base(adapter)} if adapter else {}))
     if not run.model.model:
         raise ConfigError(f"--adapters {adapter} does not name its base model", hint="name it with --model")
-    model = resolve_model(
-        run.model.model,
-        use_hf=run.model.use_hf,
-        revision=run.model.model_revision,
-        token=run.model.hub_token,
-    )
+    model = resolve_model(run.model.model, revision=run.model.model_revision, **run.model.hub)
     return Source(run, model, adapter, saved)
 
 

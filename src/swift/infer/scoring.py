@@ -16,7 +16,7 @@ from swift.data.collate import collate_rows
 from swift.data.encode import EncodedDataset, encode_rows
 from swift.data.types import Row
 from swift.engines.transformers.attention import FLAT_ATTENTION
-from swift.engines.transformers.forward import refusal_of_flat, score
+from swift.engines.transformers.forward import Layout, refusal_of_flat, score
 from swift.models.adapters import load_adapter
 from swift.models.heads import load_scoring_model
 from swift.models.load import context_length, load_tokenizer, pick_device
@@ -33,7 +33,7 @@ class TextScorer:
 
     model: PreTrainedModel
     template: ChatTemplate
-    flat: bool
+    layout: Layout
 
     @classmethod
     def load(cls, model_path: Path, adapter: Path | None, num_labels: int, run: InferRun) -> "TextScorer":
@@ -51,7 +51,7 @@ class TextScorer:
         if adapter is not None:
             model = load_adapter(model, adapter, trainable=False)
         template = ChatTemplate(tokenizer, replace(run.template, loss_scale="all"))  # whole texts are read
-        return cls(model.eval(), template, flat)
+        return cls(model.eval(), template, Layout(flat, flat, device))
 
     def score_rows(self, rows: Sequence[Row], path: Path, *, batch_size: int, strict: bool) -> int:
         """Appends one line for each row to `path`, in order: how many were written."""
@@ -79,8 +79,7 @@ class TextScorer:
     def score_batch(self, dataset: EncodedDataset, rows: range) -> Tensor:
         """[S, C] on the CPU: outputs of the head at the last token of each row."""
         batch = collate_rows(dataset, rows)
-        layout = {"flat": self.flat, "own_attention": self.flat, "device": self.model.device}
-        found = score(self.model, batch, frozenset({"class_logits"}), **layout).class_logits
+        found = score(self.model, batch, frozenset({"class_logits"}), self.layout).class_logits
         assert found is not None
         return found.cpu()
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from swift.batch import Batch
+from swift.objectives.reduce import column, settle
 from swift.objectives.types import LossSum, TokenStats
 
 
@@ -22,7 +23,6 @@ class Distance:
 
     def __call__(self, stats: TokenStats, batch: Batch) -> LossSum:
         assert stats.logps is not None, "Distance needs logps"
-        if "ref_logps" not in batch.token:  # the engine's batch without rows
-            return LossSum({}, {"kl": (stats.logps.sum() * 0, stats.logps.new_zeros(()))})
-        ratio_T = (stats.logps - batch.token["ref_logps"]) * batch.trained
-        return LossSum({}, {"kl": (ratio_T.sum(), ratio_T.new_full((), batch.num_segments))})
+        ratio_T = (stats.logps - column(batch, "ref_logps", stats.logps)) * batch.trained
+        result = LossSum({}, {"kl": (ratio_T.sum(), ratio_T.new_full((), batch.num_segments))})
+        return settle(result, batch)

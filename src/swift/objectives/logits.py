@@ -31,6 +31,11 @@ class LogitsView(Protocol):
         ...
 
 
+def widen(values: Tensor) -> Tensor:
+    """In float32 at least."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 @dataclass(frozen=True, slots=True)
 class DenseLogits:
     """Logits of the trained positions only: the output layer is never run on a prompt.
@@ -42,7 +47,7 @@ class DenseLogits:
     positions_N: Tensor  # int64 indices into [0, T)
 
     def logps(self, labels_T: Tensor) -> Tensor:
-        wide_NV = self.logits_NV if self.logits_NV.dtype == torch.float64 else self.logits_NV.float()
+        wide_NV = widen(self.logits_NV)
         logps_N = -F.cross_entropy(wide_NV, labels_T[self.positions_N], reduction="none")
         return logps_N.new_zeros(labels_T.shape).index_copy(0, self.positions_N, logps_N)
 
@@ -56,6 +61,6 @@ class DenseLogits:
         return mean_N.new_zeros(labels_T.shape).index_copy(0, self.positions_N, mean_N)
 
     def mean_logps(self, labels_T: Tensor) -> Tensor:
-        wide_NV = self.logits_NV if self.logits_NV.dtype == torch.float64 else self.logits_NV.float()
+        wide_NV = widen(self.logits_NV)
         mean_N = wide_NV.mean(-1) - wide_NV.logsumexp(-1)
         return mean_N.new_zeros(labels_T.shape).index_copy(0, self.positions_N, mean_N)

@@ -5,7 +5,7 @@ encoded once (words.py), batches (data/collate.py), which also shift the labels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -211,12 +211,11 @@ def cut_pieces(row: Encoded, max_length: int) -> list[Encoded]:
     """
     pieces = []
     for start in range(0, len(row.input_ids), max_length):
-        kept = slice(start, start + max_length)
-        labels = row.labels[kept].copy()
+        piece = row.cut(start, start + max_length)
+        labels = piece.labels.copy()
         labels[0] = IGNORED
         if labels.max() != IGNORED:
-            scale = None if row.loss_scale is None else row.loss_scale[kept]
-            pieces.append(Encoded(row.input_ids[kept], labels, scale))
+            pieces.append(replace(piece, labels=labels))
     return pieces
 
 

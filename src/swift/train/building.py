@@ -20,7 +20,7 @@ from swift.engines.transformers.wrap import Wrapper, load_zero, wrap
 from swift.models.adapters import add_lora, describe_adapters, load_adapter, merge, set_up
 from swift.models.freezing import freeze
 from swift.models.heads import load_scoring_model
-from swift.models.load import load_config, load_model
+from swift.models.load import load_model
 from swift.plugins.callbacks import Callback
 from swift.train.callbacks import EarlyStop, Screen
 from swift.train.hf_callbacks import HfCallbacks
@@ -46,9 +46,8 @@ def build_engine(
     accumulation: int,
 ) -> TransformersEngine:
     """Seeds everything, loads the weights, adds adapters. Each rank draws dropout of its own."""
-    config = load_config(ready.model_path)
-    check_sequence_parallel(config, ranks.sequence_size)
-    wrapper = choose_wrapper(run, ranks, accumulation, config.get_text_config().hidden_size)
+    check_sequence_parallel(ready.model_config, ranks.sequence_size)
+    wrapper = choose_wrapper(run, ranks, accumulation, ready.model_config.get_text_config().hidden_size)
     if run.schedule.activation_cpu_offload and device.type != "cuda":
         raise ConfigError("--activation_cpu_offload true needs a GPU to take activations from")
     seed_everything(run.schedule.seed + ranks.rank)
@@ -114,8 +113,8 @@ def choose_weights(
 
 def choose_wrapper(run: TrainRun, ranks: Ranks, accumulation: int, width: int) -> Wrapper:
     """What spreads the model: torch's own wrappers, or DeepSpeed with its config settled."""
-    text = run.parallel.deepspeed
-    if text in (None, "zero0"):  # stage 0 slices nothing, which is what DDP does
+    text = run.parallel.zero
+    if text is None:
         return partial(wrap, parallel=run.parallel)
     zero = load_zero()
     config = zero.settle(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from swift.config.option import ConfigError
 from swift.config.runs import RlhfRun, SftRun, TrainRun
@@ -53,6 +53,7 @@ class Prepared:
     run: TrainRun
     root: Path  # where run directories go
     model_path: Path
+    model_config: PretrainedConfig
     reference_path: Path | None  # of --ref_model
     reference_adapter: Path | None  # of --ref_adapters
     tokenizer: PreTrainedTokenizerBase
@@ -71,8 +72,8 @@ def prepare(run: TrainRun, method: Method, *, resumption: Resumption | None) -> 
     check_optim(run.optim)
     for adapter in run.tuner.adapters if not resumption else ():  # a resumed run has its own
         check_adapter_directory(Path(adapter).expanduser())
-    if run.parallel.deepspeed not in (None, "zero0"):
-        load_zero().read_config(run.parallel.deepspeed)
+    if run.parallel.zero:
+        load_zero().read_config(run.parallel.zero)
     if run.parallel.sequence_parallel_size > 1:
         check_sequences(run, method)
     if run.template.truncation_strategy == "split" and method.shape != "chat":
@@ -84,7 +85,7 @@ def prepare(run: TrainRun, method: Method, *, resumption: Resumption | None) -> 
     assert run.model.model is not None
     root = output_root(run.output, run.model.model)
     check_writable(root)
-    hub = {"use_hf": run.model.use_hf, "token": run.model.hub_token}
+    hub = run.model.hub
     model_path = resolve_model(run.model.model, revision=run.model.model_revision, **hub)
     reference = run.rlhf.ref_model if isinstance(run, RlhfRun) else None
     reference_path = resolve_model(reference, revision=None, **hub) if reference else None
@@ -93,7 +94,8 @@ def prepare(run: TrainRun, method: Method, *, resumption: Resumption | None) -> 
     if Path(run.model.model).is_dir():
         run = with_model(run, str(model_path))
     tokenizer = load_tokenizer(model_path)
-    longest = run.template.max_length or context_length(load_config(model_path)) or 2048
+    config = load_config(model_path)
+    longest = run.template.max_length or context_length(config) or 2048
     longest = min(longest, run.data.packing_length or longest)
     if not method.learns_text:  # rows may consist of a question alone
         run = replace(run, template=replace(run.template, loss_scale="all"))
@@ -104,7 +106,7 @@ def prepare(run: TrainRun, method: Method, *, resumption: Resumption | None) -> 
     sources = open_sources(run, template, longest, resumption)
     rows, eval_rows = encode_sets(run, template, sources, longest, method.shape)
     return Prepared(
-        run, root, model_path, reference_path, reference_adapter, tokenizer, rows, eval_rows,
+        run, root, model_path, config, reference_path, reference_adapter, tokenizer, rows, eval_rows,
         sources.evaluation, sources.stream, longest, callbacks,
     )  # fmt: skip
 
@@ -113,7 +115,7 @@ def learn_facts(objective: Objective, ready: Prepared) -> Objective:
     """The objective with what it must know of model and rows. Raises ConfigError where they lack it."""
     if not isinstance(objective, Sft):
         return objective
-    config, channels = load_config(ready.model_path), ()
+    config, channels = ready.model_config, ()
     experts = getattr(config.get_text_config(), "num_experts_per_tok", None)
     coefficient = objective.config.router_aux_loss_coef
     if coefficient and not (experts and hasattr(config, "output_router_logits")):
@@ -164,11 +166,10 @@ def open_sources(
     run: TrainRun, template: ChatTemplate, max_length: int, resumption: Resumption | None
 ) -> Sources:
     """Finds the rows that a run names."""
-    hub: dict[str, Any] = {"use_hf": run.model.use_hf, "token": run.model.hub_token}
-    train, evaluation = open_sets(run.data, seed=run.data_seed, **hub)
+    train, evaluation = open_sets(run.data, seed=run.data_seed, **run.model.hub)
     if not run.data.streaming:
         return Sources(train, evaluation)
-    source = open_stream(run.data, seed=run.data_seed, **hub)
+    source = open_stream(run.data, seed=run.data_seed, **run.model.hub)
     head = Rows([InMemory(source.head(STREAM_HEAD))])
     return Sources(head, evaluation, _start_stream(run, source, template, max_length, resumption))
 

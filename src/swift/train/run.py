@@ -88,7 +88,7 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method]) -> int
         if not method.needs_mismatched:  # whose answers change with every step
             engine.drop_reference()
     if plan.packs:
-        summary.tell_packs(plan.packs, flat=engine.flat)
+        summary.tell_packs(plan.packs, flat=engine.layout.flat)
     summary.tell_steps(plan, total_steps, rows if ready.stream is None else None)
     summary.tell_sample(tokenizer, rows)
     directory = ranks.share(open_run_directory(run, ready.root, resumption) if ranks.is_main else ready.root)

@@ -32,9 +32,9 @@ from swift.config.option import ConfigError
 from swift.engines.ranks import Ranks
 from swift.engines.transformers.slices import Part, Reader, to_host
 from swift.engines.transformers.wrap import MASTER, Moments, Stepped
+from swift.models.load import HALF
 from swift.utils import env
 
-HALF = (torch.float16, torch.bfloat16)
 ON_CPU = {"device": "cpu", "pin_memory": True}
 AUTO_ZERO3: dict[str, Callable[[int], int]] = {  # "auto" by the width of the model, as in transformers
     "reduce_bucket_size": lambda width: width * width,
@@ -226,7 +226,8 @@ class ZeroWrapped:
 
     def load_moments(self, model: nn.Module, reader: Reader, plain: dict[str, dict[str, Any]]) -> None:
         saved = {tuple(full_name.rsplit("|", 1)) for full_name in reader.shapes}
-        first = next(name for name, _ in model.named_parameters() if any(name == n for n, _ in saved))
+        names = {name for name, _ in saved}
+        first = next(name for name, _ in model.named_parameters() if name in names)
         keys = [key for name, key in saved if name == first and key != MASTER]
         moments = [key for key in keys if reader.shapes[f"{first}|{key}"]]
         for part in self._slices():

@@ -28,19 +28,19 @@ from swift.engines.protocol import Snapshot, StepInfo, Sums
 from swift.engines.ranks import Ranks
 from swift.engines.transformers import checkpoint
 from swift.engines.transformers.attention import FLAT_ATTENTION, compile_layers
-from swift.engines.transformers.forward import refusal_of_flat, score
+from swift.engines.transformers.forward import Layout, refusal_of_flat, score
 from swift.engines.transformers.noise import EmbeddingNoise
 from swift.engines.transformers.offload import activations_on_cpu
 from swift.engines.transformers.sequence_parallel import SequenceRanks
 from swift.engines.transformers.wrap import Wrapper, shard, wrap
 from swift.models.adapters import leave_casting_to_autocast
+from swift.models.load import HALF
 from swift.objectives.types import LossSum, Objective, TokenStats
 
 RENAMED_IN = version.parse("5.23")  # of transformers: gradient checkpointing became activation checkpointing
 
 DEFAULT_WRAPPER = partial(wrap, parallel=ParallelConfig())  # one process, or DDP
 
-HALF = (torch.bfloat16, torch.float16)
 # One token, not trained: what a rank runs while others still have rows.
 NOTHING = Batch(
     torch.zeros(1, dtype=torch.int64), torch.full((1,), IGNORED), torch.zeros(1, dtype=torch.int64), 1
@@ -83,15 +83,14 @@ class TransformersEngine:
         if self.compute in HALF:  # see _score
             leave_casting_to_autocast(model)
         self.offload = activation_cpu_offload
-        self.flat = choose_layout(base, flat)
-        self.own_attention = self.flat and own_attention
-        if self.own_attention:
+        is_flat, size = choose_layout(base, flat), self.ranks.sequence_size
+        sequence = (
+            SequenceRanks(self.ranks.rank % size, size, self.ranks.sequence_group) if size > 1 else None
+        )
+        self.layout = Layout(is_flat, is_flat and own_attention, self.device, sequence)
+        if self.layout.own_attention:
             base.set_attn_implementation(FLAT_ATTENTION)
-        self.sequence = None
-        if self.ranks.sequence_size > 1:
-            assert self.own_attention, "only our own attention knows how to exchange heads"
-            place, group = self.ranks.rank % self.ranks.sequence_size, self.ranks.sequence_group
-            self.sequence = SequenceRanks(place, self.ranks.sequence_size, group)
+        assert self.layout.own_attention or not sequence, "only our own attention knows how to exchange heads"
         if gradient_checkpointing:
             enable_recompute(base)
         if compiler:
@@ -123,7 +122,7 @@ class TransformersEngine:
     def _freeze(self, model: PreTrainedModel) -> PreTrainedModel:
         """The reference as it runs beside the model: sliced where that one is, else whole."""
         model.requires_grad_(False).eval()
-        if self.own_attention:
+        if self.layout.own_attention:
             model.set_attn_implementation(FLAT_ATTENTION)
         if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
             shard(model, model, self.ranks, self.compute)
@@ -137,8 +136,7 @@ class TransformersEngine:
             activations_on_cpu(self.offload),
             torch.autocast(self.device.type, self.compute, enabled=self.compute in HALF),
         ):
-            layout = {"flat": self.flat, "own_attention": self.own_attention, "device": self.device}
-            return score(self.module, batch, needs, **layout, sequence=self.sequence)
+            return score(self.module, batch, needs, self.layout)
 
     def _even_out(
         self, batches: Sequence[Batch], objective: Objective

@@ -6,6 +6,7 @@ models whose attention cannot be replaced. Both give the same stats.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from swift.batch import IGNORED, Batch
 from swift.config.option import ConfigError
 from swift.engines.transformers.attention import Segments
 from swift.engines.transformers.sequence_parallel import SequenceRanks
-from swift.objectives.logits import DenseLogits
+from swift.objectives.logits import DenseLogits, widen
 from swift.objectives.types import TokenStats
 
 PLAIN_LAYERS = {"full_attention", "sliding_attention"}
@@ -59,18 +60,27 @@ def check_sequence_parallel(config: PretrainedConfig, size: int) -> None:
         )
 
 
-def flat_arguments(
-    batch: Batch, device: torch.device, *, own_attention: bool, sequence: SequenceRanks | None = None
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Layout:
+    """How a model takes its batches. `own_attention`: the flat kernel is ours, not one of transformers."""
+
+    flat: bool
+    own_attention: bool
+    device: torch.device
+    sequence: SequenceRanks | None = None  # ranks that share a batch
+
+
+def flat_arguments(batch: Batch, layout: Layout) -> dict[str, Any]:
     """Model arguments of one flat row; `segments` travel through the model to our attention function.
 
     The kernels of transformers keep segments apart by themselves, wherever position ids start again at 0.
     """
+    device, sequence = layout.device, layout.sequence
     arguments: dict[str, Any] = {
         "input_ids": batch.input_ids[None].to(device),
         "position_ids": batch.positions()[None].to(device),
     }
-    if own_attention:
+    if layout.own_attention:
         lengths = batch.segment_lengths()
         bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         arguments["segments"] = Segments(lengths.tolist(), bounds.to(device), sequence)
@@ -104,62 +114,40 @@ def watched(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
         handle.remove()
 
 
-def score_segments(
-    model: nn.Module,
-    batch: Batch,
-    needs: frozenset[str],
-    *,
-    flat: bool,
-    own_attention: bool,
-    device: torch.device,
-) -> TokenStats:
+def score_segments(model: nn.Module, batch: Batch, needs: frozenset[str], layout: Layout) -> TokenStats:
     """What the model says at the last token of each segment: the output of its head, or what enters it."""
     last_S = batch.segment_lengths().cumsum(0) - 1
     name = "lm_head" if "embeddings" in needs else "score"
     head = next(module for path, module in model.named_modules() if path.rpartition(".")[2] == name)
-    if flat:
-        arguments = flat_arguments(batch, device, own_attention=own_attention)
+    if layout.flat:
+        arguments = flat_arguments(batch, layout)
     else:
-        arguments, index_T = padded_arguments(batch, device)
+        arguments, index_T = padded_arguments(batch, layout.device)
         last_S = index_T[last_S]
     with watched(head) as calls:
         model(**arguments, use_cache=False)
-    entered, said = (x.flatten(0, 1)[last_S.to(device)] for x in calls[0])
+    entered, said = (x.flatten(0, 1)[last_S.to(layout.device)] for x in calls[0])
     if "embeddings" in needs:
         return TokenStats(embeddings=widen(entered))
     return TokenStats(scores=widen(said)[:, 0], class_logits=widen(said))
 
 
-def widen(values: Tensor) -> Tensor:
-    """In float32 at least."""
-    return values if values.dtype == torch.float64 else values.float()
-
-
-def score(
-    model: nn.Module,
-    batch: Batch,
-    needs: frozenset[str],
-    *,
-    flat: bool,
-    own_attention: bool,
-    device: torch.device,
-    sequence: SequenceRanks | None = None,
-) -> TokenStats:
-    """Runs the model once and fills the stats in `needs`, each [T] on `device`.
+def score(model: nn.Module, batch: Batch, needs: frozenset[str], layout: Layout) -> TokenStats:
+    """Runs the model once and fills the stats in `needs`, each [T] or [S, ...] on the layout's device.
 
     `batch` is on the host: shapes that depend on its values are worked out there, without waiting for a GPU.
-    `own_attention`: the flat kernel is ours, not one of transformers. `sequence`: ranks that share a batch.
     """
     if needs & HEADS:
-        return score_segments(model, batch, needs, flat=flat, own_attention=own_attention, device=device)
+        return score_segments(model, batch, needs, layout)
+    device, sequence = layout.device, layout.sequence
     whole = sequence.pad(batch) if sequence else batch
     labels_t = sequence.own(whole.labels) if sequence else batch.labels
     trained_N = (labels_t != IGNORED).nonzero().squeeze(1)
     positions_N = trained_N.to(device)
     routing = {"output_router_logits": True} if "router_logits" in needs else {}
     index_T = None  # the place of each token in the padded layout
-    if flat:
-        arguments = flat_arguments(whole, device, own_attention=own_attention, sequence=sequence)
+    if layout.flat:
+        arguments = flat_arguments(whole, layout)
         output = model(**arguments, **routing, logits_to_keep=positions_N, use_cache=False)
         logits_NV = output.logits[0]
     else:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -23,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from swift.config.option import ConfigError
+from swift.config.option import require_package
 from swift.config.parallel import ParallelConfig
 from swift.engines.ranks import Ranks
 from swift.engines.transformers.slices import Part, Reader, take_parts
@@ -175,8 +174,7 @@ def shard(model: nn.Module, base: PreTrainedModel, ranks: Ranks, compute: torch.
 
 def load_zero() -> ModuleType:
     """deepspeed.py, or in words what is missing for it."""
-    if find_spec("deepspeed") is None:
-        raise ConfigError("--deepspeed needs the package deepspeed", hint="pip install 'swiftune[deepspeed]'")
+    require_package("deepspeed", flag="--deepspeed", install="swiftune[deepspeed]")
     return import_module("swift.engines.transformers.deepspeed")
 
 
