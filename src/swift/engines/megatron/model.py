@@ -1,0 +1,84 @@
+"""A model of megatron-core from its settings: the chunks of layers that this rank holds, without weights."""
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.enums import ModelType
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from transformers import PretrainedConfig
+
+from swift.engines.megatron.layers import CoreAttention, RMSNorm, Rotary
+from swift.engines.megatron.settings import Settings
+
+
+def layer_spec(settings: Settings) -> ModuleSpec:
+    """One decoder layer of torch kernels."""
+    head_norm = RMSNorm if settings.qk_layernorm else IdentityOp
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=CoreAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def padded_vocabulary(hf: PretrainedConfig, settings: Settings) -> int:
+    """Rows of the embedding: the vocabulary, and as many more as tensor-parallel ranks need for equal shares."""
+    ranks = settings.tensor_model_parallel_size
+    return -(-hf.vocab_size // ranks) * ranks
+
+
+def build_chunks(hf: PretrainedConfig, settings: Settings) -> list[GPTModel]:
+    """The chunks of this rank, in the order in which tokens pass through them. Weights are not set."""
+    virtual = settings.virtual_pipeline_model_parallel_size
+    return [build_chunk(hf, settings, stage if virtual else None) for stage in range(virtual or 1)]
+
+
+def build_chunk(hf: PretrainedConfig, settings: Settings, stage: int | None) -> GPTModel:
+    """One chunk; `stage` counts those of a rank that has several."""
+    which: dict[str, Any] = {} if stage is None else {"ignore_virtual": False, "vp_stage": stage}
+    count = get_num_layers_to_build(settings, stage)
+    chunk = GPTModel(
+        config=settings,
+        transformer_layer_spec=TransformerBlockSubmodules([layer_spec(settings)] * count, layer_norm=RMSNorm),
+        vocab_size=padded_vocabulary(hf, settings),
+        max_sequence_length=hf.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(**which),
+        post_process=parallel_state.is_pipeline_last_stage(**which),
+        share_embeddings_and_output_weights=hf.tie_word_embeddings,
+        position_embedding_type="rope",
+        parallel_output=True,
+        **({} if stage is None else {"vp_stage": stage}),
+    )
+    chunk.rotary_pos_emb = Rotary(hf)
+    chunk.model_type = ModelType.encoder_or_decoder
+    return chunk.to(torch.cuda.current_device())

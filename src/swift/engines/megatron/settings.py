@@ -1,0 +1,128 @@
+"""From a model's HF config and the flags to megatron-core's TransformerConfig. Not here: any module."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from swift.config.option import ConfigError
+
+FAMILIES = ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "mixtral")
+CHANGING_ROPE = ("dynamic", "longrope")  # whose frequencies depend on the length of the row
+
+
+@dataclass
+class Settings(TransformerConfig):
+    """megatron-core's own config, and what its attention does not know of."""
+
+    attention_factor: float = (
+        1.0  # of softmax scales: the square of what rope scaling multiplies its angles by
+    )
+    windows: tuple[int | None, ...] = ()  # of sliding attention, by layer; none = no layer slides
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """How many ranks share what."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int | None = None  # chunks of layers on each pipeline stage
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    sequence: bool = False  # activations between the layers are cut over the tensor-parallel ranks
+
+
+def model_settings(hf: PretrainedConfig, degrees: Degrees, dtype: torch.dtype, **chosen: Any) -> Settings:
+    """Settings of `hf` on `degrees`; `chosen` are fields of TransformerConfig that flags decide.
+
+    Raises ConfigError for a model whose layers megatron-core does not have.
+    """
+    if hf.model_type not in FAMILIES:
+        raise ConfigError(
+            f"megatron does not know {hf.model_type} models",
+            hint=f"it knows {', '.join(FAMILIES)}; use swift sft",
+        )
+    rope = LlamaRotaryEmbedding(hf)
+    if rope.rope_type in CHANGING_ROPE:
+        raise ConfigError(
+            f"megatron does not have rope scaling of type {rope.rope_type}", hint="use swift sft"
+        )
+    heads = hf.num_attention_heads
+    on_gpu = torch.cuda.is_available()
+    fields: dict[str, Any] = {
+        "num_layers": hf.num_hidden_layers,
+        "hidden_size": hf.hidden_size,
+        "num_attention_heads": heads,
+        "num_query_groups": hf.num_key_value_heads,
+        "kv_channels": getattr(hf, "head_dim", None) or hf.hidden_size // heads,
+        "ffn_hidden_size": hf.intermediate_size,
+        "layernorm_epsilon": hf.rms_norm_eps,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": hf.model_type == "qwen2" or bool(getattr(hf, "attention_bias", False)),
+        "qk_layernorm": hf.model_type.startswith("qwen3"),
+        "attention_dropout": getattr(hf, "attention_dropout", 0.0),
+        "hidden_dropout": 0.0,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "attention_factor": rope.attention_scaling**2,
+        "windows": layer_windows(hf),
+        "tensor_model_parallel_size": degrees.tensor,
+        "pipeline_model_parallel_size": degrees.pipeline,
+        "virtual_pipeline_model_parallel_size": degrees.virtual,
+        "context_parallel_size": degrees.context,
+        "expert_model_parallel_size": degrees.expert,
+        "expert_tensor_parallel_size": degrees.expert_tensor,
+        "sequence_parallel": degrees.sequence,
+        "variable_seq_lengths": degrees.pipeline > 1,
+        "moe_token_dispatcher_type": "alltoall",
+        "use_cpu_initialization": not on_gpu,
+        "perform_initialization": False,
+        "bias_dropout_fusion": on_gpu,
+        "bias_activation_fusion": on_gpu,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "calculate_per_token_loss": True,
+        "batch_p2p_comm": True,
+        "deallocate_pipeline_outputs": True,
+    }
+    return Settings(**fields | expert_fields(hf) | chosen)
+
+
+def expert_fields(hf: PretrainedConfig) -> dict[str, Any]:
+    """The fields of a mixture of experts; none for a dense model."""
+    experts = getattr(hf, "num_experts", None) or getattr(hf, "num_local_experts", None)
+    if not experts:
+        return {}
+    return {
+        "num_moe_experts": experts,
+        "moe_router_topk": hf.num_experts_per_tok,
+        "moe_ffn_hidden_size": getattr(hf, "moe_intermediate_size", hf.intermediate_size),
+        # Softmax over the chosen experts alone is softmax over all, normalised to the chosen ones.
+        "moe_router_pre_softmax": not getattr(hf, "norm_topk_prob", True),
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": True,
+    }
+
+
+def layer_windows(hf: PretrainedConfig) -> tuple[int | None, ...]:
+    """Width of the sliding window of each layer, empty where no layer has one."""
+    window = getattr(hf, "sliding_window", None)
+    if not window or not getattr(hf, "use_sliding_window", True):
+        return ()
+    kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
