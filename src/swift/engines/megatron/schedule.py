@@ -86,7 +86,7 @@ class KeptRows:
 
     def __init__(self, layer: nn.Module) -> None:
         self.rows_N: Tensor | None = None
-        # Rows are chosen among the tokens of all tensor ranks: these are gathered before the layer, not in it.
+        # Rows are chosen among the tokens of all tensor ranks, which are therefore gathered beforehand.
         self.gathers = layer.sequence_parallel
         if self.gathers:
             layer.sequence_parallel, layer.allreduce_dgrad = False, True

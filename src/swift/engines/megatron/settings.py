@@ -95,7 +95,9 @@ def model_settings(hf: PretrainedConfig, degrees: Degrees, dtype: torch.dtype, *
         "apply_rope_fusion": False,
         "gradient_accumulation_fusion": False,
         "calculate_per_token_loss": True,
-        "batch_p2p_comm": True,
+        # Two stages with several chunks each exchange both ways at once: not in one unordered batch.
+        "overlap_p2p_comm": bool(degrees.virtual),
+        "batch_p2p_comm": not degrees.virtual,
         "deallocate_pipeline_outputs": True,
     }
     return Settings(**fields | expert_fields(hf) | chosen)
