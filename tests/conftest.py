@@ -149,3 +149,11 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     server = Workers(tmp_path_factory.mktemp("jobs"))
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def megatron_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """The same with megatron-core: importing it changes torch, so it has a server of its own."""
+    server = Workers(tmp_path_factory.mktemp("megatron-jobs"), "swift.engines.megatron.model")
+    yield server
+    server.close()
