@@ -6,6 +6,7 @@ or several, which find each other as under torchrun. The start through torchrun 
 """
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -34,11 +35,12 @@ class Finished:
 class Workers:
     """The server, and what to ask of it. One job at a time."""
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, scratch: Path, *modules: str) -> None:
+        """`modules`: what the server imports before everything else."""
         self.scratch = scratch
         self.jobs = 0
         # -c and not this file: a fork's __main__ is then no module that swift might start processes from.
-        command = [sys.executable, "-c", "import workers; workers.serve()"]
+        command = [sys.executable, "-c", f"import workers; workers.serve({modules})"]
         path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path}
         self.server = subprocess.Popen(
@@ -86,8 +88,11 @@ class Workers:
         self.server.wait()
 
 
-def serve() -> None:
+def serve(modules: tuple[str, ...]) -> None:
     """Answers jobs from stdin until it is closed."""
+    for module in modules:
+        importlib.import_module(module)
+
     import torch.distributed.fsdp
     import transformers.models.llama.modeling_llama
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401
