@@ -30,8 +30,8 @@ class Flags:
 class Ranks:
     """This process among the others. Methods are called by all of them, in the same order, but for `flag`.
 
-    Ranks that share their rows, and split the tokens or the model among them, are one data rank. `speakers` are
-    those whose numbers count: one for each data rank, in their order.
+    Ranks that share their rows, and split the tokens or the model among them, are one data rank. `speakers`
+    are those whose numbers count: one for each data rank, in their order.
     """
 
     rank: int = 0

@@ -1,6 +1,6 @@
-"""The engine over megatron-core from PyPI, unchanged. Nothing above the engines imports this package but by name.
+"""The engine over megatron-core from PyPI, unchanged. Others import this package by name, when they need it.
 
-megatron-core fixes its devices and its compiler while it is imported, so what it has to find is put in place here.
+megatron-core settles devices and compiler while it is imported: what it has to find is put in place here.
 """
 
 from swift.engines.megatron.cpu import make_ready

@@ -1,8 +1,8 @@
 """What megatron-core has to find when it is imported; on a machine without GPUs, a CPU that answers as one.
 
-megatron-core (0.15 to 0.19) asks torch.cuda for devices, streams, events and random states without asking whether
-there is a GPU. Each patch below answers calls that ended a run on CPU and gloo; the engine itself is untouched, and
-on a machine with a GPU nothing is patched. Upstream knows of the wish: NVIDIA/Megatron-LM pull request 6270.
+megatron-core (0.15 to 0.19) asks torch.cuda for devices, streams, events and random states without asking
+whether there is a GPU. Each patch below answers calls that ended a run on CPU and gloo; the package is
+untouched, and nothing is patched where a GPU is. See NVIDIA/Megatron-LM pull request 6270.
 """
 
 import contextlib
@@ -20,14 +20,15 @@ from swift.utils import env
 
 CPU = torch.device("cpu")
 FACTORIES = (
-    "tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "empty_like", "zeros_like",
-    "ones_like", "full_like", "rand_like", "randn_like", "linspace", "as_tensor", "empty_strided", "eye", "randperm",
+    "tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "empty_like",
+    "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "linspace", "as_tensor",
+    "empty_strided", "eye", "randperm",
 )  # fmt: skip
 
 
 def make_ready() -> None:
-    """Prepares this process for megatron-core and imports it, without its remarks on packages that it can do without."""
-    # Streams of tensor-parallel exchanges keep their order against matrix products only with one hardware queue.
+    """Imports megatron-core into a process that suits it, without remarks on packages that are missing."""
+    # One hardware queue: exchanges between tensor-parallel ranks then overlap with the products they should.
     env.set_defaults({"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
@@ -151,7 +152,7 @@ def patch_tensor(tensor: Any) -> None:
 
 
 def patch_megatron() -> None:
-    """The two places that hold on to CUDA by themselves: random states, and the sizes that experts exchange."""
+    """The two places that keep to CUDA by themselves: random states, and the sizes that experts exchange."""
     random = import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()  # type: ignore[attr-defined]
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # type: ignore[attr-defined]

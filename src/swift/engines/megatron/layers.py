@@ -21,7 +21,7 @@ from swift.engines.transformers.attention import Segments, attend
 
 @dataclass
 class FlatTokens(PackedSeqParams):
-    """What layers have to know of a flat batch; megatron-core hands it from the model's arguments to them all.
+    """What layers have to know of a flat batch; megatron-core hands it on to all of them.
 
     It is no `thd` batch to megatron-core, which would cut rotary angles and heads by rules of its own.
     """
@@ -31,7 +31,7 @@ class FlatTokens(PackedSeqParams):
 
 
 class RMSNorm(nn.Module):
-    """torch's fused RMS norm. With sequence parallelism its gradient is summed over the tensor-parallel ranks."""
+    """torch's RMS norm; with sequence parallelism megatron-core sums its gradient over the tensor ranks."""
 
     def __init__(self, config: Settings, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class RMSNorm(nn.Module):
 class Rotary(nn.Module):
     """Rotary angles at the positions of a flat batch, with the frequencies that transformers gives the model.
 
-    megatron-core asks first for a length and then for the angles of that length: positions take the length's place.
+    megatron-core asks for a length and then for the angles of that length: positions take its place.
     """
 
     def __init__(self, hf_config: PretrainedConfig) -> None:

@@ -7,7 +7,12 @@ from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -52,7 +57,7 @@ def layer_spec(settings: Settings) -> ModuleSpec:
 
 
 def padded_vocabulary(hf: PretrainedConfig, settings: Settings) -> int:
-    """Rows of the embedding: the vocabulary, and as many more as tensor-parallel ranks need for equal shares."""
+    """Rows of the embedding: the vocabulary, and as many more as make equal shares for the tensor ranks."""
     ranks = settings.tensor_model_parallel_size
     return -(-hf.vocab_size // ranks) * ranks
 
@@ -61,6 +66,19 @@ def build_chunks(hf: PretrainedConfig, settings: Settings) -> list[GPTModel]:
     """The chunks of this rank, in the order in which tokens pass through them. Weights are not set."""
     virtual = settings.virtual_pipeline_model_parallel_size
     return [build_chunk(hf, settings, stage if virtual else None) for stage in range(virtual or 1)]
+
+
+def mark_shares(chunk: GPTModel) -> None:
+    """Tells which tensors are shares of larger ones; megatron-core does so only where it draws their values.
+
+    Norms of gradients count a tensor without the mark on one tensor rank alone.
+    """
+    for module in chunk.modules():
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding | RowParallelLinear):
+            axis = 1 if isinstance(module, RowParallelLinear) else 0
+            for parameter in module.parameters(recurse=False):
+                if parameter.dim() > axis and not hasattr(parameter, "tensor_model_parallel"):
+                    set_tensor_model_parallel_attributes(parameter, True, axis, 1)
 
 
 def build_chunk(hf: PretrainedConfig, settings: Settings, stage: int | None) -> GPTModel:
@@ -79,6 +97,7 @@ def build_chunk(hf: PretrainedConfig, settings: Settings, stage: int | None) -> 
         parallel_output=True,
         **({} if stage is None else {"vp_stage": stage}),
     )
+    mark_shares(chunk)
     chunk.rotary_pos_emb = Rotary(hf)
     chunk.model_type = ModelType.encoder_or_decoder
     return chunk.to(torch.cuda.current_device())

@@ -15,8 +15,8 @@ from swift.engines.ranks import Ranks
 def join_model_parallel(ranks: Ranks, degrees: Degrees, timeout_seconds: int) -> Ranks:
     """Splits the job's processes by `degrees`; `ranks` with what each of them is to the data.
 
-    The last pipeline stage speaks for its data rank: it alone knows losses. Called by all processes, each of which
-    is already in the job; a single process becomes a job of its own.
+    The last pipeline stage speaks for its data rank: it alone knows losses. Called by all processes of the
+    job; a single process becomes a job of its own.
     """
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -47,7 +47,7 @@ def join_model_parallel(ranks: Ranks, degrees: Degrees, timeout_seconds: int) ->
 
 
 def seed_model_parallel(seed: int) -> None:
-    """Random states: equal where ranks hold copies of an activation, different where they hold parts or other rows."""
+    """Random states: equal where ranks hold copies of an activation, different where they hold parts."""
     stage = parallel_state.get_pipeline_model_parallel_rank()
     data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     torch.manual_seed(seed + 100 * stage + 10_000 * data_rank)

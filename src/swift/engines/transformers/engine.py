@@ -14,18 +14,19 @@ import torch
 import transformers
 from packaging import version
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from swift.batch import IGNORED, Batch
+from swift.batch import Batch
 from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
 from swift.config.parallel import ParallelConfig
 from swift.engines.optim import answering, begin_training, build_optimizer, build_scheduler
 from swift.engines.protocol import Snapshot, StepInfo, Sums
 from swift.engines.ranks import Ranks
+from swift.engines.stepping import NOTHING, add_units, collect_sums
 from swift.engines.transformers import checkpoint
 from swift.engines.transformers.attention import FLAT_ATTENTION, compile_layers
 from swift.engines.transformers.forward import Layout, refusal_of_flat, score
@@ -40,11 +41,6 @@ from swift.objectives.types import LossSum, Objective, TokenStats
 RENAMED_IN = version.parse("5.23")  # of transformers: gradient checkpointing became activation checkpointing
 
 DEFAULT_WRAPPER = partial(wrap, parallel=ParallelConfig())  # one process, or DDP
-
-# One token, not trained: what a rank runs while others still have rows.
-NOTHING = Batch(
-    torch.zeros(1, dtype=torch.int64), torch.full((1,), IGNORED), torch.zeros(1, dtype=torch.int64), 1
-)
 
 
 class TransformersEngine:
@@ -248,33 +244,3 @@ def choose_layout(base: PreTrainedModel, flat: bool | None) -> bool:
             hint="leave --padding_free out",
         )
     return refusal is None if flat is None else flat
-
-
-def add_units(units: Sequence[dict[str, int]]) -> dict[str, int]:
-    """Units of the whole step: what every term is divided by, however the step is cut up."""
-    totals: dict[str, int] = {}
-    for counts in units:
-        for unit, count in counts.items():
-            totals[unit] = totals.get(unit, 0) + count
-    return totals
-
-
-def collect_sums(results: Sequence[LossSum], units: Sequence[dict[str, int]]) -> Sums:
-    """All sums of a step, fetched from the device at once. A loss stays a (sum, count) pair for each unit."""
-    names: list[str] = []
-    values: list[Tensor] = []
-    for result, counts in zip(results, units, strict=True):
-        for unit, term in result.terms.items():
-            names.append(f"loss/{unit}")
-            values += [
-                term.detach().double(),
-                torch.tensor(counts[unit], dtype=torch.float64, device=term.device),
-            ]
-        for name, (total, count) in result.metrics.items():
-            names.append(name)
-            values += [total.detach().double(), count.double()]
-    sums = Sums()
-    numbers = torch.stack(values).tolist() if values else []
-    for name, total, count in zip(names, numbers[0::2], numbers[1::2], strict=True):
-        sums.add(name, total, count)
-    return sums
