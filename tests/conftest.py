@@ -159,7 +159,7 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
 
 @pytest.fixture(scope="session")
 def megatron_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
-    """As `workers`, with megatron-core imported; on a CPU that changes torch, so nothing else runs there."""
-    server = Workers(tmp_path_factory.mktemp("megatron-jobs"), "swift.engines.megatron")
+    """The same with megatron-core: importing it changes torch, so it has a server of its own."""
+    server = Workers(tmp_path_factory.mktemp("megatron-jobs"), "swift.engines.megatron.model")
     yield server
     server.close()

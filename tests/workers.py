@@ -36,11 +36,10 @@ class Workers:
     """The server, and what to ask of it. One job at a time."""
 
     def __init__(self, scratch: Path, *modules: str) -> None:
-        """`modules`: what the server imports before everything else."""
         self.scratch = scratch
         self.jobs = 0
         # -c and not this file: a fork's __main__ is then no module that swift might start processes from.
-        command = [sys.executable, "-c", f"import workers; workers.serve({modules})"]
+        command = [sys.executable, "-c", "import sys, workers; workers.serve(*sys.argv[1:])", *modules]
         path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path}
         self.server = subprocess.Popen(
@@ -88,11 +87,8 @@ class Workers:
         self.server.wait()
 
 
-def serve(modules: tuple[str, ...]) -> None:
-    """Answers jobs from stdin until it is closed."""
-    for module in modules:
-        importlib.import_module(module)
-
+def serve(*modules: str) -> None:
+    """Answers jobs from stdin until it is closed; `modules` are imported before the first one."""
     import torch.distributed.fsdp
     import transformers.models.llama.modeling_llama
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401
@@ -102,6 +98,8 @@ def serve(modules: tuple[str, ...]) -> None:
     import swift.train.run
     import swift.train.trackers
 
+    for name in modules:
+        importlib.import_module(name)
     torch.set_num_threads(1)
     # The pictures of the curves take longer than tiny models train; tests/e2e/test_sft.py looks at them.
     swift.train.trackers.save_plot = lambda *_: None

@@ -127,9 +127,36 @@ def patch_torch() -> None:
         setattr(torch, name, on_cpu(getattr(torch, name)))
     patch_tensor(torch.Tensor)
     torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
+    patch_uneven_exchanges()
     wait = dist.barrier
     # Barriers name the GPU that they run on, which gloo refuses.
     dist.barrier = lambda group=None, async_op=False, device_ids=None: wait(group=group, async_op=async_op)  # noqa: ARG005
+
+
+def patch_uneven_exchanges() -> None:
+    """Parts of different lengths, which experts exchange between tensor ranks: NCCL takes them, gloo does not."""
+    gather, scatter = dist.all_gather, dist.reduce_scatter
+
+    def all_gather(parts: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **options: Any) -> Any:
+        if len({part.shape for part in parts}) == 1:
+            return gather(parts, tensor, group=group, **options)
+        parts[dist.get_rank(group)].copy_(tensor)
+        for rank, part in enumerate(parts):
+            if part.numel():
+                dist.broadcast(part, group=group, group_src=rank)
+        return None
+
+    def reduce_scatter(output: torch.Tensor, parts: list[torch.Tensor], **options: Any) -> Any:
+        if len({part.shape for part in parts}) == 1:
+            return scatter(output, parts, **options)
+        sums = [part.clone() for part in parts]
+        for rank, part in enumerate(sums):
+            if part.numel():
+                dist.reduce(part, group=options["group"], group_dst=rank)
+        output.copy_(sums[dist.get_rank(options["group"])])
+        return None
+
+    dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
 
 
 def patch_tensor(tensor: Any) -> None:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from swift.batch import Batch
+from swift.engines.megatron.context import ContextRanks, Stretch
 from swift.engines.megatron.settings import Settings
-from swift.engines.transformers.attention import Segments, attend
+from swift.engines.transformers.attention import attend
 
 
 @dataclass
@@ -27,7 +29,17 @@ class FlatTokens(PackedSeqParams):
     """
 
     positions: Tensor | None = None  # int64 [t]: place of each token of this rank in its segment
-    segments: Segments | None = None  # of the whole flat batch
+    stretches: tuple[Stretch, ...] = ()  # of this rank's queries
+    context: ContextRanks = ContextRanks()
+
+
+def flat_tokens(batch: Batch, context: ContextRanks, device: torch.device) -> FlatTokens:
+    """Of a batch on the host that is padded already (`ContextRanks.pad`)."""
+    return FlatTokens(
+        positions=context.own(batch.positions()).to(device, non_blocking=True),
+        stretches=context.stretches(batch.segment_lengths().tolist(), device),
+        context=context,
+    )
 
 
 class RMSNorm(nn.Module):
@@ -89,8 +101,25 @@ class CoreAttention(MegatronModule):
         **_: Any,
     ) -> Tensor:
         """query [t, 1, H, D], key and value [t, 1, K, D] -> [t, 1, H * D]."""
-        assert packed_seq_params is not None and packed_seq_params.segments is not None
+        flat = packed_seq_params
+        assert flat is not None and flat.stretches
+        context, spread = flat.context, flat.context.size > 1
+        if spread and context.kind == "all_gather":
+            key, value = context.gather_keys(torch.cat((key, value), -1)).split(key.shape[-1], -1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        dropout = self.config.attention_dropout if self.training else 0.0
-        output = attend(q, k, v, packed_seq_params.segments, self.scale, self.window, dropout)
+        if spread and context.kind == "a2a":
+            q, k, v = context.heads.spread_heads(q, k, v)
+        output = self.attend(q, k, v, flat.stretches)
+        if spread and context.kind == "a2a":
+            output = context.heads.spread_tokens(output)
         return output.permute(2, 0, 1, 3).flatten(2)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, stretches: tuple[Stretch, ...]) -> Tensor:
+        """[1, H, t, D] over keys and values [1, K, T, D]."""
+        dropout = self.config.attention_dropout if self.training else 0.0
+        outputs = []
+        queries = query.split([sum(stretch.queries.lengths) for stretch in stretches], dim=2)
+        for q, stretch in zip(queries, stretches, strict=True):
+            k, v = (x[:, :, stretch.first_key : stretch.last_key] for x in (key, value))
+            outputs.append(attend(q, k, v, stretch.queries, self.scale, self.window, dropout))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)

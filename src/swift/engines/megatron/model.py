@@ -17,16 +17,39 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from transformers import PretrainedConfig
 
+from swift.engines.megatron.experts import GroupedExperts
 from swift.engines.megatron.layers import CoreAttention, RMSNorm, Rotary
 from swift.engines.megatron.settings import Settings
 
 
-def layer_spec(settings: Settings) -> ModuleSpec:
+# Checkpoints name the norms as transformer-engine's layers do, which hold them in the linear layer that follows.
+NORM_OF_ATTENTION = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+NORM_OF_MLP = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+
+def layer_specs(settings: Settings, stage: int | None) -> list[ModuleSpec]:
+    """The layers of one chunk of this rank; `stage` counts its chunks, where it has several."""
+    count = get_num_layers_to_build(settings, stage)
+    first = get_transformer_layer_offset(settings, stage)
+    frequency = settings.moe_layer_freq
+    sparse = (
+        frequency if isinstance(frequency, list) else [bool(settings.num_moe_experts)] * settings.num_layers
+    )
+    return [layer_spec(settings, is_sparse=bool(sparse[first + i])) for i in range(count)]
+
+
+def layer_spec(settings: Settings, *, is_sparse: bool) -> ModuleSpec:
     """One decoder layer of torch kernels."""
     head_norm = RMSNorm if settings.qk_layernorm else IdentityOp
     attention = ModuleSpec(
@@ -40,9 +63,12 @@ def layer_spec(settings: Settings) -> ModuleSpec:
             k_layernorm=head_norm,
         ),
     )
-    mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    mlp = ModuleSpec(module=MLP, submodules=linears)
+    if is_sparse:
+        shared = ModuleSpec(module=SharedExpertMLP, submodules=linears)
+        experts = ModuleSpec(module=GroupedExperts)
+        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared))
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -52,6 +78,7 @@ def layer_spec(settings: Settings) -> ModuleSpec:
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=NORM_OF_ATTENTION | ({} if is_sparse else NORM_OF_MLP),
         ),
     )
 
@@ -84,10 +111,9 @@ def mark_shares(chunk: GPTModel) -> None:
 def build_chunk(hf: PretrainedConfig, settings: Settings, stage: int | None) -> GPTModel:
     """One chunk; `stage` counts those of a rank that has several."""
     which: dict[str, Any] = {} if stage is None else {"ignore_virtual": False, "vp_stage": stage}
-    count = get_num_layers_to_build(settings, stage)
     chunk = GPTModel(
         config=settings,
-        transformer_layer_spec=TransformerBlockSubmodules([layer_spec(settings)] * count, layer_norm=RMSNorm),
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs(settings, stage), layer_norm=RMSNorm),
         vocab_size=padded_vocabulary(hf, settings),
         max_sequence_length=hf.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(**which),

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from swift.config.option import ConfigError
 
-FAMILIES = ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "mixtral")
+FAMILIES = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "llama", "mistral", "mixtral")
 CHANGING_ROPE = ("dynamic", "longrope")  # whose frequencies depend on the length of the row
 
 
@@ -67,7 +67,7 @@ def model_settings(hf: PretrainedConfig, degrees: Degrees, dtype: torch.dtype, *
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
-        "add_qkv_bias": hf.model_type == "qwen2" or bool(getattr(hf, "attention_bias", False)),
+        "add_qkv_bias": has_qkv_bias(hf),
         "qk_layernorm": hf.model_type.startswith("qwen3"),
         "attention_dropout": getattr(hf, "attention_dropout", 0.0),
         "hidden_dropout": 0.0,
@@ -101,12 +101,19 @@ def model_settings(hf: PretrainedConfig, degrees: Degrees, dtype: torch.dtype, *
     return Settings(**fields | expert_fields(hf) | chosen)
 
 
+def has_qkv_bias(hf: PretrainedConfig) -> bool:
+    """Whether queries, keys and values have biases; each family has its own way to say so."""
+    if hf.model_type == "qwen2":
+        return True
+    return bool(getattr(hf, "qkv_bias", getattr(hf, "attention_bias", False)))
+
+
 def expert_fields(hf: PretrainedConfig) -> dict[str, Any]:
     """The fields of a mixture of experts; none for a dense model."""
     experts = getattr(hf, "num_experts", None) or getattr(hf, "num_local_experts", None)
     if not experts:
         return {}
-    return {
+    fields = {
         "num_moe_experts": experts,
         "moe_router_topk": hf.num_experts_per_tok,
         "moe_ffn_hidden_size": getattr(hf, "moe_intermediate_size", hf.intermediate_size),
@@ -117,6 +124,19 @@ def expert_fields(hf: PretrainedConfig) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         "moe_grouped_gemm": True,
     }
+    sparse = sparse_layers(hf)
+    if not all(sparse):
+        fields["moe_layer_freq"] = sparse
+    shared = getattr(hf, "shared_expert_intermediate_size", 0)
+    if shared:
+        fields |= {"moe_shared_expert_intermediate_size": shared, "moe_shared_expert_gate": True}
+    return fields
+
+
+def sparse_layers(hf: PretrainedConfig) -> list[int]:
+    """1 for each layer that has experts, 0 for one that is dense."""
+    step, dense = getattr(hf, "decoder_sparse_step", 1), getattr(hf, "mlp_only_layers", None) or ()
+    return [int((i + 1) % step == 0 and i not in dense) for i in range(hf.num_hidden_layers)]
 
 
 def layer_windows(hf: PretrainedConfig) -> tuple[int | None, ...]:

@@ -32,12 +32,28 @@ class Segments:
     lengths: list[int]
     bounds: Tensor  # int32 [S + 1], cumulative
     sequence: SequenceRanks | None = None  # ranks that share the batch; the segments are of the whole
+    keys: "Segments | None" = None  # of keys and values, where queries are only the last tokens of each
+
+    @classmethod
+    def of(
+        cls,
+        lengths: list[int],
+        device: torch.device,
+        *,
+        sequence: SequenceRanks | None = None,
+        keys: "Segments | None" = None,
+    ) -> "Segments":
+        bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return cls(lengths, bounds.to(device, non_blocking=True), sequence, keys)
 
 
-def window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """[L, L] bool: token i sees the last `window` tokens up to and including itself."""
-    i = torch.arange(length, device=device)
-    distance = i[:, None] - i[None, :]
+def window_mask(length: int, window: int, device: torch.device, keys: int | None = None) -> Tensor:
+    """[L, keys] bool: token i sees the last `window` tokens up to and including itself.
+
+    The last token is the last key; without `keys` there are L of them.
+    """
+    keys = keys or length
+    distance = torch.arange(keys - length, keys, device=device)[:, None] - torch.arange(keys, device=device)
     return (distance >= 0) & (distance < window)
 
 
@@ -49,12 +65,18 @@ def segmented_sdpa(
     scaling: float | None,
     window: int | None,
     dropout: float,
+    key_lengths: list[int] | None = None,
 ) -> Tensor:
     """[1, H, T, D] causal attention, one SDPA call a segment: exact, linear in the number of segments."""
     outputs = []
-    for q, k, v in zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True):
-        length = q.shape[2]
-        mask = window_mask(length, window, q.device) if window and length > window else None
+    queries, keys = (
+        query.split(lengths, dim=2),
+        (t.split(key_lengths or lengths, dim=2) for t in (key, value)),
+    )
+    for q, k, v in zip(queries, *keys, strict=True):
+        length, seen = q.shape[2], k.shape[2]
+        masked = length < seen or (window and window < seen)
+        mask = window_mask(length, window or seen, q.device, seen) if masked else None
         outputs.append(
             F.scaled_dot_product_attention(
                 q,
@@ -109,13 +131,14 @@ def attend(
     dropout: float,
 ) -> Tensor:
     """[1, H, T, D] by the fastest kernel that is exact here."""
+    keys = segments.keys or segments
     if HAS_VARLEN and query.is_cuda and dropout == 0 and query.element_size() == 2:
-        longest, left = max(segments.lengths), -1 if sliding_window is None else sliding_window - 1
+        left = -1 if sliding_window is None else sliding_window - 1
         q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
-        shape = (segments.bounds, segments.bounds, longest, longest)
+        shape = (segments.bounds, keys.bounds, max(segments.lengths), max(keys.lengths))
         output = varlen_attn(q, k, v, *shape, scale=scaling, window_size=(left, 0), **VARLEN_GROUPS)
         return output.unsqueeze(0).transpose(1, 2)
-    return segmented_sdpa(query, key, value, segments.lengths, scaling, sliding_window, dropout)
+    return segmented_sdpa(query, key, value, segments.lengths, scaling, sliding_window, dropout, keys.lengths)
 
 
 AttentionInterface.register(FLAT_ATTENTION, flat_attention)

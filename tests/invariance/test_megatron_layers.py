@@ -1,0 +1,66 @@
+"""megatron-core's layers of torch kernels give transformers' losses and gradients, on every layout."""
+
+from pathlib import Path
+
+import pytest
+
+HOOK = f"{Path(__file__).parent}/megatron_ranks.py:compare"
+TP2 = {"tensor": 2}
+SP2 = {"tensor": 2, "sequence": True}
+EP2 = {"expert": 2}
+DENSE = ("qwen3", "qwen3 tied", "qwen2", "llama bent", "mistral window")
+
+
+def case(family: str, degrees: dict | None = None, context: str = "all_gather", **chosen: object) -> dict:
+    return {"family": family, "degrees": degrees or {}, "chosen": chosen, "context": context}
+
+
+CASES = {
+    "one rank": (
+        1,
+        [case(family) for family in (*DENSE, "qwen3_moe", "qwen3_moe mixed", "qwen2_moe", "mixtral")],
+    ),
+    "tensor": (2, [case(family, degrees) for family in DENSE for degrees in (TP2, SP2)]),
+    "expert": (
+        2,
+        [
+            *(case(family, EP2) for family in ("qwen3_moe", "qwen3_moe mixed", "qwen2_moe", "mixtral")),
+            case("qwen3_moe", EP2, moe_token_dispatcher_type="allgather"),
+            case("qwen3_moe", SP2),  # replicated experts
+            case("qwen2_moe", SP2 | {"expert_tensor": 2}),
+            case("qwen2_moe", SP2 | {"expert": 2}),
+            case("qwen3_moe", SP2 | {"expert_tensor": 2}, moe_token_dispatcher_type="allgather"),
+            case("qwen2_moe", EP2, moe_shared_expert_overlap=True),
+            case("qwen2_moe", SP2 | {"expert": 2}, moe_shared_expert_overlap=True),
+        ],
+    ),
+    "context": (
+        2,
+        [
+            case(family, {"context": 2}, context)
+            for family in ("qwen3", "mistral window", "qwen3_moe")
+            for context in ("all_gather", "a2a")
+        ],
+    ),
+    "expert with tensor": (
+        4,
+        [
+            case("qwen3_moe", SP2 | {"expert": 2}),
+            case("qwen3_moe", SP2 | {"expert": 2, "expert_tensor": 2}),
+            case("qwen2_moe", SP2 | {"expert": 4}),
+        ],
+    ),
+    "context with tensor": (
+        4,
+        [case("qwen3", SP2 | {"context": 2}, context) for context in ("all_gather", "a2a")]
+        + [case("qwen2", TP2 | {"context": 2}), case("mistral window", {"context": 4})]
+        + [case("qwen3_moe", SP2 | {"context": 2, "expert": 2}), case("qwen3", {"context": 2}, "a2a")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_gradients_are_those_of_transformers(name, megatron_workers):
+    world, cases = CASES[name]
+    done = megatron_workers.run([], world, hook=HOOK, hook_arguments={"cases": cases, "world": world})
+    assert done.code == 0, done.stderr[-3000:]
