@@ -65,8 +65,13 @@ class Prepared:
     callbacks: list[Any]  # the users' own
 
 
-def prepare(run: TrainRun, method: Method, *, resumption: Resumption | None) -> Prepared:
-    """Finds the model and encodes the rows. Most mistakes end here, as a ConfigError."""
+def prepare(
+    run: TrainRun, method: Method, *, resumption: Resumption | None, config_directory: Path | None = None
+) -> Prepared:
+    """Finds the model and encodes the rows. Most mistakes end here, as a ConfigError.
+
+    `config_directory`: where config and tokenizer are when the weights are not those of --model.
+    """
     use_plugins(run.plugins)
     build_weights(run.template.loss_scale)  # a wrong name is told before anything is downloaded
     check_optim(run.optim)
@@ -86,12 +91,12 @@ def prepare(run: TrainRun, method: Method, *, resumption: Resumption | None) -> 
     root = output_root(run.output, run.model.model)
     check_writable(root)
     hub = run.model.hub
-    model_path = resolve_model(run.model.model, revision=run.model.model_revision, **hub)
+    model_path = config_directory or resolve_model(run.model.model, revision=run.model.model_revision, **hub)
     reference = run.rlhf.ref_model if isinstance(run, RlhfRun) else None
     reference_path = resolve_model(reference, revision=None, **hub) if reference else None
     adapters = run.rlhf.ref_adapters if isinstance(run, RlhfRun) else ()
     reference_adapter = resolve_adapter(adapters[0], **hub) if adapters else None
-    if Path(run.model.model).is_dir():
+    if not config_directory and Path(run.model.model).is_dir():
         run = with_model(run, str(model_path))
     tokenizer = load_tokenizer(model_path)
     config = load_config(model_path)
