@@ -29,9 +29,9 @@ class MegatronConfig(LayoutConfig):
     mcore_model: str | None = option(
         None, help="directory with weights in Megatron's format: converted ones, or a run of megatron"
     )
-    mcore_adapters: str | None = option(None, help="directory with adapters of a run of megatron")
     finetune: bool = option(
-        True, help="take only the weights of --mcore_model; no = go on with its run: optimizer, step, data"
+        True,
+        help="take only weights; no = go on with the run in --mcore_model or --adapters",
     )
     no_load_optim: bool = option(False, help="go on without the optimizer's state")
     no_load_rng: bool = option(False, help="go on without the random states")

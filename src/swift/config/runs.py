@@ -221,16 +221,16 @@ MegatronRun = MegatronSftRun | MegatronRlhfRun
 
 
 def _resumed(run: MegatronRun) -> str | None:
-    """--resume_from_checkpoint, or --mcore_model with --finetune false."""
-    goes_on = None if run.megatron.finetune else run.megatron.mcore_model
-    return run.schedule.resume_from_checkpoint or goes_on
+    """--resume_from_checkpoint; with --finetune false what is loaded, adapters rather than their base."""
+    loaded = next(iter(run.tuner.adapters), run.megatron.mcore_model)
+    return run.schedule.resume_from_checkpoint or (None if run.megatron.finetune else loaded)
 
 
 def _check_megatron(run: MegatronRun) -> None:
     """What can be checked before checkpoints are looked at. --mcore_model names its model by itself."""
     if not run.megatron.finetune and not _resumed(run):
         raise ConfigError(
-            "--finetune false goes on with a run, and none is named", hint="add --mcore_model, its directory"
+            "--finetune false goes on with a run, and none is named", hint="name it with --mcore_model"
         )
     if run.resumes:
         return
