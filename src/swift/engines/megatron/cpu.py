@@ -36,10 +36,9 @@ def make_ready() -> None:
             {"TORCHDYNAMO_DISABLE": "1"}
         )  # megatron's jit_fuser compiles; here that only costs minutes
         patch_torch()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import_module("megatron.core")
-        import_module("megatron.core.models.gpt")
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    import_module("megatron.core.models.gpt")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     mend_router()
     if on_cpu:

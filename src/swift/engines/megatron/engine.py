@@ -23,6 +23,7 @@ from torch import Tensor
 
 from swift.batch import Batch
 from swift.config.optim import OptimConfig
+from swift.engines.megatron.checkpoint import Files, load_checkpoint, take_snapshot
 from swift.engines.megatron.context import ContextRanks
 from swift.engines.megatron.schedule import Form, Schedule, keep_rows
 from swift.engines.megatron.settings import Settings
@@ -58,6 +59,7 @@ class MegatronEngine:
         wrapping: Wrapping | None = None,
         context: ContextRanks | None = None,
         frozen: Sequence[GPTModel] | None = None,
+        files: Files | None = None,
     ) -> None:
         """`frozen`: the reference of full-parameter training, laid out as the model is."""
         self.settings, self.ranks, self.wrapping = settings, ranks, wrapping or Wrapping()
@@ -65,6 +67,8 @@ class MegatronEngine:
         self.dtype = settings.params_dtype
         self.device = torch.device(torch.cuda.current_device())
         self.flat = True
+        self.step = 0
+        self.files = files
         self.plain = list(chunks)  # without their wrappers
         self.frozen = None if frozen is None else [chunk.requires_grad_(False).eval() for chunk in frozen]
         for chunk in (*self.plain, *(self.frozen or ())):
@@ -183,6 +187,7 @@ class MegatronEngine:
         if applied:
             self.clock.step()
             self.scheduler.step()
+            self.step += 1
         return StepInfo(float(grad_norm), learning_rate, bool(applied))
 
     @contextmanager
@@ -200,7 +205,11 @@ class MegatronEngine:
         torch.cuda.empty_cache()
 
     def save(self, path: Path, *, resumable: bool) -> Snapshot:
-        raise NotImplementedError
+        return take_snapshot(self, path, resumable=resumable)
+
+    def load(self, path: Path, *, optimizer: bool = True, random: bool = True) -> None:
+        """Goes on from what `save` wrote, under any layout."""
+        load_checkpoint(self, path, optimizer=optimizer, random=random)
 
 
 def build_optimizer(

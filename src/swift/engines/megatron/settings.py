@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from swift.config.layout import Layout
+from swift.config.megatron import MegatronConfig
 from swift.config.option import ConfigError
 
 FAMILIES = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "llama", "mistral", "mixtral")
@@ -96,6 +97,38 @@ def has_qkv_bias(hf: PretrainedConfig) -> bool:
     if hf.model_type == "qwen2":
         return True
     return bool(getattr(hf, "qkv_bias", getattr(hf, "attention_bias", False)))
+
+
+def chosen_settings(flags: MegatronConfig, hf: PretrainedConfig) -> dict[str, Any]:
+    """The fields of TransformerConfig that flags decide."""
+    chosen: dict[str, Any] = {}
+    if flags.recompute_granularity != "none":
+        chosen["recompute_granularity"] = flags.recompute_granularity
+    if flags.recompute_granularity == "full":
+        chosen |= {
+            "recompute_method": flags.recompute_method,
+            "recompute_num_layers": flags.recompute_num_layers,
+        }
+    if flags.recompute_granularity == "selective":
+        chosen["recompute_modules"] = list(flags.recompute_modules)
+    for end in ("first", "last"):
+        count = getattr(flags, f"decoder_{end}_pipeline_num_layers")
+        if count is not None:
+            chosen[f"num_layers_in_{end}_pipeline_stage"] = count
+    if expert_fields(hf):
+        chosen |= {
+            "moe_token_dispatcher_type": flags.moe_token_dispatcher_type,
+            "moe_shared_expert_overlap": flags.moe_shared_expert_overlap,
+            "moe_router_dtype": flags.moe_router_dtype,
+            "moe_z_loss_coeff": flags.moe_z_loss_coeff,
+            "moe_expert_capacity_factor": flags.moe_expert_capacity_factor,
+        }
+        if flags.moe_aux_loss_coeff:
+            chosen |= {
+                "moe_router_load_balancing_type": "aux_loss",
+                "moe_aux_loss_coeff": flags.moe_aux_loss_coeff,
+            }
+    return chosen
 
 
 def expert_fields(hf: PretrainedConfig) -> dict[str, Any]:
