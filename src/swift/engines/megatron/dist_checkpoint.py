@@ -1,8 +1,8 @@
 """megatron-core's own checkpoints, `torch_dist`: written under one layout of ranks, read under any other.
 
 Owns: files of an iteration, as megatron-core itself writes them, and what is wrong with those that cannot be
-read. megatron-core's own writer starts helper processes, which import the program anew; here a rank writes its
-file by itself, and may do so beside training: all exchanges between ranks come before.
+read. megatron-core's own writer starts helper processes, which import the program anew; here a rank writes
+its file by itself, and may do so beside training: all exchanges between ranks come before.
 Not here: what is in the states (engine), HF's files (bridge.py), which directory (models/mcore.py).
 """
 
@@ -62,7 +62,7 @@ class Writing:
         return sorted({directory / result.storage_data.relative_path for result in results})
 
     def finish(self, directory: Path) -> None:
-        """On one rank, when all have written: where everything is, without which files are not taken for whole."""
+        """On one rank, when all have written: where everything is. Files without it are not whole."""
         results = []
         for rank in range(self.world):
             # Of this very save, by a process of this job.
@@ -127,7 +127,7 @@ def read(directory: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_missing(part: Any, present: set[str]) -> Any:
-    """A state without what modules may keep beside weights, such as scales of 8-bit numbers, and files lack."""
+    """A state without what modules keep beside weights, such as scales of 8-bit values, and files lack."""
     if not isinstance(part, dict):
         return part
     return {
@@ -158,7 +158,7 @@ def read_metadata(directory: Path) -> Metadata:
 
 
 def find_fault(parts: Iterable[Any], metadata: Metadata, directory: Path) -> str | None:
-    """Why this rank cannot have its weights, or what files hold beyond all ranks' weights; None where all fits."""
+    """Why this rank cannot have its weights, or what files hold beyond all ranks' own; None = all fits."""
     wanted = {tensor.key: tensor for part in parts for tensor in tensors_of(part)}
     everyones = set().union(*collect(set(wanted)))
     held = {
