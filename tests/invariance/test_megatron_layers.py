@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-HOOK = f"{Path(__file__).parent}/megatron_ranks.py:compare"
+HOOKS = f"{Path(__file__).parent}/megatron_ranks.py"
 TP2 = {"tensor": 2}
 SP2 = {"tensor": 2, "sequence": True}
 EP2 = {"expert": 2}
@@ -26,6 +26,7 @@ CASES = {
         [
             *(case(family, EP2) for family in ("qwen3_moe", "qwen3_moe mixed", "qwen2_moe", "mixtral")),
             case("qwen3_moe", EP2, moe_token_dispatcher_type="allgather"),
+            case("one sided", EP2),  # the second rank's experts have nothing to do
             case("qwen3_moe", SP2),  # replicated experts
             case("qwen2_moe", SP2 | {"expert_tensor": 2}),
             case("qwen2_moe", SP2 | {"expert": 2}),
@@ -62,5 +63,16 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_gradients_are_those_of_transformers(name, megatron_workers):
     world, cases = CASES[name]
-    done = megatron_workers.run([], world, hook=HOOK, hook_arguments={"cases": cases, "world": world})
+    done = megatron_workers.run(
+        [], world, hook=f"{HOOKS}:compare", hook_arguments={"cases": cases, "world": world}
+    )
     assert done.code == 0, done.stderr[-3000:]
+
+
+def test_experts_save_what_megatron_core_reads(megatron_workers):
+    layouts = (EP2, SP2 | {"expert_tensor": 2}, SP2, SP2 | {"expert": 2, "expert_tensor": 2})
+    for degrees in layouts:
+        world = 4 if "expert" in degrees and "tensor" in degrees else 2
+        arguments = {"cases": [case("qwen3_moe", degrees)], "world": world}
+        done = megatron_workers.run([], world, hook=f"{HOOKS}:compare_checkpoints", hook_arguments=arguments)
+        assert done.code == 0, done.stderr[-3000:]

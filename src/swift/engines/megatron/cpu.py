@@ -134,7 +134,7 @@ def patch_torch() -> None:
 
 
 def patch_uneven_exchanges() -> None:
-    """Parts of different lengths, which experts exchange between tensor ranks: NCCL takes them, gloo does not."""
+    """Parts of different lengths, which experts exchange: NCCL takes them, gloo does not."""
     gather, scatter = dist.all_gather, dist.reduce_scatter
 
     def all_gather(parts: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **options: Any) -> Any:

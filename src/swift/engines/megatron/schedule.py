@@ -19,10 +19,10 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
 
 from swift.batch import IGNORED, Batch
-from swift.engines.megatron.layers import FlatTokens
+from swift.engines.megatron.context import ContextRanks
+from swift.engines.megatron.layers import FlatTokens, flat_tokens
 from swift.engines.megatron.logits import ShardedLogits
 from swift.engines.megatron.settings import Settings
-from swift.engines.transformers.attention import Segments
 from swift.engines.transformers.sequence_parallel import SequenceRanks
 from swift.objectives.types import LossSum, Objective, TokenStats
 
@@ -56,15 +56,10 @@ class Layout:
     def lay_out(self, batch: Batch) -> Laid:
         """Values on the host decide all shapes, so nothing here waits for the device."""
         whole = SequenceRanks(0, self.multiple).pad(batch)
-        lengths = whole.segment_lengths()
-        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         kept_N = (whole.labels != IGNORED).nonzero().squeeze(1)
         if not kept_N.numel():  # an output layer without rows has no gradient that ranks could exchange
             kept_N = torch.zeros(1, dtype=torch.int64)
-        flat = FlatTokens(
-            positions=whole.positions().to(self.device),
-            segments=Segments(lengths.tolist(), bounds.to(self.device)),
-        )
+        flat = flat_tokens(whole, ContextRanks(), self.device)
         ids_t, labels_t, kept_N = (x.to(self.device) for x in (whole.input_ids, whole.labels, kept_N))
         return Laid(ids_t, labels_t, kept_N, flat)
 
