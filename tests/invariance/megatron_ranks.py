@@ -64,7 +64,7 @@ class Case:
     degrees: dict[str, Any] = field(default_factory=dict)
     chosen: dict[str, Any] = field(default_factory=dict)
     context: str = "all_gather"
-    lengths: tuple[int, ...] = (5, 17, 9, 30, 3)
+    lengths: tuple[int, ...] = (5, 17, 9, 31, 3)
 
 
 def build_model(family: str) -> PreTrainedModel:

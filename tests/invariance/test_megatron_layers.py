@@ -8,6 +8,9 @@ HOOKS = f"{Path(__file__).parent}/megatron_ranks.py"
 TP2 = {"tensor": 2}
 SP2 = {"tensor": 2, "sequence": True}
 EP2 = {"expert": 2}
+FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
+SELECTIVE = {"recompute_granularity": "selective"}
+OFFLOAD = {"fine_grained_activation_offloading": True, "min_offloaded_tensor_size": 1}
 DENSE = ("qwen3", "qwen3 tied", "qwen2", "llama bent", "mistral window")
 
 
@@ -41,6 +44,28 @@ CASES = {
             case(family, {"context": 2}, context)
             for family in ("qwen3", "mistral window", "qwen3_moe")
             for context in ("all_gather", "a2a")
+        ],
+    ),
+    "recompute": (
+        2,
+        [
+            case("qwen3", SP2, **FULL, recompute_method="uniform"),
+            case("qwen3", {"context": 2}, **FULL, recompute_method="block"),
+            case("qwen2_moe", EP2, **FULL, recompute_method="uniform"),
+            case("qwen3", SP2, **SELECTIVE, recompute_modules=["core_attn", "layernorm", "mlp"]),
+            case("qwen3", {"context": 2}, "a2a", **SELECTIVE, recompute_modules=["core_attn"]),
+            case("qwen2_moe", EP2, **SELECTIVE, recompute_modules=["moe_act", "shared_experts", "layernorm"]),
+            case("qwen2_moe", SP2 | EP2, **SELECTIVE, recompute_modules=["moe"]),
+        ],
+    ),
+    "offload": (
+        1,
+        [
+            case(
+                "qwen3",
+                **OFFLOAD,
+                offload_modules=["core_attn", "attn_proj", "qkv_linear", "attn_norm", "mlp_norm"],
+            ),
         ],
     ),
     "expert with tensor": (

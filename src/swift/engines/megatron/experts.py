@@ -3,8 +3,8 @@
 megatron-core's router and dispatchers do the rest: tokens arrive sorted by expert, with expert tensor
 parallelism those of all its ranks, and go back as partial sums. Checkpoints have the keys and shapes that
 TEGroupedMLP and SequentialMLP write, so that either reads what the other wrote.
-Shapes: n = tokens of this rank's experts, e = those experts, E = all experts, D = model width, f = width of an
-expert on this rank.
+Shapes: n = tokens of this rank's experts, e = those experts, E = all experts, D = model width, f = width of
+an expert on this rank.
 """
 
 from collections.abc import Mapping
@@ -130,5 +130,5 @@ class GroupedExperts(MegatronModule):
             experts = (torch.cat(tensors[i : i + parts]) for i in range(0, len(tensors), parts))
             return torch.stack(list(experts))
 
-        # Copies are along data parallelism alone: pipeline, tensor and expert ranks all hold parts of their own.
+        # Copies are along data parallelism alone: pipeline, tensor and expert ranks hold parts of their own.
         return ShardedTensorFactory(key, linear.weight, cut, join, (0, 0, groups.expt_dp.rank()))
