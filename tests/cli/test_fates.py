@@ -207,9 +207,9 @@ def test_alias_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--no_rope_fusion", "true"], "apply_rope_fusion: false"),
-        (["--no_rope_fusion"], "apply_rope_fusion: false"),
-        (["--no_initialization", "0"], "perform_initialization: true"),
+        (["--no_gradient_accumulation_fusion", "true"], "gradient_accumulation_fusion: false"),
+        (["--no_gradient_accumulation_fusion"], "gradient_accumulation_fusion: false"),
+        (["--no_gradient_accumulation_fusion", "0"], "gradient_accumulation_fusion: true"),
         (["--load", "DIR"], "mcore_model: DIR"),
         (["--save", "DIR"], "output_dir: DIR"),
     ],

@@ -142,5 +142,5 @@ def test_a_command_cut_by_comments_is_whole_without_them(
     (tmp_path / "whole").mkdir()
     values = yaml.safe_load(print_config(record_calls(text, tmp_path / "whole")[0], capsys))
     assert values["recompute_modules"] == ["core_attn", "moe"]
-    assert (values["micro_batch_size"], values["moe_aux_loss_coeff"]) == (4, [0.001])
+    assert (values["per_device_train_batch_size"], values["moe_aux_loss_coeff"]) == (4, 0.001)
     assert json.dumps(values)  # every value is plain

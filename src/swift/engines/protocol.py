@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from swift.batch import Batch
 from swift.objectives.types import Objective, TokenStats
 
@@ -53,6 +55,10 @@ class Engine(Protocol):
 
     data_rank: int
     data_world: int
+    dtype: torch.dtype  # of the weights
+    device: torch.device
+    flat: bool  # whether batches have no padding
+    num_parameters: tuple[int, int]  # trained and all, of the whole model
 
     def forward(self, batches: Sequence[Batch], needs: frozenset[str]) -> list[TokenStats]:
         """Stats without gradients, one for each batch."""
@@ -72,6 +78,10 @@ class Engine(Protocol):
 
     def reference(self) -> AbstractContextManager[None]:
         """Inside it `forward` answers as the model did before training."""
+        ...
+
+    def drop_reference(self) -> None:
+        """Frees what only `reference` needs: nothing will ask for it any more."""
         ...
 
     def save(self, path: Path, *, resumable: bool) -> Snapshot:

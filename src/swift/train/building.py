@@ -69,14 +69,11 @@ def build_engine(
         frozen = load_model(ready.reference_path or ready.model_path, **loading)
         if ready.reference_adapter:
             frozen = merge(load_adapter(frozen, ready.reference_adapter, trainable=False))
-    learning_rate = run.optim.learning_rate
-    if learning_rate is None:
-        learning_rate = 1e-4 if run.tuner.train_type == "lora" else 1e-5
     checkpointing = run.schedule.gradient_checkpointing
     return TransformersEngine(
         model,
         run.optim,
-        learning_rate=learning_rate,
+        learning_rate=run.optim.peak(run.tuner.train_type),
         total_steps=total_steps,
         flat=run.schedule.padding_free,
         own_attention=(

@@ -1,6 +1,7 @@
 """From --dataset to encoded rows, and from rows to the steps of a run. No model is needed for any of it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,16 @@ STREAM_HEAD = 1_000  # rows of a stream whose faults are told before weights loa
 ROWS_PER_STEP = 16  # what --gradient_accumulation_steps aims at when it is not given
 
 
+Locate = Callable[[Any], tuple[Any, Path]]  # a run -> the run with what its model decides, and the directory
+
+
+def locate_model(run: TrainRun) -> tuple[TrainRun, Path]:
+    """The directory of --model, and the run with its whole path where it is no id."""
+    assert run.model.model is not None
+    path = resolve_model(run.model.model, revision=run.model.model_revision, **run.model.hub)
+    return (with_model(run, str(path)) if Path(run.model.model).is_dir() else run), path
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Everything that a run knows before the first weight is loaded."""
@@ -65,7 +76,9 @@ class Prepared:
     callbacks: list[Any]  # the users' own
 
 
-def prepare(run: TrainRun, method: Method, *, resumption: Resumption | None) -> Prepared:
+def prepare(
+    run: TrainRun, method: Method, *, resumption: Resumption | None, locate: Locate = locate_model
+) -> Prepared:
     """Finds the model and encodes the rows. Most mistakes end here, as a ConfigError."""
     use_plugins(run.plugins)
     build_weights(run.template.loss_scale)  # a wrong name is told before anything is downloaded
@@ -86,13 +99,11 @@ def prepare(run: TrainRun, method: Method, *, resumption: Resumption | None) -> 
     root = output_root(run.output, run.model.model)
     check_writable(root)
     hub = run.model.hub
-    model_path = resolve_model(run.model.model, revision=run.model.model_revision, **hub)
+    run, model_path = locate(run)
     reference = run.rlhf.ref_model if isinstance(run, RlhfRun) else None
     reference_path = resolve_model(reference, revision=None, **hub) if reference else None
     adapters = run.rlhf.ref_adapters if isinstance(run, RlhfRun) else ()
     reference_adapter = resolve_adapter(adapters[0], **hub) if adapters else None
-    if Path(run.model.model).is_dir():
-        run = with_model(run, str(model_path))
     tokenizer = load_tokenizer(model_path)
     config = load_config(model_path)
     longest = run.template.max_length or context_length(config) or 2048

@@ -25,7 +25,8 @@ FIXED = (
     "target_regex", "target_parameters",
     "freeze_parameters", "freeze_parameters_regex", "freeze_parameters_ratio",
     "trainable_parameters", "trainable_parameters_regex",
-    "optim", "optimizer", "lorap_lr_ratio", "lr_scheduler_kwargs",
+    "optim", "optimizer", "lorap_lr_ratio", "lr_scheduler_kwargs", "min_lr",
+    "global_batch_size", "moe_aux_loss_coeff", "moe_z_loss_coeff",
     "quant_method", "quant_bits", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
 )  # fmt: skip
 

@@ -22,7 +22,7 @@ from swift.engines.protocol import Engine, Snapshot
 from swift.engines.ranks import Ranks
 from swift.train.state import TrainState
 from swift.train.stopping import FAILED
-from swift.utils.files import file_sha256, format_bytes, sync_directory, write_json
+from swift.utils.files import file_sha256, format_bytes, sync_directory, write_json, write_text
 from swift.utils.log import say, warn
 
 MANIFEST, STATE, ARGS = "manifest.json", "trainer_state.json", "args.json"
@@ -125,12 +125,16 @@ class Saver:
         total_limit: int | None,
         symlinks: bool,
         ranks: Ranks,
+        iterations: bool = False,
     ) -> None:
-        """`data`: fingerprint and sizes that a resumed run must match."""
+        """`data`: fingerprint and sizes that a resumed run must match.
+
+        `iterations`: the run directory also names checkpoints as Megatron's tools look for them.
+        """
         self.run_directory = run_directory
         self.tokenizer, self.args, self.data = tokenizer, args, data
         self.only_model, self.total_limit, self.symlinks = only_model, total_limit, symlinks
-        self.ranks = ranks
+        self.ranks, self.iterations = ranks, iterations
         self.flight: Flight | None = None
         self.whole: list[Path] = []  # written, and not yet asked for by `take_whole`
 
@@ -273,15 +277,37 @@ class Saver:
         """
         for name, step in (("last", last_step), ("best", best_step)):
             if self.symlinks and (self.run_directory / f"checkpoint-{step}").exists():
-                temporary = self.run_directory / f".{name}.tmp"
-                temporary.unlink(missing_ok=True)
-                temporary.symlink_to(f"checkpoint-{step}")
-                temporary.replace(self.run_directory / name)
+                link(self.run_directory / name, f"checkpoint-{step}")
         if self.total_limit is not None:
             checkpoints = list_checkpoints(self.run_directory)
             spare = [path for step, path in checkpoints if step not in (best_step, last_step)]
             for path in spare[: max(len(checkpoints) - self.total_limit, 0)]:
                 self._remove(path)
+        if self.iterations:
+            list_iterations(self.run_directory)
+
+
+def link(path: Path, target: str) -> None:
+    """Makes `path` a link to `target` beside it, in one move."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(path)
+
+
+def list_iterations(run_directory: Path) -> None:
+    """Links `iter_0000100` to the part of each checkpoint that Megatron reads, and names the last one."""
+    for path in run_directory.glob("iter_*"):
+        if path.is_symlink() and not path.exists():
+            path.unlink()
+    last = None
+    for step, checkpoint in list_checkpoints(run_directory):
+        name = f"iter_{step:07d}"
+        if (checkpoint / name).is_dir():
+            link(run_directory / name, f"{checkpoint.name}/{name}")
+            last = step
+    if last is not None:
+        write_text(run_directory / "latest_checkpointed_iteration.txt", f"{last}\n")
 
 
 def disk_reason(error: Exception) -> str | None:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from swift.batch import Batch
 from swift.config.optim import OptimConfig
-from swift.engines.megatron.schedule import Layout, Schedule, keep_rows
+from swift.engines.megatron.context import ContextRanks
+from swift.engines.megatron.schedule import Form, Schedule, keep_rows
 from swift.engines.megatron.settings import Settings
 from swift.engines.optim import build_scheduler
 from swift.engines.protocol import Snapshot, StepInfo, Sums
@@ -55,6 +56,7 @@ class MegatronEngine:
         total_steps: int,
         ranks: Ranks,
         wrapping: Wrapping | None = None,
+        context: ContextRanks | None = None,
         frozen: Sequence[GPTModel] | None = None,
     ) -> None:
         """`frozen`: the reference of full-parameter training, laid out as the model is."""
@@ -67,7 +69,7 @@ class MegatronEngine:
         self.frozen = None if frozen is None else [chunk.requires_grad_(False).eval() for chunk in frozen]
         for chunk in (*self.plain, *(self.frozen or ())):
             keep_rows(chunk)
-        self.schedule = Schedule(Layout(settings, vocabulary, self.device))
+        self.schedule = Schedule(Form(settings, vocabulary, self.device, context or ContextRanks()))
         self.num_parameters = count_parameters(self.plain, ranks)
         self.chunks = self._wrap()
         self.active: Sequence[Any] = self.chunks

@@ -23,7 +23,6 @@ from swift.engines.megatron.context import ContextRanks
 from swift.engines.megatron.layers import FlatTokens, flat_tokens
 from swift.engines.megatron.logits import ShardedLogits
 from swift.engines.megatron.settings import Settings
-from swift.engines.transformers.sequence_parallel import SequenceRanks
 from swift.objectives.types import LossSum, Objective, TokenStats
 
 READY = frozenset({"logps", "correct", "logits_mean", "mean_logps"})  # stats that this engine has
@@ -40,39 +39,38 @@ class Laid:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Form:
     """How batches are laid out for these settings, and what comes back."""
 
     settings: Settings
     vocabulary: int
     device: torch.device
+    context: ContextRanks
 
     @property
     def multiple(self) -> int:
-        """What the number of tokens must be a multiple of."""
-        shares = self.settings.tensor_model_parallel_size if self.settings.sequence_parallel else 1
-        return shares
+        """What the number of tokens of a rank must be a multiple of."""
+        return self.settings.tensor_model_parallel_size if self.settings.sequence_parallel else 1
 
     def lay_out(self, batch: Batch) -> Laid:
         """Values on the host decide all shapes, so nothing here waits for the device."""
-        whole = SequenceRanks(0, self.multiple).pad(batch)
-        kept_N = (whole.labels != IGNORED).nonzero().squeeze(1)
+        whole = self.context.pad(batch, self.multiple)
+        ids_t, labels_t = self.context.own(whole.input_ids), self.context.own(whole.labels)
+        kept_N = (labels_t != IGNORED).nonzero().squeeze(1)
         if not kept_N.numel():  # an output layer without rows has no gradient that ranks could exchange
             kept_N = torch.zeros(1, dtype=torch.int64)
-        flat = flat_tokens(whole, ContextRanks(), self.device)
-        ids_t, labels_t, kept_N = (x.to(self.device) for x in (whole.input_ids, whole.labels, kept_N))
-        return Laid(ids_t, labels_t, kept_N, flat)
+        flat = flat_tokens(whole, self.context, self.device)
+        return Laid(*(x.to(self.device) for x in (ids_t, labels_t, kept_N)), flat)
 
     def stats(self, logits: Tensor, laid: Laid, batch: Batch, needs: frozenset[str]) -> TokenStats:
         """`logits` [1, N, v] of the last stage -> stats of the whole batch, [T] each, on every rank of it."""
-        trained_N = laid.labels_t[laid.kept_N] != IGNORED
         view = ShardedLogits.cut(logits[0], laid.kept_N, self.vocabulary)
         found = {}
         for name in sorted(needs):
             values_t = getattr(view, name)(laid.labels_t)
-            if not trained_N.shape[0] > 1:  # the one row may be there for its gradient alone
+            if laid.kept_N.numel() == 1:  # which may be there for its gradient alone
                 values_t = values_t * (laid.labels_t != IGNORED)
-            found[name] = values_t[: batch.num_tokens]
+            found[name] = self.context.gather(values_t)[: batch.num_tokens]
         return TokenStats(**found)
 
 
@@ -81,7 +79,7 @@ class KeptRows:
 
     def __init__(self, layer: nn.Module) -> None:
         self.rows_N: Tensor | None = None
-        # Rows are chosen among the tokens of all tensor ranks: these are gathered before the layer, not in it.
+        # Rows are chosen among the tokens of all tensor ranks, which are therefore gathered beforehand.
         self.gathers = layer.sequence_parallel
         if self.gathers:
             layer.sequence_parallel, layer.allreduce_dgrad = False, True
@@ -107,20 +105,20 @@ Consume = Callable[[TokenStats, Batch, Laid], Any]
 class Schedule:
     """Runs micro-batches through the chunks of this rank, together with the other stages."""
 
-    layout: Layout
+    form: Form
 
     def _step(
         self, consume: Consume, needs: frozenset[str], batches: Any, model: nn.Module
     ) -> tuple[Tensor, Callable[..., Any]]:
         """One micro-batch through one chunk, as megatron-core calls it."""
         batch: Batch = next(batches)
-        laid = self.layout.lay_out(batch)
+        laid = self.form.lay_out(batch)
         if get_attr_wrapped_model(model, "post_process"):
             get_attr_wrapped_model(model, "kept").rows_N = laid.kept_N
         output = model(laid.ids_t[None], None, None, packed_seq_params=laid.flat)
 
         def finish(logits: Tensor, non_loss_data: bool = False) -> Any:  # noqa: ARG001 - megatron's argument
-            return consume(self.layout.stats(logits, laid, batch, needs), batch, laid)
+            return consume(self.form.stats(logits, laid, batch, needs), batch, laid)
 
         return output, finish
 
@@ -161,7 +159,7 @@ class Schedule:
         """Gradients of all micro-batches. `units` and trained `tokens`: of the whole step, on all ranks."""
 
         def lose(stats: TokenStats, batch: Batch, laid: Laid) -> tuple[Tensor, Tensor, LossSum]:
-            result = objective(stats, batch.to(self.layout.device))
+            result = objective(stats, batch.to(self.form.device))
             loss = sum(term / max(units[unit], 1) for unit, term in result.terms.items())
             reported = (laid.labels_t != IGNORED).sum().int()
             return (

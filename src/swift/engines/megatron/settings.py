@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from swift.config.layout import Layout
 from swift.config.option import ConfigError
 
 FAMILIES = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "llama", "mistral", "mixtral")
@@ -25,20 +26,7 @@ class Settings(TransformerConfig):
     windows: tuple[int | None, ...] = ()  # of sliding attention, by layer; none = no layer slides
 
 
-@dataclass(frozen=True)
-class Degrees:
-    """How many ranks share what."""
-
-    tensor: int = 1
-    pipeline: int = 1
-    virtual: int | None = None  # chunks of layers on each pipeline stage
-    context: int = 1
-    expert: int = 1
-    expert_tensor: int = 1
-    sequence: bool = False  # activations between the layers are cut over the tensor-parallel ranks
-
-
-def model_settings(hf: PretrainedConfig, degrees: Degrees, dtype: torch.dtype, **chosen: Any) -> Settings:
+def model_settings(hf: PretrainedConfig, degrees: Layout, dtype: torch.dtype, **chosen: Any) -> Settings:
     """Settings of `hf` on `degrees`; `chosen` are fields of TransformerConfig that flags decide.
 
     Raises ConfigError for a model whose layers megatron-core does not have.
@@ -95,7 +83,9 @@ def model_settings(hf: PretrainedConfig, degrees: Degrees, dtype: torch.dtype, *
         "apply_rope_fusion": False,
         "gradient_accumulation_fusion": False,
         "calculate_per_token_loss": True,
-        "batch_p2p_comm": True,
+        # Two stages with several chunks each exchange both ways at once: not in one unordered batch.
+        "overlap_p2p_comm": bool(degrees.virtual),
+        "batch_p2p_comm": not degrees.virtual,
         "deallocate_pipeline_outputs": True,
     }
     return Settings(**fields | expert_fields(hf) | chosen)

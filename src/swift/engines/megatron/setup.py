@@ -8,11 +8,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from swift.engines.megatron.settings import Degrees
+from swift.config.layout import Layout
+from swift.engines.megatron.context import ContextRanks
 from swift.engines.ranks import Ranks
 
 
-def join_model_parallel(ranks: Ranks, degrees: Degrees, timeout_seconds: int) -> Ranks:
+def join_model_parallel(ranks: Ranks, degrees: Layout, timeout_seconds: int) -> Ranks:
     """Splits the job's processes by `degrees`; `ranks` with what each of them is to the data.
 
     The last pipeline stage speaks for its data rank: it alone knows losses. Called by all processes of the
@@ -44,6 +45,15 @@ def join_model_parallel(ranks: Ranks, degrees: Degrees, timeout_seconds: int) ->
         if speaks
     )
     return replace(ranks, data_rank=data_rank, speakers=tuple(rank for _, rank in told))
+
+
+def context_ranks(kind: str) -> ContextRanks:
+    """This process among those that share its batches; `kind` as --cp_comm_type says."""
+    size = parallel_state.get_context_parallel_world_size()
+    assert kind in ("all_gather", "a2a")
+    return ContextRanks(
+        parallel_state.get_context_parallel_rank(), size, parallel_state.get_context_parallel_group(), kind
+    )
 
 
 def seed_model_parallel(seed: int) -> None:

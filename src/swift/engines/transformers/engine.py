@@ -83,6 +83,7 @@ class TransformersEngine:
         sequence = (
             SequenceRanks(self.ranks.rank % size, size, self.ranks.sequence_group) if size > 1 else None
         )
+        self.flat = is_flat
         self.layout = Layout(is_flat, is_flat and own_attention, self.device, sequence)
         if self.layout.own_attention:
             base.set_attn_implementation(FLAT_ATTENTION)
