@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 
-HOOK = f"{Path(__file__).parent}/megatron_ranks.py:compare"
+HOOKS = f"{Path(__file__).parent}/megatron_ranks.py"
 TP2 = {"tensor": 2}
 SP2 = {"tensor": 2, "sequence": True}
 EP2 = {"expert": 2}
+FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
+SELECTIVE = {"recompute_granularity": "selective"}
+OFFLOAD = {"fine_grained_activation_offloading": True, "min_offloaded_tensor_size": 1}
 DENSE = ("qwen3", "qwen3 tied", "qwen2", "llama bent", "mistral window")
 
 
@@ -26,6 +29,7 @@ CASES = {
         [
             *(case(family, EP2) for family in ("qwen3_moe", "qwen3_moe mixed", "qwen2_moe", "mixtral")),
             case("qwen3_moe", EP2, moe_token_dispatcher_type="allgather"),
+            case("one sided", EP2),  # the second rank's experts have nothing to do
             case("qwen3_moe", SP2),  # replicated experts
             case("qwen2_moe", SP2 | {"expert_tensor": 2}),
             case("qwen2_moe", SP2 | {"expert": 2}),
@@ -40,6 +44,28 @@ CASES = {
             case(family, {"context": 2}, context)
             for family in ("qwen3", "mistral window", "qwen3_moe")
             for context in ("all_gather", "a2a")
+        ],
+    ),
+    "recompute": (
+        2,
+        [
+            case("qwen3", SP2, **FULL, recompute_method="uniform"),
+            case("qwen3", {"context": 2}, **FULL, recompute_method="block"),
+            case("qwen2_moe", EP2, **FULL, recompute_method="uniform"),
+            case("qwen3", SP2, **SELECTIVE, recompute_modules=["core_attn", "layernorm", "mlp"]),
+            case("qwen3", {"context": 2}, "a2a", **SELECTIVE, recompute_modules=["core_attn"]),
+            case("qwen2_moe", EP2, **SELECTIVE, recompute_modules=["moe_act", "shared_experts", "layernorm"]),
+            case("qwen2_moe", SP2 | EP2, **SELECTIVE, recompute_modules=["moe"]),
+        ],
+    ),
+    "offload": (
+        1,
+        [
+            case(
+                "qwen3",
+                **OFFLOAD,
+                offload_modules=["core_attn", "attn_proj", "qkv_linear", "attn_norm", "mlp_norm"],
+            ),
         ],
     ),
     "expert with tensor": (
@@ -62,5 +88,16 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_gradients_are_those_of_transformers(name, megatron_workers):
     world, cases = CASES[name]
-    done = megatron_workers.run([], world, hook=HOOK, hook_arguments={"cases": cases, "world": world})
+    done = megatron_workers.run(
+        [], world, hook=f"{HOOKS}:compare", hook_arguments={"cases": cases, "world": world}
+    )
     assert done.code == 0, done.stderr[-3000:]
+
+
+def test_experts_save_what_megatron_core_reads(megatron_workers):
+    layouts = (EP2, SP2 | {"expert_tensor": 2}, SP2, SP2 | {"expert": 2, "expert_tensor": 2})
+    for degrees in layouts:
+        world = 4 if "expert" in degrees and "tensor" in degrees else 2
+        arguments = {"cases": [case("qwen3_moe", degrees)], "world": world}
+        done = megatron_workers.run([], world, hook=f"{HOOKS}:compare_checkpoints", hook_arguments=arguments)
+        assert done.code == 0, done.stderr[-3000:]

@@ -1,7 +1,6 @@
 """Weights of published models in megatron-core and back: every layout of ranks gives the same bits."""
 
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,53 +11,82 @@ from transformers import AutoConfig
 WIDE = {"num_hidden_layers": 4, "vocab_size": 515}  # does not divide by two: ranks have padding
 EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
 MODELS = {
-    "llama": ("llama", {}),
-    "untied": ("llama", {"tie_word_embeddings": False}),
+    "llama": ("llama", {"tie_word_embeddings": False}),
     "qwen2": ("qwen2", {"num_key_value_heads": 4}),
     "qwen3": ("qwen3", {}),
-    "qwen3_moe": ("qwen3_moe", EXPERTS),
+    "qwen2_moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 48}),
+    "mixed": ("qwen3_moe", EXPERTS | {"mlp_only_layers": [1]}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "tie_word_embeddings": False}),
 }
-SINGLE, TENSOR, PIPELINE = {}, {"tensor": 2}, {"pipeline": 2}
-VIRTUAL, EXPERT = {"pipeline": 2, "virtual": 2}, {"expert": 2}
-EXPERT_LAYOUT = {"expert", "expert_tensor"}
-LAYOUTS = {
-    1: (SINGLE,),
-    2: (TENSOR, PIPELINE, VIRTUAL, EXPERT, TENSOR | {"expert_tensor": 2}, SINGLE),
+TENSOR, PIPELINE, EXPERT, EXPERT_TENSOR = (
+    {name: 2} for name in ("tensor", "pipeline", "expert", "expert_tensor")
+)
+VIRTUAL = PIPELINE | {"virtual": 2}
+LAYOUTS = {  # of so many processes, and which models go through each
+    1: (({}, tuple(MODELS)),),
+    2: (
+        (TENSOR, ("qwen2", "qwen3", "mixtral")),
+        (PIPELINE, ("qwen3", "mixed")),
+        (VIRTUAL, ("llama", "qwen3")),
+        (EXPERT, ("mixed", "mixtral")),
+        (TENSOR | EXPERT_TENSOR, ("mixed", "qwen2_moe")),
+    ),
     4: (
-        TENSOR | PIPELINE,
-        TENSOR | VIRTUAL,
-        EXPERT | PIPELINE,
-        TENSOR | EXPERT | {"expert_tensor": 2},
-        TENSOR | EXPERT,
+        (TENSOR | PIPELINE, ("qwen3",)),
+        (EXPERT | VIRTUAL, ("mixed",)),
+        (TENSOR | EXPERT | EXPERT_TENSOR, ("mixed", "mixtral")),
     ),
 }
+ROUNDED = "qwen2"  # goes through everything in bfloat16, others as they are
+SAVED = ("qwen3", "mixed")  # also go through checkpoints
+FILES = {".metadata", "common.pt", "metadata.json"}
 
 
-def round_trips(rank: int, world: int, models: dict[str, str]) -> None:
-    """Inside every process: each model through each layout, bit by bit."""
-    expected = {name: load_file(Path(models[name]) / "model.safetensors") for name in models}
-    for layout in LAYOUTS[world]:
+def round_trips(rank: int, world: int, models: dict[str, str], folder: str) -> None:
+    """Inside every process: models through layouts, and into all others through checkpoints."""
+    for number, (layout, names) in enumerate(LAYOUTS[world]):
         with model_parallel(world, layout) as degrees:
-            for name, dtype in product(models, (torch.float32, torch.bfloat16)):
-                if "experts" in str(MODELS[name]) or not layout.keys() & EXPERT_LAYOUT:
-                    check_round_trip(rank, Path(models[name]), degrees, dtype, expected[name])
+            for name in names:
+                source, checkpoints = Path(models[name]), Path(folder) / name
+                dtype = torch.bfloat16 if name == ROUNDED else torch.float32
+                weights = load_file(source / "model.safetensors")
+                expected = {key: value.to(dtype) for key, value in weights.items()}
+                chunks, bridge = build(source, degrees, dtype)
+                spoil(chunks)
+                bridge.load(chunks, source)
+                check_weights(rank, chunks, bridge, expected)
+                check_checkpoints(rank, chunks, bridge, checkpoints, expected)
+                if name in SAVED and number < 2:
+                    dist_checkpoint().save_model(chunks, checkpoints / f"{world}-{number}")
 
 
-def check_round_trip(rank, directory, degrees, dtype, expected) -> None:
-    chunks, bridge = build(directory, degrees, dtype)
-    spoil(chunks)
-    bridge.load(chunks, directory)
+def check_checkpoints(rank, chunks, bridge, folder: Path, expected) -> None:
+    for checkpoint in sorted(folder.glob("*")):
+        spoil(chunks)
+        dist_checkpoint().load_model(chunks, checkpoint / "iter_0000001")
+        check_weights(rank, chunks, bridge, expected)
+        assert (checkpoint / "latest_checkpointed_iteration.txt").read_text() == "1"
+        names = {path.name for path in (checkpoint / "iter_0000001").iterdir()}
+        assert {name for name in names if not name.endswith(".distcp")} == FILES
+
+
+def check_weights(rank, chunks, bridge, expected) -> None:
     check_padding(chunks, bridge)
     seen = dict(bridge.export(chunks))
     assert list(seen) == list(bridge.wholes(chunks))
     assert seen.keys() == expected.keys(), seen.keys() ^ expected.keys()
     for key, tensor in seen.items():
         if rank == 0:
-            assert tensor.dtype == dtype
-            assert torch.equal(tensor, expected[key].to(dtype)), (directory, degrees, key)
+            assert tensor.dtype == expected[key].dtype
+            assert torch.equal(tensor, expected[key]), key
         else:
             assert tensor is None
+
+
+def dist_checkpoint():
+    from swift.engines.megatron import dist_checkpoint
+
+    return dist_checkpoint
 
 
 @contextmanager
@@ -82,10 +110,7 @@ def build(directory: Path, degrees, dtype: torch.dtype):
 
     config = AutoConfig.from_pretrained(directory)
     fields = settings.model_settings(config, degrees, dtype)
-    if fields.num_moe_experts:
-        use_local_spec(model)
-    chunks = [chunk.to(dtype) for chunk in model.build_chunks(config, fields)]
-    return chunks, bridge.Bridge(config, fields)
+    return model.build_chunks(config, fields), bridge.Bridge(config, fields)
 
 
 def spoil(chunks) -> None:
@@ -109,14 +134,6 @@ def check_padding(chunks, bridge) -> None:
                 assert parameter.any(), key
 
 
-def use_local_spec(model) -> None:
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-
-    model.layer_spec = lambda settings: get_gpt_layer_local_spec(
-        num_experts=settings.num_moe_experts, moe_grouped_gemm=False, qk_layernorm=settings.qk_layernorm
-    )
-
-
 @pytest.fixture(scope="module")
 def models(make_tiny_model_dir, tmp_path_factory) -> dict[str, str]:
     return {
@@ -125,8 +142,9 @@ def models(make_tiny_model_dir, tmp_path_factory) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("world", LAYOUTS)
-def test_weights_go_in_and_out_bit_by_bit(megatron_workers, models, world):
-    arguments = {"world": world, "models": models}
-    result = megatron_workers.run([], world, hook=f"{__file__}:round_trips", hook_arguments=arguments)
-    assert result.code == 0, result.stderr[-5000:]
+def test_weights_go_in_and_out_bit_by_bit(megatron_workers, models, tmp_path):
+    """A checkpoint of one number of processes is read by others."""
+    for world in LAYOUTS:
+        arguments = {"world": world, "models": models, "folder": str(tmp_path)}
+        result = megatron_workers.run([], world, hook=f"{__file__}:round_trips", hook_arguments=arguments)
+        assert result.code == 0, result.stderr[-5000:]

@@ -29,7 +29,7 @@ from swift.models.directory import check_model_directory, read_json, weight_file
 
 INDEX = "model.safetensors.index.json"
 IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-EXPERT = re.compile(r"(?<=\.local_experts\.)\d+|(?<=\.experts\.linear_fc[12]\.weight)\d+$")
+EXPERT = re.compile(r"(?<=\.experts\.linear_fc[12]\.weight)\d+$")
 # Constants that old checkpoints hold and models work out by themselves.
 CONSTANT = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias)$")
 

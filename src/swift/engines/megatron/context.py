@@ -1,10 +1,10 @@
-"""Context parallelism: ranks that share the tokens of one flat batch, in every layer but not in its attention.
+"""Context parallelism: ranks that share the tokens of one flat batch in every layer, but not in attention.
 
-`all_gather`: T is cut into 2N chunks and rank r holds r and 2N - 1 - r, so that all have as much attention to do
-(arXiv:2407.21783 section 3.3.2); keys and values of all tokens are gathered, queries stay. `a2a`: rank r holds
-the r-th slice, and ranks exchange tokens for heads around attention (sequence_parallel.py).
-Each rank gets the stats of all T tokens and computes the same loss; its gradient is that of its own tokens, and the
-sum over ranks is the whole.
+`all_gather`: T is cut into 2N chunks and rank r holds r and 2N - 1 - r, so that all have as much attention to
+do (arXiv:2407.21783 section 3.3.2); keys and values of all tokens are gathered, queries stay. `a2a`: rank r
+holds the r-th slice, and ranks exchange tokens for heads around attention (sequence_parallel.py).
+Each rank gets the stats of all T tokens and computes the same loss; its gradient is that of its own tokens,
+and the sum over ranks is the whole.
 Shapes: T = flat tokens, t = T / N those of a rank.
 """
 
@@ -28,7 +28,7 @@ Kind = Literal["all_gather", "a2a"]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Stretch:
-    """Queries of a rank that follow on each other, and the keys they may see: a run of all T from `first_key`.
+    """Queries of a rank that follow on each other, and the keys that they may see: a run of all T.
 
     The pieces of `queries` and `queries.keys` belong together in turn and end at the same token.
     """
@@ -61,7 +61,7 @@ class ContextRanks:
         return SequenceRanks(self.rank, self.size, self.group)
 
     def pad(self, batch: Batch, multiple: int = 1) -> Batch:
-        """T made such that chunks are equal and t is a multiple of `multiple`, by an untrained segment at the end."""
+        """Chunks made equal and t a multiple of `multiple`, by an untrained segment at the end."""
         return pad_tokens(batch, math.lcm(self.num_chunks, self.size * multiple))
 
     def own(self, values: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class ContextRanks:
 
 
 def stretch(lengths: Sequence[int], first: int, last: int, device: torch.device) -> Stretch:
-    """The queries at `first` to `last`, exclusive: of each segment those in it see its start up to themselves."""
+    """The queries from `first` up to `last`. Those of a segment see its tokens from its start."""
     queries, keys, first_key, start = [], [], first, 0
     for length in lengths:
         end = min(start + length, last)

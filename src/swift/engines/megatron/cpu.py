@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,16 +41,23 @@ def make_ready() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import_module("megatron.core.models.gpt")
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    mend_router()
+    mend_missing_names()
     if on_cpu:
         patch_megatron()
 
 
-def mend_router() -> None:
-    """0.15 and 0.16 name a transformer-engine function in the router even where there is none."""
-    utils = import_module("megatron.core.transformer.moe.moe_utils")
+def mend_missing_names() -> None:
+    """Two modules name functions of transformer-engine even where there is none.
+
+    The router of 0.15 and 0.16, and up to 0.19 the recomputation of parts of a layer, which asks for float8.
+    """
+    utils: Any = import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(utils, "te_general_gemm"):
-        utils.te_general_gemm = None  # type: ignore[attr-defined]
+        utils.te_general_gemm = None
+    random: Any = import_module("megatron.core.tensor_parallel.random")
+    if not hasattr(random, "FP8GlobalStateManager"):
+        random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=answering(False))
+        random.activation_recompute_forward = random.fp8_autocast = answering(contextlib.nullcontext())
 
 
 class Stream:
@@ -133,7 +141,7 @@ def patch_torch() -> None:
 
 
 def patch_uneven_exchanges() -> None:
-    """Parts of different lengths, which experts exchange between tensor ranks: NCCL takes them, gloo does not."""
+    """Parts of different lengths, which experts exchange: NCCL takes them, gloo does not."""
     gather, scatter = dist.all_gather, dist.reduce_scatter
 
     def all_gather(parts: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **options: Any) -> Any:

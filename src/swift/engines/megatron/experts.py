@@ -1,9 +1,10 @@
 """The experts of a mixture, all of a rank in one grouped matrix product of torch.
 
-megatron-core's router and dispatchers do the rest: tokens arrive sorted by expert, with expert tensor parallelism
-those of all its ranks, and go back as partial sums. Parameters and checkpoints have the names and shapes that
+megatron-core's router and dispatchers do the rest: tokens arrive sorted by expert, with expert tensor
+parallelism those of all its ranks, and go back as partial sums. Checkpoints have the keys and shapes that
 TEGroupedMLP and SequentialMLP write, so that either reads what the other wrote.
-Shapes: n = tokens of this rank's experts, e = those experts, E = all experts, D = model width, f = expert width here.
+Shapes: n = tokens of this rank's experts, e = those experts, E = all experts, D = model width, f = width of
+an expert on this rank.
 """
 
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from swift.engines.megatron.settings import Settings
 
 
 class StackedLinear(nn.Module):
-    """A linear layer for each local expert: `weight` [e, out, in], cut over expert-tensor ranks along `cut`."""
+    """A linear layer for each local expert: `weight` [e, out, in], cut over expert-tensor ranks."""
 
     def __init__(self, config: Settings, count: int, rows: int, columns: int, *, cut: int) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class StackedLinear(nn.Module):
         )
         # Without these, gradient norms count the experts of the first tensor-parallel rank alone.
         set_tensor_model_parallel_attributes(self.weight, True, cut + 1, 1)
-        # Experts that are not spread as the rest of the model have gradients and optimizer groups of their own.
+        # Experts that are not spread as the rest of the model is have their own data-parallel ranks.
         spread_alike = (
             config.expert_model_parallel_size == 1
             and config.expert_tensor_parallel_size == config.tensor_model_parallel_size
@@ -64,8 +65,8 @@ class GroupedExperts(MegatronModule):
     ) -> tuple[Tensor, None]:
         """tokens [n, D], probabilities [n] -> [n, D], each token weighed by its probability.
 
-        Without any token the products are empty but stay in the graph: the exchanges in front of them wait for
-        every rank in the backward pass too.
+        Without any token the products are empty but stay in the graph: the exchanges in front of them wait
+        for every rank in the backward pass too.
         """
         ends = tokens_per_expert.to(tokens.device, non_blocking=True).cumsum(0).to(torch.int32)
         weights = probabilities[:, None]
@@ -129,5 +130,5 @@ class GroupedExperts(MegatronModule):
             experts = (torch.cat(tensors[i : i + parts]) for i in range(0, len(tensors), parts))
             return torch.stack(list(experts))
 
-        # Copies are along data parallelism alone: pipeline, tensor and expert ranks all hold parts of their own.
+        # Copies are along data parallelism alone: pipeline, tensor and expert ranks hold parts of their own.
         return ShardedTensorFactory(key, linear.weight, cut, join, (0, 0, groups.expt_dp.rank()))

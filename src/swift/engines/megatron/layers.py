@@ -20,6 +20,8 @@ from swift.engines.megatron.context import ContextRanks, Stretch
 from swift.engines.megatron.settings import Settings
 from swift.engines.transformers.attention import attend
 
+ALONE = ContextRanks()
+
 
 @dataclass
 class FlatTokens(PackedSeqParams):
@@ -30,7 +32,7 @@ class FlatTokens(PackedSeqParams):
 
     positions: Tensor | None = None  # int64 [t]: place of each token of this rank in its segment
     stretches: tuple[Stretch, ...] = ()  # of this rank's queries
-    context: ContextRanks = ContextRanks()
+    context: ContextRanks = ALONE
 
 
 def flat_tokens(batch: Batch, context: ContextRanks, device: torch.device) -> FlatTokens:

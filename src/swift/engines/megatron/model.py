@@ -32,7 +32,7 @@ from swift.engines.megatron.experts import GroupedExperts
 from swift.engines.megatron.layers import CoreAttention, RMSNorm, Rotary
 from swift.engines.megatron.settings import Settings
 
-# Checkpoints name the norms as transformer-engine's layers do, which hold them in the linear layer that follows.
+# Checkpoints name norms as transformer-engine's layers do, which hold them in the linear that follows.
 NORM_OF_ATTENTION = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 NORM_OF_MLP = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 

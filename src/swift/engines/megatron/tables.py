@@ -30,16 +30,19 @@ def in_layer(names: str, kind: str, *files: str) -> Row:
 
 
 def experts(prefix: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
-    """The router, and experts that are stacked, modules of their own, or weights of one module."""
-    names = (
-        f"mlp.experts.{stack} mlp.experts.local_experts.*.{fc}.weight mlp.experts.{fc}.weight*"
-        for fc, stack in (("linear_fc1", "weight1"), ("linear_fc2", "weight2"))
-    )
+    """The router and its experts: stacked, or weights of one module (TEGroupedLinear)."""
     each = f"{prefix}.experts.*"
     return (
         in_layer("mlp.router.weight", "copy", f"{prefix}.gate.weight"),
-        in_layer(next(names), "gate_up", f"{each}.{gate}.weight", f"{each}.{up}.weight"),
-        in_layer(next(names), "row", f"{each}.{down}.weight"),
+        in_layer(
+            "mlp.experts.linear_fc1.weight mlp.experts.linear_fc1.weight*",
+            "gate_up",
+            f"{each}.{gate}.weight",
+            f"{each}.{up}.weight",
+        ),
+        in_layer(
+            "mlp.experts.linear_fc2.weight mlp.experts.linear_fc2.weight*", "row", f"{each}.{down}.weight"
+        ),
     )
 
 
@@ -64,8 +67,19 @@ COMMON = (
 )
 # Where the head is tied and on another pipeline stage than the embedding, that stage has a copy.
 TIED = (Row(("output_layer.weight",), "vocabulary", ("model.embed_tokens.weight",)),)
+SHARED = (
+    in_layer(
+        "mlp.shared_experts.linear_fc1.weight",
+        "gate_up",
+        *(f"mlp.shared_expert.{x}_proj.weight" for x in ("gate", "up")),
+    ),
+    in_layer("mlp.shared_experts.linear_fc2.weight", "row", "mlp.shared_expert.down_proj.weight"),
+    in_layer("mlp.shared_experts.gate_weight", "copy", "mlp.shared_expert_gate.weight"),
+)
+QWEN = experts("mlp", "gate_proj", "up_proj", "down_proj")
 EXPERTS = {
-    "qwen3_moe": experts("mlp", "gate_proj", "up_proj", "down_proj"),
+    "qwen2_moe": QWEN + SHARED,
+    "qwen3_moe": QWEN,
     "mixtral": experts("block_sparse_moe", "w1", "w3", "w2"),
 }
 
