@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from swift.engines.megatron import implementation, speed, wgrad
 from swift.utils import env
 
 CPU = torch.device("cpu")
@@ -37,12 +38,16 @@ def make_ready() -> None:
             {"TORCHDYNAMO_DISABLE": "1"}
         )  # megatron's jit_fuser compiles; here that only costs minutes
         patch_torch()
+    else:
+        wgrad.install()
+    implementation.trouble()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import_module("megatron.core")
         import_module("megatron.core.models.gpt")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     mend_missing_names()
+    speed.patch()
     if on_cpu:
         patch_megatron()
 
