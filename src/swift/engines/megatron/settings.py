@@ -1,5 +1,6 @@
 """From a model's HF config and the flags to megatron-core's TransformerConfig. Not here: any module."""
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from swift.config.layout import Layout
 from swift.config.megatron import MegatronConfig
 from swift.config.option import ConfigError
+from swift.engines.megatron import wgrad
 
 FAMILIES = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "llama", "mistral", "mixtral")
 CHANGING_ROPE = ("dynamic", "longrope")  # whose frequencies depend on the length of the row
@@ -24,7 +26,16 @@ class Settings(TransformerConfig):
     attention_factor: float = (
         1.0  # of softmax scales: the square of what rope scaling multiplies its angles by
     )
+    balance: float = 0.0  # weight of the experts' balance, a mean over layers (balance.py)
+    small_logits: float = 0.0  # weight of the routers' squared logits, a sum over layers
     windows: tuple[int | None, ...] = ()  # of sliding attention, by layer; none = no layer slides
+
+    @property
+    def sparse(self) -> list[int]:
+        """1 for each layer of the model that has experts, 0 for the others."""
+        if isinstance(self.moe_layer_freq, list):
+            return self.moe_layer_freq
+        return [int(bool(self.num_moe_experts))] * self.num_layers
 
 
 def model_settings(hf: PretrainedConfig, degrees: Layout, dtype: torch.dtype, **chosen: Any) -> Settings:
@@ -82,7 +93,8 @@ def model_settings(hf: PretrainedConfig, degrees: Layout, dtype: torch.dtype, **
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
         "apply_rope_fusion": False,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": on_gpu and wgrad.MODULE in sys.modules,
+        "transformer_impl": "local",
         "calculate_per_token_loss": True,
         # Two stages with several chunks each exchange both ways at once: not in one unordered batch.
         "overlap_p2p_comm": bool(degrees.virtual),
