@@ -23,7 +23,7 @@ from swift.engines.megatron.settings import Settings
 class BalancedRouter(TopKRouter):
     """A router whose losses join the backward pass at its logits.
 
-    They are sums over tokens; `MoEAuxLossAutoScaler.set_loss_scale` says what one token counts.
+    They are sums over tokens; `Settings.per_token` says what one token counts.
     """
 
     config: Settings
@@ -43,7 +43,7 @@ class BalancedRouter(TopKRouter):
                 self.sums[name] = self.sums.get(name, 0.0) + value.detach()
             balance = config.balance / sum(config.sparse) * found["aux_loss"]
             loss = balance + config.small_logits * found["z_loss"]
-            logits = MoEAuxLossAutoScaler.apply(logits, loss)
+            logits = MoEAuxLossAutoScaler.apply(logits, loss * config.per_token)
         routed: tuple[Tensor, Tensor] = super().routing(logits, *rest, **named)
         return routed
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from swift.batch import Batch
 from swift.config.optim import OptimConfig
+from swift.engines.megatron.balance import take_sums
 from swift.engines.megatron.checkpoint import Files, load_checkpoint, take_snapshot
 from swift.engines.megatron.context import ContextRanks
 from swift.engines.megatron.schedule import Form, Schedule, keep_rows
@@ -31,6 +32,7 @@ from swift.engines.optim import build_scheduler
 from swift.engines.protocol import Snapshot, StepInfo, Sums
 from swift.engines.ranks import Ranks
 from swift.engines.stepping import NOTHING, add_units, collect_sums
+from swift.objectives.sft import has_trained
 from swift.objectives.types import LossSum, Objective, TokenStats
 
 
@@ -150,10 +152,26 @@ class MegatronEngine:
         units = [objective.units(batch) for batch in even]
         totals = add_units([*units, objective.units(NOTHING)])
         trained = sum(int(batch.trained.sum()) for batch in even)
-        counts = self.ranks.sum([trained, *(totals[unit] for unit in sorted(totals))])
-        step_units = dict(zip(sorted(totals), counts[1:], strict=True))
+        routed = sum(int(has_trained(batch)[batch.segment_ids].sum()) for batch in even)
+        counts = self.ranks.sum([trained, routed, *(totals[unit] for unit in sorted(totals))])
+        step_units = dict(zip(sorted(totals), counts[2:], strict=True))
+        # megatron-core divides all gradients by the trained tokens; routers are for every token of their rows.
+        self.settings.per_token = counts[0] / max(counts[1], 1)
         results = self.schedule.forward_backward(self.chunks, even, objective, step_units, int(counts[0]))
-        return self._collect(results, even, units)
+        sums = self._collect(results, even, units)
+        for name, total in self._routers().items():
+            sums.add(name, total, counts[1])
+        return sums
+
+    def _routers(self) -> dict[str, float]:
+        """Losses of all routers in this step, averaged over layers, summed over tokens. Called by all ranks."""
+        if not self.settings.num_moe_experts:
+            return {}
+        mine = {name: float(value) for name, value in take_sums(self.plain).items()}
+        parts = self.ranks.collect(mine)
+        layers = sum(self.settings.sparse)
+        names = sorted({name for part in parts for name in part})
+        return {name: sum(part.get(name, 0.0) for part in parts) / layers for name in names}
 
     def measure(self, batches: Sequence[Batch], objective: Objective) -> Sums:
         for chunk in self.active:

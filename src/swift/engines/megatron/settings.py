@@ -14,6 +14,7 @@ from swift.config.layout import Layout
 from swift.config.megatron import MegatronConfig
 from swift.config.option import ConfigError
 from swift.engines.megatron import wgrad
+from swift.engines.megatron.implementation import choose_implementation
 
 FAMILIES = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "llama", "mistral", "mixtral")
 CHANGING_ROPE = ("dynamic", "longrope")  # whose frequencies depend on the length of the row
@@ -23,11 +24,10 @@ CHANGING_ROPE = ("dynamic", "longrope")  # whose frequencies depend on the lengt
 class Settings(TransformerConfig):
     """megatron-core's own config, and what its attention does not know of."""
 
-    attention_factor: float = (
-        1.0  # of softmax scales: the square of what rope scaling multiplies its angles by
-    )
+    attention_factor: float = 1.0  # of softmax scales, by rope scaling
     balance: float = 0.0  # weight of the experts' balance, a mean over layers (balance.py)
     small_logits: float = 0.0  # weight of the routers' squared logits, a sum over layers
+    per_token: float = 1.0  # what a token counts in those two; the engine sets it for each step
     windows: tuple[int | None, ...] = ()  # of sliding attention, by layer; none = no layer slides
 
     @property
@@ -113,7 +113,9 @@ def has_qkv_bias(hf: PretrainedConfig) -> bool:
 
 def chosen_settings(flags: MegatronConfig, hf: PretrainedConfig) -> dict[str, Any]:
     """The fields of TransformerConfig that flags decide."""
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, Any] = {"transformer_impl": choose_implementation(flags.transformer_impl)}
+    if flags.gradient_accumulation_fusion is not None:
+        chosen["gradient_accumulation_fusion"] = flags.gradient_accumulation_fusion
     if flags.recompute_granularity != "none":
         chosen["recompute_granularity"] = flags.recompute_granularity
     if flags.recompute_granularity == "full":
@@ -132,14 +134,10 @@ def chosen_settings(flags: MegatronConfig, hf: PretrainedConfig) -> dict[str, An
             "moe_token_dispatcher_type": flags.moe_token_dispatcher_type,
             "moe_shared_expert_overlap": flags.moe_shared_expert_overlap,
             "moe_router_dtype": flags.moe_router_dtype,
-            "moe_z_loss_coeff": flags.moe_z_loss_coeff,
+            "balance": flags.moe_aux_loss_coeff,
+            "small_logits": flags.moe_z_loss_coeff or 0.0,
             "moe_expert_capacity_factor": flags.moe_expert_capacity_factor,
         }
-        if flags.moe_aux_loss_coeff:
-            chosen |= {
-                "moe_router_load_balancing_type": "aux_loss",
-                "moe_aux_loss_coeff": flags.moe_aux_loss_coeff,
-            }
     return chosen
 
 
