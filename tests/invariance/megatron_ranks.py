@@ -4,9 +4,12 @@
 written apart from the engine's own bridge, so that neither can hide a mistake of the other.
 """
 
+import inspect
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
@@ -16,21 +19,28 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.optimizer import clip_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.utils import local_multi_tensor_l2_norm
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from swift.batch import IGNORED, Batch
+from swift.config.layout import Layout
+from swift.config.option import ConfigError
+from swift.engines.megatron import implementation, speed
 from swift.engines.megatron.context import ContextRanks
 from swift.engines.megatron.layers import flat_tokens
 from swift.engines.megatron.model import build_chunks
-from swift.engines.megatron.settings import Degrees, model_settings
+from swift.engines.megatron.settings import Settings, model_settings
 from swift.engines.megatron.setup import join_model_parallel, leave_model_parallel, seed_model_parallel
 from swift.engines.ranks import Ranks
+from swift.objectives.router import segment_balance
+from swift.objectives.sft import has_trained
 
 COMMON = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -89,6 +99,7 @@ def make_batch(case: Case, data_rank: int) -> Batch:
     ids = torch.randint(0, 256, (total,), generator=generator)
     labels = torch.randint(0, 256, (total,), generator=generator)
     labels[torch.rand(total, generator=generator) < 0.3] = IGNORED
+    labels[-case.lengths[-1] :] = IGNORED
     segments = torch.arange(len(case.lengths)).repeat_interleave(torch.tensor(case.lengths))
     return Batch(ids, labels, segments, len(case.lengths))
 
@@ -102,6 +113,21 @@ def expect(model: PreTrainedModel, batch: Batch) -> Tensor:
     return torch.nn.functional.cross_entropy(
         torch.cat(logits), labels, ignore_index=IGNORED, reduction="none"
     )
+
+
+def expect_routing(model: PreTrainedModel, batch: Batch, settings: Settings) -> Tensor:
+    """What routers' losses add: sums over the tokens of segments that train."""
+    logits = []
+    for ids in batch.input_ids.split(batch.segment_lengths().tolist()):
+        output = model(input_ids=ids[None], use_cache=False, output_router_logits=True)
+        logits.append(torch.stack(output.router_logits))
+    layers = torch.cat(logits, 1)  # [layers, T, E]
+    tokens_S = batch.segment_lengths() * has_trained(batch)
+    balance = [
+        segment_balance([layer], batch, settings.moe_router_topk) @ tokens_S.float() for layer in layers
+    ]
+    size = (torch.logsumexp(layers, -1).square() * has_trained(batch)[batch.segment_ids]).sum()
+    return settings.balance * torch.stack(balance).mean() + settings.small_logits * size
 
 
 def share(tensor: Tensor, dim: int, rank: int, size: int) -> Tensor:
@@ -200,13 +226,13 @@ def compare(rank: int, cases: list[dict[str, Any]], world: int) -> None:
 def join(rank: int, world: int, case: Case) -> None:
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
-    join_model_parallel(Ranks(rank, world), Degrees(**case.degrees), 60)
+    join_model_parallel(Ranks(rank, world), Layout(**case.degrees), 60)
     seed_model_parallel(0)
 
 
 def build(case: Case, model: PreTrainedModel) -> tuple[Any, Any]:
     """The chunk of this rank with the weights of `model`, and its settings."""
-    settings = model_settings(model.config, Degrees(**case.degrees), torch.float32, **case.chosen)
+    settings = model_settings(model.config, Layout(**case.degrees), torch.float32, **case.chosen)
     (chunk,) = build_chunks(model.config, settings)
     values = slices(model.state_dict(), model.config, numbers(chunk))
     with torch.no_grad():
@@ -231,7 +257,12 @@ def check(case: Case) -> None:
     loss_T.sum().backward()
     finalize_model_grads([wrapped], None)
     expected = [expect(model, make_batch(case, other)) for other in range(data_world)]
-    torch.stack([x.sum() for x in expected]).sum().backward()
+    total = torch.stack([x.sum() for x in expected]).sum()
+    if settings.balance:
+        total = total + sum(
+            expect_routing(model, make_batch(case, other), settings) for other in range(data_world)
+        )
+    total.backward()
     torch.testing.assert_close(loss_T, expected[data_rank], rtol=2e-5, atol=2e-5)
     gradients = {name: p.grad for name, p in model.named_parameters()}
     expected_gradients = slices(gradients, model.config, numbers(chunk))
@@ -284,3 +315,29 @@ def check_joined(experts: Any, prefix: str) -> None:
     joined = apply_factory_merges(loaded, factories)
     for name, parameter in experts.named_parameters():
         assert torch.equal(joined[prefix + name], parameter), name
+
+
+def check_norms(rank: int, folder: str) -> None:
+    """Our norm of gradients is megatron-core's, which still makes a list of numbers from the device."""
+    assert clip_grads.l2_norm_impl is speed.l2_norm
+    assert "torch.tensor(l2)" in inspect.getsource(local_multi_tensor_l2_norm)
+    tensors = [torch.randn(5, 7), torch.randn(3), torch.randn(1)]
+    ours, theirs = (
+        norm(0, None, [tensors], False)[0] for norm in (speed.l2_norm, local_multi_tensor_l2_norm)
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+def check_implementations(rank: int, folder: str) -> None:
+    """Without transformer-engine, and with one that does not import."""
+    assert implementation.choose_implementation("auto") == "local"
+    with pytest.raises(ConfigError, match="--transformer_impl transformer_engine: it is not installed"):
+        implementation.choose_implementation("transformer_engine")
+    implementation.trouble.cache_clear()
+    sys.path.insert(0, folder)
+    with pytest.raises(ConfigError, match=r"it does not import: libcublasLt\.so: undefined symbol"):
+        implementation.choose_implementation("transformer_engine")
+    assert implementation.choose_implementation("auto") == "local"
+    with pytest.raises(ImportError):
+        __import__("transformer_engine")  # megatron-core asks for ImportError alone
+    assert "weight gradients added up in a second pass" in implementation.describe_implementation("local")

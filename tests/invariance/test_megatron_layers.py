@@ -10,7 +10,7 @@ SP2 = {"tensor": 2, "sequence": True}
 EP2 = {"expert": 2}
 FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
 SELECTIVE = {"recompute_granularity": "selective"}
-OFFLOAD = {"fine_grained_activation_offloading": True, "min_offloaded_tensor_size": 1}
+BALANCE = {"balance": 0.3, "small_logits": 0.01}
 DENSE = ("qwen3", "qwen3 tied", "qwen2", "llama bent", "mistral window")
 
 
@@ -58,14 +58,12 @@ CASES = {
             case("qwen2_moe", SP2 | EP2, **SELECTIVE, recompute_modules=["moe"]),
         ],
     ),
-    "offload": (
-        1,
+    "balance": (
+        2,
         [
-            case(
-                "qwen3",
-                **OFFLOAD,
-                offload_modules=["core_attn", "attn_proj", "qkv_linear", "attn_norm", "mlp_norm"],
-            ),
+            *(case("qwen3_moe", degrees, **BALANCE) for degrees in ({"context": 2}, EP2, SP2)),
+            case("qwen3_moe mixed", SP2, **BALANCE, **FULL, recompute_method="uniform"),
+            case("qwen2_moe", SP2, **BALANCE, **SELECTIVE, recompute_modules=["moe"]),
         ],
     ),
     "expert with tensor": (
@@ -101,3 +99,13 @@ def test_experts_save_what_megatron_core_reads(megatron_workers):
         arguments = {"cases": [case("qwen3_moe", degrees)], "world": world}
         done = megatron_workers.run([], world, hook=f"{HOOKS}:compare_checkpoints", hook_arguments=arguments)
         assert done.code == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", ["check_norms", "check_implementations"])
+def test_what_stands_in_for_other_packages(name, megatron_workers, tmp_path):
+    broken = tmp_path / "transformer_engine"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("")
+    (broken / "pytorch.py").write_text("raise OSError('libcublasLt.so: undefined symbol')")
+    done = megatron_workers.run([], hook=f"{HOOKS}:{name}", hook_arguments={"folder": str(tmp_path)})
+    assert done.code == 0, done.stderr[-3000:]

@@ -45,6 +45,7 @@ MEGATRON_SFT, MEGATRON_RLHF, MEGATRON_EXPORT = (
     f"swift.config.runs:Megatron{name}Run" for name in ("Sft", "Rlhf", "Export")
 )
 RUN_PT, RUN_SFT, RUN_RLHF = (f"swift.train.run:run_{name}" for name in ("pt", "sft", "rlhf"))
+PARALLEL = "swift.train.run_megatron"
 RUN_INFER = "swift.infer.run:run_infer"
 RUN_EXPORT = "swift.export.run:run_export"
 RUN_CONVERT = "swift.export.megatron:run_export_megatron"
@@ -89,18 +90,20 @@ COMMANDS = (
         "megatron",
         "pt",
         MEGATRON_SFT,
-        None,
+        f"{PARALLEL}:run_pt",
         "continue pre-training in parallel",
         True,
         PLAIN_TEXT,
         can_spread=True,
     ),
-    Command("megatron", "sft", MEGATRON_SFT, None, "fine-tune in parallel", True, can_spread=True),
+    Command(
+        "megatron", "sft", MEGATRON_SFT, f"{PARALLEL}:run_sft", "fine-tune in parallel", True, can_spread=True
+    ),
     Command(
         "megatron",
         "rlhf",
         MEGATRON_RLHF,
-        None,
+        f"{PARALLEL}:run_rlhf",
         "preferences in parallel: DPO, KTO",
         True,
         (LAST_ROUND,),

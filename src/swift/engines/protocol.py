@@ -44,10 +44,14 @@ class StepInfo:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one rank has to write. `write` gives its files, exchanges nothing and may run beside training."""
+    """What one rank has to write. `write` gives its files, exchanges nothing and may run beside training.
+
+    `finish` is called on rank 0 alone, when the files of all ranks are there.
+    """
 
     bytes: int
     write: Callable[[], list[Path]]
+    finish: Callable[[], None] | None = None
 
 
 class Engine(Protocol):

@@ -1,7 +1,8 @@
-"""What the engines do differently before the loop: where the model is, who the processes are, what is built."""
+"""What engines do differently before the loop: where the model is, who the processes are, what is built."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from swift.train.preparing import Locate, Prepared, locate_model
 class Backend:
     """One kind of engine, as a run needs it."""
 
+    settle: Callable[[Any], Any]  # a run, once it is whole
     locate: Locate
     join: Callable[[TrainRun, Prepared], tuple[Ranks, torch.device]]
     build: Callable[..., Engine]
@@ -33,4 +35,4 @@ def join_data_parallel(run: TrainRun, _ready: Prepared) -> tuple[Ranks, torch.de
     )
 
 
-TRANSFORMERS = Backend(locate_model, join_data_parallel, build_engine)
+TRANSFORMERS = Backend(lambda run: run, locate_model, join_data_parallel, build_engine)

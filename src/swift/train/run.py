@@ -66,6 +66,7 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
     method = build_method(run)
     if method.objective.couples_rows:
         warn("the loss compares the rows of a micro-batch: it depends on --per_device_train_batch_size")
+    run = backend.settle(run)
     ready = prepare(run, method, resumption=resumption, locate=backend.locate)
     method = replace(method, objective=learn_facts(method.objective, ready))
     run, tokenizer, rows = ready.run, ready.tokenizer, ready.rows

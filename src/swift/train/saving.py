@@ -196,12 +196,12 @@ class Saver:
         """In a thread of every rank."""
         files = snapshot.write()
         if self.ranks.is_main:
-            self._complete(flight)
+            self._complete(flight, snapshot)
         else:
             done = flight.temporary / f".done-{self.ranks.rank}"
             write_json(done, describe_files(flight.temporary, files))
 
-    def _complete(self, flight: Flight) -> None:
+    def _complete(self, flight: Flight, snapshot: Snapshot) -> None:
         """Adds what is ours to the engine's files and gives the directory its name."""
         self.tokenizer.save_pretrained(flight.temporary)
         write_json(flight.temporary / ARGS, self.args)
@@ -214,6 +214,8 @@ class Saver:
                     return
             known |= json.loads(done.read_text(encoding="utf-8"))
             done.unlink()
+        if snapshot.finish:
+            snapshot.finish()
         write_manifest(flight.temporary, known)
         if flight.final.exists():  # a resumed run reached this step again
             self._remove(flight.final, replaced_by=flight.temporary)

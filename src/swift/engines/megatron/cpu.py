@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from swift.engines.megatron import implementation, speed, wgrad
 from swift.utils import env
 
 CPU = torch.device("cpu")
@@ -33,16 +34,18 @@ def make_ready() -> None:
     env.set_defaults({"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
-        env.set_defaults(
-            {"TORCHDYNAMO_DISABLE": "1"}
-        )  # megatron's jit_fuser compiles; here that only costs minutes
+        # megatron-core compiles small functions, which costs minutes and gains nothing here.
+        env.set_defaults({"TORCHDYNAMO_DISABLE": "1"})
         patch_torch()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import_module("megatron.core")
-        import_module("megatron.core.models.gpt")
+    else:
+        wgrad.install()
+    implementation.trouble()
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    import_module("megatron.core.models.gpt")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     mend_missing_names()
+    speed.patch()
     if on_cpu:
         patch_megatron()
 

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from swift.batch import Batch
 from swift.config.optim import OptimConfig
+from swift.engines.megatron.balance import take_sums
+from swift.engines.megatron.checkpoint import Files, load_checkpoint, take_snapshot
 from swift.engines.megatron.context import ContextRanks
 from swift.engines.megatron.schedule import Form, Schedule, keep_rows
 from swift.engines.megatron.settings import Settings
@@ -30,6 +32,7 @@ from swift.engines.optim import build_scheduler
 from swift.engines.protocol import Snapshot, StepInfo, Sums
 from swift.engines.ranks import Ranks
 from swift.engines.stepping import NOTHING, add_units, collect_sums
+from swift.objectives.sft import has_trained
 from swift.objectives.types import LossSum, Objective, TokenStats
 
 
@@ -58,6 +61,7 @@ class MegatronEngine:
         wrapping: Wrapping | None = None,
         context: ContextRanks | None = None,
         frozen: Sequence[GPTModel] | None = None,
+        files: Files | None = None,
     ) -> None:
         """`frozen`: the reference of full-parameter training, laid out as the model is."""
         self.settings, self.ranks, self.wrapping = settings, ranks, wrapping or Wrapping()
@@ -65,6 +69,8 @@ class MegatronEngine:
         self.dtype = settings.params_dtype
         self.device = torch.device(torch.cuda.current_device())
         self.flat = True
+        self.step = 0
+        self.files = files
         self.plain = list(chunks)  # without their wrappers
         self.frozen = None if frozen is None else [chunk.requires_grad_(False).eval() for chunk in frozen]
         for chunk in (*self.plain, *(self.frozen or ())):
@@ -146,10 +152,26 @@ class MegatronEngine:
         units = [objective.units(batch) for batch in even]
         totals = add_units([*units, objective.units(NOTHING)])
         trained = sum(int(batch.trained.sum()) for batch in even)
-        counts = self.ranks.sum([trained, *(totals[unit] for unit in sorted(totals))])
-        step_units = dict(zip(sorted(totals), counts[1:], strict=True))
+        routed = sum(int(has_trained(batch)[batch.segment_ids].sum()) for batch in even)
+        counts = self.ranks.sum([trained, routed, *(totals[unit] for unit in sorted(totals))])
+        step_units = dict(zip(sorted(totals), counts[2:], strict=True))
+        # megatron-core divides all gradients by the trained tokens; routers are for all tokens of their rows.
+        self.settings.per_token = counts[0] / max(counts[1], 1)
         results = self.schedule.forward_backward(self.chunks, even, objective, step_units, int(counts[0]))
-        return self._collect(results, even, units)
+        sums = self._collect(results, even, units)
+        for name, total in self._routers().items():
+            sums.add(name, total, counts[1])
+        return sums
+
+    def _routers(self) -> dict[str, float]:
+        """Losses of the routers in this step: means over layers, sums over tokens. Called by all ranks."""
+        if not self.settings.num_moe_experts:
+            return {}
+        mine = {name: float(value) for name, value in take_sums(self.plain).items()}
+        parts = self.ranks.collect(mine)
+        layers = sum(self.settings.sparse)
+        names = sorted({name for part in parts for name in part})
+        return {name: sum(part.get(name, 0.0) for part in parts) / layers for name in names}
 
     def measure(self, batches: Sequence[Batch], objective: Objective) -> Sums:
         for chunk in self.active:
@@ -183,6 +205,7 @@ class MegatronEngine:
         if applied:
             self.clock.step()
             self.scheduler.step()
+            self.step += 1
         return StepInfo(float(grad_norm), learning_rate, bool(applied))
 
     @contextmanager
@@ -200,7 +223,11 @@ class MegatronEngine:
         torch.cuda.empty_cache()
 
     def save(self, path: Path, *, resumable: bool) -> Snapshot:
-        raise NotImplementedError
+        return take_snapshot(self, path, resumable=resumable)
+
+    def load(self, path: Path, *, optimizer: bool = True, random: bool = True) -> None:
+        """Goes on from what `save` wrote, under any layout."""
+        load_checkpoint(self, path, optimizer=optimizer, random=random)
 
 
 def build_optimizer(

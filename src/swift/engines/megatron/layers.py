@@ -19,6 +19,7 @@ from swift.batch import Batch
 from swift.engines.megatron.context import ContextRanks, Stretch
 from swift.engines.megatron.settings import Settings
 from swift.engines.transformers.attention import attend
+from swift.objectives.sft import has_trained
 
 ALONE = ContextRanks()
 
@@ -33,14 +34,20 @@ class FlatTokens(PackedSeqParams):
     positions: Tensor | None = None  # int64 [t]: place of each token of this rank in its segment
     stretches: tuple[Stretch, ...] = ()  # of this rank's queries
     context: ContextRanks = ALONE
+    segment_ids: Tensor | None = None  # int64 [t]
+    weights: Tensor | None = None  # float32 [S]: 1 / tokens of a segment that trains, 0 for one that does not
 
 
 def flat_tokens(batch: Batch, context: ContextRanks, device: torch.device) -> FlatTokens:
     """Of a batch on the host that is padded already (`ContextRanks.pad`)."""
+    lengths = batch.segment_lengths()
+    weights = has_trained(batch) / lengths
     return FlatTokens(
         positions=context.own(batch.positions()).to(device, non_blocking=True),
-        stretches=context.stretches(batch.segment_lengths().tolist(), device),
+        stretches=context.stretches(lengths.tolist(), device),
         context=context,
+        segment_ids=context.own(batch.segment_ids).to(device, non_blocking=True),
+        weights=weights.to(device, non_blocking=True),
     )
 
 

@@ -7,6 +7,7 @@ from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -28,7 +29,9 @@ from megatron.core.transformer.transformer_layer import (
 )
 from transformers import PretrainedConfig
 
+from swift.engines.megatron.balance import BalancedRouter, watch_batches
 from swift.engines.megatron.experts import GroupedExperts
+from swift.engines.megatron.implementation import ENGINE
 from swift.engines.megatron.layers import CoreAttention, RMSNorm, Rotary
 from swift.engines.megatron.settings import Settings
 
@@ -41,11 +44,21 @@ def layer_specs(settings: Settings, stage: int | None) -> list[ModuleSpec]:
     """The layers of one chunk of this rank; `stage` counts its chunks, where it has several."""
     count = get_num_layers_to_build(settings, stage)
     first = get_transformer_layer_offset(settings, stage)
-    frequency = settings.moe_layer_freq
-    sparse = (
-        frequency if isinstance(frequency, list) else [bool(settings.num_moe_experts)] * settings.num_layers
+    build = fast_layer_spec if settings.transformer_impl == ENGINE else layer_spec
+    return [build(settings, is_sparse=bool(settings.sparse[first + i])) for i in range(count)]
+
+
+def fast_layer_spec(settings: Settings, *, is_sparse: bool) -> ModuleSpec:
+    """One decoder layer of transformer-engine's modules around our attention."""
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=settings.num_moe_experts if is_sparse else None,
+        moe_grouped_gemm=settings.moe_grouped_gemm,
+        qk_layernorm=settings.qk_layernorm,
     )
-    return [layer_spec(settings, is_sparse=bool(sparse[first + i])) for i in range(count)]
+    spec.submodules.self_attention.submodules.core_attention = CoreAttention
+    if is_sparse:
+        spec.submodules.mlp.submodules.router = BalancedRouter
+    return spec
 
 
 def layer_spec(settings: Settings, *, is_sparse: bool) -> ModuleSpec:
@@ -67,7 +80,8 @@ def layer_spec(settings: Settings, *, is_sparse: bool) -> ModuleSpec:
     if is_sparse:
         shared = ModuleSpec(module=SharedExpertMLP, submodules=linears)
         experts = ModuleSpec(module=GroupedExperts)
-        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared))
+        submodules = MoESubmodules(experts=experts, shared_experts=shared, router=BalancedRouter)
+        mlp = ModuleSpec(module=MoELayer, submodules=submodules)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -123,6 +137,7 @@ def build_chunk(hf: PretrainedConfig, settings: Settings, stage: int | None) -> 
         **({} if stage is None else {"vp_stage": stage}),
     )
     mark_shares(chunk)
+    watch_batches(chunk)
     chunk.rotary_pos_emb = Rotary(hf)
     chunk.model_type = ModelType.encoder_or_decoder
     return chunk if settings.use_cpu_initialization else chunk.to(torch.cuda.current_device())

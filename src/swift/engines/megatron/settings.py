@@ -1,5 +1,6 @@
 """From a model's HF config and the flags to megatron-core's TransformerConfig. Not here: any module."""
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,10 @@ from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from swift.config.layout import Layout
+from swift.config.megatron import MegatronConfig
 from swift.config.option import ConfigError
+from swift.engines.megatron import wgrad
+from swift.engines.megatron.implementation import choose_implementation
 
 FAMILIES = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "llama", "mistral", "mixtral")
 CHANGING_ROPE = ("dynamic", "longrope")  # whose frequencies depend on the length of the row
@@ -20,10 +24,18 @@ CHANGING_ROPE = ("dynamic", "longrope")  # whose frequencies depend on the lengt
 class Settings(TransformerConfig):
     """megatron-core's own config, and what its attention does not know of."""
 
-    attention_factor: float = (
-        1.0  # of softmax scales: the square of what rope scaling multiplies its angles by
-    )
+    attention_factor: float = 1.0  # of softmax scales, by rope scaling
+    balance: float = 0.0  # weight of the experts' balance, a mean over layers (balance.py)
+    small_logits: float = 0.0  # weight of the routers' squared logits, a sum over layers
+    per_token: float = 1.0  # what a token counts in those two; the engine sets it for each step
     windows: tuple[int | None, ...] = ()  # of sliding attention, by layer; none = no layer slides
+
+    @property
+    def sparse(self) -> list[int]:
+        """1 for each layer of the model that has experts, 0 for the others."""
+        if isinstance(self.moe_layer_freq, list):
+            return self.moe_layer_freq
+        return [int(bool(self.num_moe_experts))] * self.num_layers
 
 
 def model_settings(hf: PretrainedConfig, degrees: Layout, dtype: torch.dtype, **chosen: Any) -> Settings:
@@ -81,7 +93,8 @@ def model_settings(hf: PretrainedConfig, degrees: Layout, dtype: torch.dtype, **
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
         "apply_rope_fusion": False,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": on_gpu and wgrad.MODULE in sys.modules,
+        "transformer_impl": "local",
         "calculate_per_token_loss": True,
         # Two stages with several chunks each exchange both ways at once: not in one unordered batch.
         "overlap_p2p_comm": bool(degrees.virtual),
@@ -96,6 +109,36 @@ def has_qkv_bias(hf: PretrainedConfig) -> bool:
     if hf.model_type == "qwen2":
         return True
     return bool(getattr(hf, "qkv_bias", getattr(hf, "attention_bias", False)))
+
+
+def chosen_settings(flags: MegatronConfig, hf: PretrainedConfig) -> dict[str, Any]:
+    """The fields of TransformerConfig that flags decide."""
+    chosen: dict[str, Any] = {"transformer_impl": choose_implementation(flags.transformer_impl)}
+    if flags.gradient_accumulation_fusion is not None:
+        chosen["gradient_accumulation_fusion"] = flags.gradient_accumulation_fusion
+    if flags.recompute_granularity != "none":
+        chosen["recompute_granularity"] = flags.recompute_granularity
+    if flags.recompute_granularity == "full":
+        chosen |= {
+            "recompute_method": flags.recompute_method,
+            "recompute_num_layers": flags.recompute_num_layers,
+        }
+    if flags.recompute_granularity == "selective":
+        chosen["recompute_modules"] = list(flags.recompute_modules)
+    for end in ("first", "last"):
+        count = getattr(flags, f"decoder_{end}_pipeline_num_layers")
+        if count is not None:
+            chosen[f"num_layers_in_{end}_pipeline_stage"] = count
+    if expert_fields(hf):
+        chosen |= {
+            "moe_token_dispatcher_type": flags.moe_token_dispatcher_type,
+            "moe_shared_expert_overlap": flags.moe_shared_expert_overlap,
+            "moe_router_dtype": flags.moe_router_dtype,
+            "balance": flags.moe_aux_loss_coeff,
+            "small_logits": flags.moe_z_loss_coeff or 0.0,
+            "moe_expert_capacity_factor": flags.moe_expert_capacity_factor,
+        }
+    return chosen
 
 
 def expert_fields(hf: PretrainedConfig) -> dict[str, Any]:

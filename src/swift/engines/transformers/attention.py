@@ -21,6 +21,7 @@ except ImportError:  # torch < 2.10
 
 FLAT_ATTENTION = "swift_flat"
 VARLEN_PARAMETERS = set(inspect.signature(varlen_attn).parameters) if varlen_attn else set()
+LONG_SEGMENT = 2048  # tokens
 HAS_VARLEN = "window_size" in VARLEN_PARAMETERS  # 2.10 has another signature
 VARLEN_GROUPS = {"enable_gqa": True} if "enable_gqa" in VARLEN_PARAMETERS else {}  # 2.11 groups heads unasked
 
@@ -121,6 +122,18 @@ def flat_attention(
     return (sequence.spread_tokens(output) if sequence else output).transpose(1, 2), None
 
 
+def prefers_loop(segments: Segments, window: int | None) -> bool:
+    """Whether calls for one segment each are faster on a GPU than one for all of them.
+
+    The former take cuDNN's kernel on a Hopper, the latter is flash 2. Forward and backward of 8192 tokens, 32
+    heads and 8 for keys, on an H100: 4.0 against 6.8 ms for 1 segment, 1.9 against 2.4 for 4, 1.7 against 1.6
+    for 8 and 2.1 against 1.2 for 16. Shorter windows and keys of their own would need masks.
+    """
+    lengths = segments.lengths
+    masked = segments.keys is not None or (window is not None and window < max(lengths))
+    return not masked and sum(lengths) >= LONG_SEGMENT * len(lengths)
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -132,7 +145,8 @@ def attend(
 ) -> Tensor:
     """[1, H, T, D] by the fastest kernel that is exact here."""
     keys = segments.keys or segments
-    if HAS_VARLEN and query.is_cuda and dropout == 0 and query.element_size() == 2:
+    suits_varlen = HAS_VARLEN and query.is_cuda and dropout == 0 and query.element_size() == 2
+    if suits_varlen and not prefers_loop(segments, sliding_window):
         left = -1 if sliding_window is None else sliding_window - 1
         q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
         shape = (segments.bounds, keys.bounds, max(segments.lengths), max(keys.lengths))
