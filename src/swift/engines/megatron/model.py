@@ -159,4 +159,4 @@ def build_chunk(hf: PretrainedConfig, settings: Settings, stage: int | None) -> 
     watch_batches(chunk)
     chunk.rotary_pos_emb = Rotary(hf)
     chunk.model_type = ModelType.encoder_or_decoder
-    return chunk.to(torch.cuda.current_device())
+    return chunk if settings.use_cpu_initialization else chunk.to(torch.cuda.current_device())
