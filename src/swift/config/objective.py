@@ -122,7 +122,9 @@ class RlhfConfig:
     precompute_ref_log_probs: bool = option(
         False, help="run the reference once over all rows before training, then free it"
     )
-    sync_ref_model: bool = option(False, help="let the reference follow the trained model")
+    sync_ref_model: bool = option(
+        False, help="let the reference follow the trained model (--train_type full); checkpoints keep both"
+    )
     ref_model_sync_steps: int = option(
         512, help="steps between two updates of the reference", unit="steps", range=(1, None)
     )

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from swift.config.option import ConfigError
 from swift.config.runs import SftRun, TrainRun
 from swift.engines.ranks import Ranks
+from swift.engines.transformers.checkpoint import REFERENCE
 from swift.engines.transformers.engine import TransformersEngine
 from swift.engines.transformers.forward import check_sequence_parallel
 from swift.engines.transformers.wrap import Wrapper, load_zero, wrap
@@ -66,8 +67,9 @@ def build_engine(
     model = choose_weights(model, run, resumption)
     frozen = None
     if method.needs_reference and (run.tuner.train_type == "full" or ready.reference_adapter):
-        frozen = load_model(ready.reference_path or ready.model_path, **loading)
-        if ready.reference_adapter:
+        kept = resumption.checkpoint / REFERENCE if resumption and method.mix_every else None
+        frozen = load_model(kept or ready.reference_path or ready.model_path, **loading)
+        if ready.reference_adapter and not kept:
             frozen = merge(load_adapter(frozen, ready.reference_adapter, trainable=False))
     learning_rate = run.optim.learning_rate
     if learning_rate is None:
@@ -91,6 +93,7 @@ def build_engine(
         wrapper=wrapper,
         resume_from=resumption.checkpoint if resumption else None,
         frozen=frozen,
+        frozen_moves=method.mix_every is not None,
     )
 
 

@@ -77,6 +77,7 @@ class Offline:
     saver: Saver
     callbacks: Sequence[Callback]
     run_directory: Path
+    shown: Sequence[dict[str, str]] = ()  # the first held-out rows as text, whose rewards are told
     follows_wishes: bool = False  # whether a callback may ask for something; the same on every rank
     wishes: list[Wish] = field(default_factory=list)
 
@@ -128,6 +129,8 @@ class Offline:
             sums = self.engine.forward_backward(batches, self.method.objective)
             info = self.engine.optim_step()
         state.step += 1
+        if self.method.mix_every and state.step % self.method.mix_every == 0:
+            self.engine.mix_reference(self.method.mix_share)
         state.skipped_steps += not info.applied
         state.tokens += int(sums.pairs["tokens"][0])
         state.window.merge(sums)
@@ -216,13 +219,21 @@ class Offline:
             self.schedule.per_device_eval_batch_size,
             len(self.eval_rows),
         )
-        mine = range(self.engine.data_rank * size, count, self.engine.data_world * size)
-        chosen = [range(s, min(s + size, count)) for s in mine]
+        first = len(self.shown)  # these rows are alone in their batches, on the first rank
+        alone = range(first if self.engine.data_rank == 0 else 0)
+        mine = range(first + self.engine.data_rank * size, count, self.engine.data_world * size)
+        chosen = [range(i, i + 1) for i in alone] + [range(s, min(s + size, count)) for s in mine]
         batches = [collate_rows(self.eval_rows, rows) for rows in chosen]
         order = np.arange(count)
         mismatched = mismatch_rows(self.eval_rows, chosen, order) if self.method.needs_mismatched else []
         batches = self.method.score(self.engine, Step(batches, mismatched, copy.deepcopy(state.running)))
-        sums = self.engine.measure(batches, self.method.objective)
+        sums = self.engine.measure(batches[len(alone) :], self.method.objective)
+        samples = []
+        for i, texts in enumerate(self.shown):
+            found = self.engine.measure(batches[i : i + 1] if alone else [], self.method.objective)
+            rewards = {k: v for k, v in found.means().items() if k.startswith("rewards/")}
+            samples.append({**texts, **rewards})
+            sums.merge(found)
         seconds = time.perf_counter() - started
         metrics = {f"eval_{k}": v for k, v in loss_and_metrics(sums).items()}
         speed = {
@@ -230,7 +241,8 @@ class Offline:
             "eval_samples_per_second": round(count / seconds, 3),
             "eval_steps_per_second": round(math.ceil(count / size) / seconds, 3),
         }
-        self._tell("on_eval", EvalEvent(state.step, {**metrics, **speed, **self._position(state)}))
+        row = {**metrics, **speed, **self._position(state)}
+        self._tell("on_eval", EvalEvent(state.step, row, tuple(samples)))
         return metrics[self.schedule.best_metric]
 
     def _summary(self, state: TrainState, clock: "Clock") -> dict[str, Any]:

@@ -95,6 +95,7 @@ def prepare(run: TrainRun, method: Method, *, resumption: Resumption | None) -> 
         run = with_model(run, str(model_path))
     tokenizer = load_tokenizer(model_path)
     config = load_config(model_path)
+    check_same_sizes(run, reference_path, config)
     longest = run.template.max_length or context_length(config) or 2048
     longest = min(longest, run.data.packing_length or longest)
     if not method.learns_text:  # rows may consist of a question alone
@@ -109,6 +110,19 @@ def prepare(run: TrainRun, method: Method, *, resumption: Resumption | None) -> 
         run, root, model_path, config, reference_path, reference_adapter, tokenizer, rows, eval_rows,
         sources.evaluation, sources.stream, longest, callbacks,
     )  # fmt: skip
+
+
+def check_same_sizes(run: TrainRun, reference_path: Path | None, config: PretrainedConfig) -> None:
+    """Raises ConfigError where --sync_ref_model would mix weights of different shapes."""
+    if isinstance(run, RlhfRun) and run.rlhf.sync_ref_model and reference_path:
+        theirs = load_config(reference_path)
+        for name in ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"):
+            ours, other = getattr(config, name, None), getattr(theirs, name, None)
+            if ours != other:
+                raise ConfigError(
+                    f"--sync_ref_model true: the {name} of --model and --ref_model are {ours} and {other}",
+                    hint="leave --ref_model or --sync_ref_model out",
+                )
 
 
 def learn_facts(objective: Objective, ready: Prepared) -> Objective:

@@ -21,6 +21,7 @@ FIXED = (
     "agent_template", "is_binary_loss_scale", "use_chat_template", "enable_dft_loss",
     "label_smoothing_factor", "router_aux_loss_coef", "neftune_noise_alpha",
     "rlhf_type", "beta", "loss_type", "loss_weights", "ref_model", "label_smoothing", "rpo_alpha",
+    "sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha",
     "use_rslora", "use_dora", "init_weights", "lora_bias", "modules_to_save",
     "target_regex", "target_parameters",
     "freeze_parameters", "freeze_parameters_regex", "freeze_parameters_ratio",

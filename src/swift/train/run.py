@@ -111,6 +111,7 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method]) -> int
         engine=engine, method=method, feed=feed, eval_rows=ready.eval_rows,
         total_steps=total_steps, schedule=run.schedule, saver=saver, run_directory=directory,
         callbacks=build_callbacks(run, directory, args, ready.callbacks) if ranks.is_main else [],
+        shown=summary.show_answers(tokenizer, ready.eval_rows, method.shape),
         follows_wishes=bool(ready.callbacks or run.schedule.early_stop_interval),
     )  # fmt: skip
     return run_loop(loop, state)

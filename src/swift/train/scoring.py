@@ -1,6 +1,6 @@
 """What an objective reads beside the model's own answer: computed by forward passes, handed over as columns.
 
-Owns: reference log-probabilities and the distance estimate of KTO. Not here: any loss.
+Owns: reference log-probabilities, the distance estimate of KTO, ranks of pairs. Not here: any loss.
 Shapes: T = tokens of a batch, S = its segments, N = tokens of a data set.
 """
 
@@ -19,6 +19,7 @@ from swift.data.encode import EncodedDataset
 from swift.engines.protocol import Engine, Sums
 from swift.engines.ranks import Ranks
 from swift.objectives.distance import Distance
+from swift.objectives.preference import RANKED, Preference, match_ranks
 from swift.utils import env
 from swift.utils.log import console
 
@@ -81,6 +82,27 @@ def score_bco(score: Scorer, beta: float, engine: Engine, step: Step) -> list[Ba
     total, count = engine.measure(batches, Distance()).pairs["kl"]
     step.running.add("reward", beta * total, count)
     return with_constant(batches, "bco_delta", step.running.means()["reward"])
+
+
+def score_ranked(score: Scorer, objective: Preference, engine: Engine, step: Step) -> list[Batch]:
+    """As `score`, and segment["<loss>_partner"] [S] of the losses in RANKED, over the whole step."""
+    batches = score(engine, step)
+    pairs = [
+        objective.score(stats, batch.to(stats.logps.device))
+        for stats, batch in zip(engine.forward(batches, LOGPS), batches, strict=True)
+        if stats.logps is not None
+    ]
+    for name in RANKED.intersection(objective.loss_type):
+        lists = [torch.stack(pair.ranked_values(name), dim=1) for pair in pairs]
+        mine = torch.cat([torch.zeros(0, 2), *(values.cpu() for values in lists)])
+        values, first = engine.gather(mine)
+        partners = match_ranks(values[:, 0], values[:, 1])[first : first + len(mine)].flatten()
+        columns = partners.split([batch.num_segments for batch in batches])
+        batches = [
+            replace(batch, segment={**batch.segment, f"{name}_partner": column})
+            for batch, column in zip(batches, columns, strict=True)
+        ]
+    return batches
 
 
 def with_constant(batches: Sequence[Batch], name: str, value: float) -> list[Batch]:

@@ -1,8 +1,12 @@
 """MLflow. MLFLOW_TRACKING_URI says where to; without it MLflow keeps files where the command runs."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import mlflow
 
-from swift.train.tracking import TrackedRun
+from swift.train.trackers import markdown_table
+from swift.train.tracking import SAMPLES_TAG, TrackedRun
 
 LONGEST_VALUE = 500  # characters of a parameter that every MLflow server takes
 
@@ -11,6 +15,9 @@ class MlflowSink:
     def write(self, step: int, numbers: dict[str, float]) -> None:
         names = {tag.replace("(", "_").replace(")", ""): value for tag, value in numbers.items()}
         mlflow.log_metrics(names, step=step)
+
+    def write_samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        mlflow.log_text(markdown_table(rows), f"{SAMPLES_TAG}-{step}.md")
 
     def flush(self) -> None:
         """It writes by itself."""

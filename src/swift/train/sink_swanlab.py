@@ -1,8 +1,12 @@
 """SwanLab. Runs in the cloud are found again when they go on; those in files begin a new one."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import swanlab
 
-from swift.train.tracking import TrackedRun
+from swift.train.trackers import markdown_table
+from swift.train.tracking import SAMPLES_TAG, TrackedRun
 
 
 class SwanlabSink:
@@ -11,6 +15,9 @@ class SwanlabSink:
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         self.run.log(numbers, step=step)
+
+    def write_samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        self.run.log({SAMPLES_TAG: swanlab.Text(markdown_table(rows))}, step=step)
 
     def flush(self) -> None:
         """It writes by itself."""

@@ -1,10 +1,12 @@
 """Weights & Biases. Its own variables hold: WANDB_MODE=offline, WANDB_PROJECT, WANDB_API_KEY."""
 
 import uuid
+from collections.abc import Sequence
+from typing import Any
 
 import wandb
 
-from swift.train.tracking import TrackedRun
+from swift.train.tracking import SAMPLES_TAG, TrackedRun
 
 STEP = "step"
 
@@ -18,6 +20,11 @@ class WandbSink:
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         self.run.log({**numbers, STEP: step})
+
+    def write_samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        table = wandb.Table(columns=names, data=[[row.get(name) for name in names] for row in rows])
+        self.run.log({SAMPLES_TAG: table, STEP: step})
 
     def flush(self) -> None:
         """It writes by itself."""

@@ -5,7 +5,7 @@ Not here: each tracker's own calls (sink_*.py), which are imported when they are
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -24,12 +24,14 @@ PACKAGES = {
     "mlflow": "mlflow",
 }
 IDS = "trackers.json"
+SAMPLES_TAG = "eval/samples"
 
 
 class Sink(Protocol):
     """An open tracker."""
 
     def write(self, step: int, numbers: dict[str, float]) -> None: ...
+    def write_samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None: ...
     def flush(self) -> None: ...
     def close(self, finished: bool, /) -> None: ...
 
@@ -101,6 +103,9 @@ class Tracking(Callback):
 
     def on_eval(self, event: EvalEvent) -> None:
         self._write(event.step, event.row)
+        if event.samples:
+            assert self.sink is not None
+            self.sink.write_samples(event.step, event.samples)
 
     def on_save(self, _: SaveEvent) -> None:
         assert self.sink is not None
