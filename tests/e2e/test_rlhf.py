@@ -230,6 +230,7 @@ def test_kto_learns_from_single_answers_in_any_layout(tiny_llama_dir, tmp_path):
     log = [row for row in read_log(run) if "loss" in row]
     assert log[0]["loss"] == pytest.approx(0.5, abs=1e-6) and log[0]["kl"] == 0
     evaluated = read_log(run)[-2]
+    assert log[0]["rewards/accuracies"] == 0 and log[-1]["rewards/accuracies"] > 0.8
     assert evaluated["eval_rewards/margins"] > 0.3 and evaluated["eval_kl"] >= 0
     margins = evaluated["eval_rewards/chosen"] - evaluated["eval_rewards/rejected"]
     assert evaluated["eval_rewards/margins"] == pytest.approx(margins)
@@ -310,6 +311,16 @@ TASKS = {
         [{"query": f"{'apple' if i % 2 else 'stone'} {i}", "label": i % 2} for i in range(16)],
         ("--num_labels", "2"),
     ),
+    "several classes": (
+        [
+            {
+                "query": f"{'apple ' * (i % 2)}{'stone' * (i % 3 == 0)} {i}",
+                "label": [0] * (i % 2) + [2] * (i % 3 == 0),
+            }
+            for i in range(16)
+        ],
+        ("--num_labels", "3", "--problem_type", "multi_label_classification"),
+    ),
     "embedding": (
         [
             {"query": f"text {i}", "response": f"{i} {GOOD if i % 2 else BAD}", "label": i % 2}
@@ -346,7 +357,7 @@ TASKS = {
 def test_tasks_of_whole_texts_learn_in_any_layout(name, tiny_llama_dir, tmp_path):
     rows, flags = TASKS[name]
     data = write(tmp_path / "rows.jsonl", rows)
-    kind = "embedding" if name == "infonce" else name
+    kind = {"infonce": "embedding", "several classes": "seq_cls"}.get(name, name)
     flags = (
         *flags,
         "--train_type",
@@ -372,6 +383,28 @@ def test_tasks_of_whole_texts_learn_in_any_layout(name, tiny_llama_dir, tmp_path
         )
         again = losses(train(kind, tiny_llama_dir, data, tmp_path / "cut", *flags))
         assert [row[1] for row in again] == pytest.approx([row[1] for row in curve], rel=1e-4)
+
+
+def test_several_classes_are_read_off_a_checkpoint(tiny_llama_dir, tmp_path, capfd):
+    rows, flags = TASKS["several classes"]
+    data, scores = write(tmp_path / "rows.jsonl", rows), tmp_path / "scores.jsonl"
+    run = train("seq_cls", tiny_llama_dir, data, tmp_path / "out", *flags, "--num_train_epochs", "12")
+    assert steps_of(run, "acc")[-1] > steps_of(run, "acc")[0]
+    found = ["--adapters", str(run / "last"), "--max_batch_size", "4", "--result_path", str(scores)]
+    assert run_command(["infer", "--val_dataset", str(data), *found]) == 0
+    lines = [json.loads(line) for line in scores.read_text().splitlines()]
+    for line in lines:
+        assert json.loads(line["response"]) == [i for i, p in enumerate(line["probabilities"]) if p > 0.5]
+    right = [json.loads(line["response"]) == line["labels"] for line in lines]
+    assert sum(right) >= 12
+    capfd.readouterr()
+    for label, shown in (([0, 3], "[0, 3]"), (1, "1"), ("one", "one")):
+        write(data, [*rows[:2], {"query": "x", "label": label}])
+        assert run_command(command("seq_cls", tiny_llama_dir, data, tmp_path / "no", *flags)) == 2
+        said = " ".join(capfd.readouterr().err.split())
+        assert (
+            f"rows.jsonl line 3: label {shown} is not a list of classes from 0 to 2 (--num_labels 3)" in said
+        )
 
 
 MISTAKES = {

@@ -40,11 +40,13 @@ def load_scoring_model(
     attention: str | None,
     device: torch.device,
     seed: int | None,
+    problem: str | None = None,
     quant: QuantConfig | None = None,
 ) -> PreTrainedModel:
     """The model with a head of `num_labels` outputs, in HF's format for sequence classification.
 
     `seed`: of the weights of a new head; none = the checkpoint must have one. Raises ConfigError otherwise.
+    `problem`: what its outputs are, for config.json; none = what is there.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed or 0)
@@ -56,4 +58,5 @@ def load_scoring_model(
     if not isinstance(getattr(model, HEAD, None), torch.nn.Linear):
         raise ConfigError(f"{type(model).__name__} has no layer called {HEAD}", hint="take another model")
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.config.problem_type = problem or model.config.problem_type
     return model

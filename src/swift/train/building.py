@@ -62,8 +62,9 @@ def build_engine(
         model = load_model(ready.model_path, **loading)
     else:
         model = load_scoring_model(
-            ready.model_path, ready.tokenizer, num_labels=method.num_labels, seed=run.schedule.seed, **loading
-        )
+            ready.model_path, ready.tokenizer, num_labels=method.num_labels, seed=run.schedule.seed,
+            problem=run.task.problem_type if isinstance(run, SftRun) else None, **loading,
+        )  # fmt: skip
     model = choose_weights(model, run, resumption)
     frozen = None
     if method.needs_reference and (run.tuner.train_type == "full" or ready.reference_adapter):

@@ -6,7 +6,7 @@ from functools import partial
 from swift.config.objective import LOSSES, NOT_YET, RlhfConfig
 from swift.config.option import ConfigError
 from swift.config.sft import SftConfig
-from swift.config.task import TaskConfig
+from swift.config.task import MULTI_LABEL, TaskConfig
 from swift.objectives.build import build_objective
 from swift.objectives.classification import Classification
 from swift.objectives.embedding import EmbeddingPairs, InfoNce, ListwiseReranker, PointwiseReranker
@@ -35,7 +35,8 @@ def sft_method(task: TaskConfig, variants: SftConfig) -> Method:
     """The method of `swift sft`."""
     if task.task_type == "seq_cls":
         assert task.num_labels is not None, "check_complete has run"
-        return Method(Classification(task.problem), "labelled", num_labels=task.num_labels, learns_text=False)
+        shape = "classes" if task.problem == MULTI_LABEL else "labelled"
+        return Method(Classification(task.problem), shape, num_labels=task.num_labels, learns_text=False)
     if task.task_type == "embedding":
         objective: Objective = InfoNce() if task.loss == "infonce" else EmbeddingPairs(task.loss)
         shape = "anchors" if task.loss == "infonce" else "alike"

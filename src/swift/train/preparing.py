@@ -14,6 +14,7 @@ from swift.config.runs import RlhfRun, SftRun, TrainRun
 from swift.data.audit import audit
 from swift.data.cache import encode_cached, join_datasets, open_exported, remember
 from swift.data.channels import find_channels
+from swift.data.classes import add_classes
 from swift.data.datasets import use_plugins
 from swift.data.encode import EncodedDataset, Encoder
 from swift.data.feed import Feed, StoredFeed, StreamFeed
@@ -106,6 +107,10 @@ def prepare(run: TrainRun, method: Method, *, resumption: Resumption | None) -> 
         tokenizer.chat_template = tokenizer.chat_template or template.source  # saved with every checkpoint
     sources = open_sources(run, template, longest, resumption)
     rows, eval_rows = encode_sets(run, template, sources, longest, method.shape)
+    for dataset in (rows, eval_rows) if method.shape == "classes" else ():
+        if dataset is not None:
+            assert method.num_labels is not None, "a head gives classes"
+            add_classes(dataset, method.num_labels)
     return Prepared(
         run, root, model_path, config, reference_path, reference_adapter, tokenizer, rows, eval_rows,
         sources.evaluation, sources.stream, longest, callbacks,
