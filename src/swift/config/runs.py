@@ -105,6 +105,7 @@ class TrainRun:
         for flag, value in (
             ("--save_strategy", self.schedule.save_strategy),
             ("--eval_strategy", self.schedule.eval_strategy),
+            ("--logging_strategy", self.schedule.logging_strategy),
         ):
             if value == "epoch":
                 raise ConfigError(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import enable_full_determinism
 
 from swift.config.option import ConfigError
 from swift.config.runs import SftRun, TrainRun
@@ -49,9 +50,14 @@ def build_engine(
     """Seeds everything, loads the weights, adds adapters. Each rank draws dropout of its own."""
     check_sequence_parallel(ready.model_config, ranks.sequence_size)
     wrapper = choose_wrapper(run, ranks, accumulation, ready.model_config.get_text_config().hidden_size)
-    if run.schedule.activation_cpu_offload and device.type != "cuda":
-        raise ConfigError("--activation_cpu_offload true needs a GPU to take activations from")
+    for flag in ("activation_cpu_offload", "tf32"):
+        if getattr(run.schedule, flag) and device.type != "cuda":
+            raise ConfigError(f"--{flag} true needs a GPU", hint="leave it out")
+    if run.schedule.tf32:
+        torch.set_float32_matmul_precision("high")
     seed_everything(run.schedule.seed + ranks.rank)
+    if run.schedule.full_determinism:
+        enable_full_determinism(run.schedule.seed + ranks.rank)
     loading = {
         "dtype": run.model.torch_dtype,
         "attention": run.model.attn_impl,
@@ -178,4 +184,4 @@ def build_callbacks(
     if run.output.profiled:
         callbacks.append(Profiler(directory / "profile", run.output.profiled))
     pictures = [] if run.output.report_to == ("none",) else [Plotter(directory)]
-    return [*callbacks, *pictures, Screen()]
+    return [*callbacks, *pictures, Screen(bar=not schedule.disable_tqdm)]

@@ -138,7 +138,7 @@ class Offline:
         state.elapsed_seconds = clock.elapsed()
         row = self._log_row(state, info, clock) if self._log_due(state.step) else None
         self._tell("on_step", StepEvent(state.step, loss_and_metrics(sums)["loss"], row, self._epoch(state)))
-        metric = self._evaluate(state) if self._cadence("eval").due(state.step) else None
+        metric = self._evaluate(state) if self._eval_due(state) else None
         wishes = self._take_wishes()
         saves = self.schedule.save_strategy != "no"
         if self._cadence("save").due(state.step) or Save() in wishes or (saves and wishes):
@@ -170,15 +170,22 @@ class Offline:
             raise Terminated
 
     def _log_due(self, step: int) -> bool:
-        return step == 1 or step % self.schedule.logging_steps == 0 or step == self.total_steps
+        cadence = self._cadence("logging")
+        return cadence.due(step) or (step == 1 and cadence.strategy != "no")
+
+    def _eval_due(self, state: TrainState) -> bool:
+        cadence = self._cadence("eval")
+        passed = self._epoch(state) if cadence.strategy == "epoch" else state.step
+        return cadence.due(state.step) and passed >= self.schedule.eval_delay
 
     def _cadence(self, what: str) -> Cadence:
         s = self.schedule
-        if what == "save":
-            return Cadence.of(s.save_strategy, s.save_steps, self.feed.steps_per_epoch, self.total_steps)
         strategy = s.eval_strategy or ("steps" if s.eval_steps else s.save_strategy)
-        every = s.eval_steps or s.save_steps
-        strategy = strategy if self.eval_rows else "no"
+        strategy, every = {
+            "save": (s.save_strategy, s.save_steps),
+            "logging": (s.logging_strategy, s.logging_steps),
+            "eval": (strategy if self.eval_rows else "no", s.eval_steps or s.save_steps),
+        }[what]
         return Cadence.of(strategy, every, self.feed.steps_per_epoch, self.total_steps)
 
     def _epoch(self, state: TrainState) -> float:

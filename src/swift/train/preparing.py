@@ -150,9 +150,12 @@ def learn_facts(objective: Objective, ready: Prepared) -> Objective:
 
 def check_stream(run: TrainRun, method: Method) -> None:
     """Raises ConfigError for what needs to know all rows."""
-    channels = isinstance(run, SftRun) and run.sft.enable_channel_loss
-    if method.shape != "chat" or channels:
-        what = "--enable_channel_loss" if channels else "pairs and labels"
+    what = None if method.shape == "chat" else "pairs and labels"
+    if isinstance(run, SftRun) and run.sft.enable_channel_loss:
+        what = "--enable_channel_loss"
+    elif run.schedule.dataloader_drop_last:
+        what = "--dataloader_drop_last"
+    if what:
         raise ConfigError(f"--streaming true does not go with {what} yet", hint="leave it out")
 
 
@@ -259,10 +262,17 @@ def plan_steps(
     if resumption:
         accumulation = keep_step_size(resumption.data["rows_per_step"], size, world)
     packs = pack_lengths(rows.lengths, run.data.packing_length or longest) if run.data.packing else None
-    return StepPlan(
-        len(rows), size, accumulation, world, seed=run.data_seed,
+    plan = StepPlan(
+        len(rows), size, accumulation, world, seed=run.data_seed, drop_last=run.schedule.dataloader_drop_last,
         shuffle=run.data.train_dataloader_shuffle, packs=packs,
     )  # fmt: skip
+    if not plan.steps_per_epoch:
+        raise ConfigError(
+            f"--dataloader_drop_last true leaves nothing: there are {plan.num_items} rows or packs, and a step "
+            f"takes {plan.items_per_step}",
+            hint="leave it out, or lower --gradient_accumulation_steps",
+        )
+    return plan
 
 
 def keep_step_size(rows_per_step: int, micro_batch_size: int, processes: int) -> int:

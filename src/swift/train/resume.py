@@ -17,7 +17,7 @@ FIXED = (
     "model", "dataset", "train_type", "lora_rank", "lora_alpha", "target_modules", "max_length", "system",
     "seed", "data_seed", "loss_scale",
     "lr_scheduler_type", "learning_rate", "train_dataloader_shuffle", "packing", "packing_length",
-    "streaming", "shuffle_buffer_size",
+    "streaming", "shuffle_buffer_size", "dataloader_drop_last",
     "agent_template", "is_binary_loss_scale", "use_chat_template", "enable_dft_loss",
     "label_smoothing_factor", "router_aux_loss_coef", "neftune_noise_alpha",
     "rlhf_type", "beta", "loss_type", "loss_weights", "ref_model", "label_smoothing", "rpo_alpha",
