@@ -27,8 +27,8 @@ from swift.config.option import ConfigError
 from swift.config.template import TemplateConfig
 from swift.data.formats import PREFERENCE_DATA
 from swift.data.rows import InMemory, Line, Rows, parse_row
-from swift.data.shapes import SHAPES, Example
-from swift.data.types import Row, RowError, Sample, place
+from swift.data.shapes import SHAPES
+from swift.data.types import Example, Row, RowError, Sample, place
 from swift.template.chat import ChatTemplate
 from swift.template.tokenize import IGNORED, Encoded, Rejected, cut_pieces, encode_chats
 from swift.utils.log import console

@@ -5,7 +5,7 @@ The global order of rows depends on neither the number of processes nor the micr
 
 from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 from swift.batch import Batch
 from swift.data.collate import collate, collate_rows, mismatch_rows
@@ -15,54 +15,9 @@ from swift.data.stream import EncodedStream, Item
 from swift.utils.log import say
 
 
-class Feed(Protocol):
-    """Batches of one step after another. Steps count from 0."""
-
-    @property
-    def steps_per_epoch(self) -> int | None:
-        """None = nobody knows."""
-        ...
-
-    def batches(self, step: int, data_rank: int, /) -> list[Batch]:
-        """The micro-batches of one rank."""
-        ...
-
-    def mismatched(self, step: int, data_rank: int, /) -> list[Batch]:
-        """The same micro-batches with answers to other prompts of the step."""
-        ...
-
-    def epoch(self, step: int, /) -> float:
-        """Passes over the rows before this step."""
-        ...
-
-    def rows_until(self, step: int, /) -> float:
-        """Rows in all steps before this one."""
-        ...
-
-    def progress(self) -> dict[str, int]:
-        """More for a line of the log."""
-        ...
-
-    def describe(self) -> str:
-        """The rows, for the summary of the run."""
-        ...
-
-    def position(self) -> dict[str, Any] | None:
-        """What a checkpoint has to keep besides the step."""
-        ...
-
-    def identity(self) -> dict[str, Any]:
-        """What must be the same where a run goes on, and on every rank."""
-        ...
-
-    def close(self) -> None:
-        """Once, after the last step."""
-        ...
-
-
 @dataclass(frozen=True)
 class StoredFeed:
-    """Encoded rows in the order of a plan."""
+    """Encoded rows in the order of a plan. Steps count from 0."""
 
     rows: EncodedDataset
     plan: StepPlan
@@ -72,27 +27,35 @@ class StoredFeed:
         return self.plan.steps_per_epoch
 
     def batches(self, step: int, data_rank: int, /) -> list[Batch]:
+        """The micro-batches of one rank."""
         return [collate_rows(self.rows, numbers) for numbers in self.plan.micro_batches(step, data_rank)]
 
     def mismatched(self, step: int, data_rank: int, /) -> list[Batch]:
+        """The same micro-batches with answers to other prompts of the step."""
         return mismatch_rows(self.rows, self.plan.micro_batches(step, data_rank), self.plan.step_rows(step))
 
     def epoch(self, step: int, /) -> float:
+        """Passes over the rows before this step."""
         return step / self.plan.steps_per_epoch
 
     def rows_until(self, step: int, /) -> float:
+        """Rows in all steps before this one."""
         return step * len(self.rows) / self.plan.steps_per_epoch
 
     def progress(self) -> dict[str, int]:
+        """More for a line of the log."""
         return {}
 
     def describe(self) -> str:
+        """The rows, for the summary of the run."""
         return describe_lengths(self.rows)
 
     def position(self) -> None:
+        """What a checkpoint has to keep besides the step."""
         return None
 
     def identity(self) -> dict[str, Any]:
+        """What must be the same where a run goes on, and on every rank."""
         return {
             "rows": len(self.rows),
             "rows_per_step": self.plan.items_per_step,
@@ -102,13 +65,13 @@ class StoredFeed:
         }
 
     def close(self) -> None:
-        pass
+        """Once, after the last step."""
 
 
 class StreamFeed:
-    """Items of a stream as they come. Steps are asked for in order, each once."""
+    """Items of a stream as they come: as StoredFeed, but steps are asked for in order, each once."""
 
-    steps_per_epoch = None
+    steps_per_epoch = None  # nobody knows
 
     def __init__(
         self,
@@ -166,6 +129,9 @@ class StreamFeed:
     def close(self) -> None:
         say(f"stream: {self.describe()}")
         self.stream.close()
+
+
+Feed = StoredFeed | StreamFeed
 
 
 def describe_lengths(rows: EncodedDataset) -> str:

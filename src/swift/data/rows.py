@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any
 
 import numpy as np
 
@@ -31,18 +31,6 @@ class Line:
     text: bytes
     file: str
     line: int
-
-
-class Part(Protocol):
-    """Rows of one origin."""
-
-    @property
-    def digest(self) -> str: ...
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Row | Line: ...
-    def stream(self) -> Iterator[Row | Line]:
-        """Every row, read anew and not kept."""
-        ...
 
 
 class JsonLines:
@@ -84,6 +72,7 @@ class JsonLines:
         return Line(text.removeprefix(b"\xef\xbb\xbf") if start == 0 else text, str(self.path), number)
 
     def stream(self) -> Iterator[Line]:
+        """Every row, read anew and not kept."""
         file = str(self.path)
         with _opened(self.path) as handle:
             for number, text in enumerate(handle, start=1):
@@ -139,6 +128,9 @@ class InMemory(list[Row]):
         return iter(self)
 
 
+Part = JsonLines | OtherFile | InMemory  # rows of one origin
+
+
 class Rows(Sequence[Row]):
     """Rows of some parts, in an order. `recipe` says how they were chosen: with the content, the digest."""
 
@@ -173,10 +165,6 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> "list[Row]": ...
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [parse_row(item, self.columns) for item in self.unparsed(index)]

@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -154,29 +154,34 @@ def _choose(rows: Rows, count: int, seed: int, shuffle: bool) -> list[int]:
 
 
 def mix_tables(lengths: Sequence[int], *, weights: Sequence[float], seed: int, stop: str) -> np.ndarray:
-    """Numbers of the rows of tables, counted through: each row from a table drawn by the weights.
+    """Numbers of the rows of tables, counted through, in the order of `mix_streams`."""
+    ends = np.cumsum(lengths).tolist()
+    openers = [partial(iter, range(end - length, end)) for length, end in zip(lengths, ends, strict=True)]
+    return np.fromiter(mix_streams(openers, weights=weights, seed=seed, stop=stop), dtype=np.int64)
+
+
+def mix_streams(
+    openers: Sequence[Callable[[], Iterator[Any]]], *, weights: Sequence[float], seed: int, stop: str
+) -> Iterator[Any]:
+    """Each row from a table drawn by the weights.
 
     Ends with the last row of the first table that is used up ("first_exhausted"), or once every table has
     been ("all_exhausted"); until then a table that is used up begins again.
     """
     draw, shares = np.random.RandomState(seed), np.cumsum(weights)[:-1] / np.sum(weights)
-    tables = np.empty(0, dtype=np.int64)
-    while True:
-        more = np.searchsorted(shares, draw.random_sample(max(1000, sum(lengths))), side="right")
-        tables = np.concatenate([tables, more])
-        places = [np.flatnonzero(tables == number) for number in range(len(lengths))]
-        ends = [
-            int(place[length - 1]) + 1 if len(place) >= length else len(tables)
-            for place, length in zip(places, lengths, strict=True)
-        ]
-        end = max(ends) if stop == "all_exhausted" else min(ends)
-        if end < len(tables):
-            break
-    starts = np.cumsum([0, *lengths])
-    order = np.empty(len(tables), dtype=np.int64)
-    for place, start, length in zip(places, starts, lengths, strict=False):
-        order[place] = start + np.arange(len(place)) % length
-    return order[:end]
+    tables = [opener() for opener in openers]
+    following = [next(table, None) for table in tables]
+    used_up: set[int] = set()
+    while all(row is not None for row in following):
+        for i in np.searchsorted(shares, draw.random_sample(1000), side="right").tolist():
+            yield following[i]
+            following[i] = next(tables[i], None)
+            if following[i] is None:
+                used_up.add(i)
+                if stop == "first_exhausted" or len(used_up) == len(openers):
+                    return
+                tables[i] = openers[i]()
+                following[i] = next(tables[i], None)
 
 
 def sample_indices(length: int, count: int, *, seed: int, shuffle: bool) -> list[int]:

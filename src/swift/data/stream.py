@@ -13,7 +13,7 @@ encoded.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain, islice
@@ -26,7 +26,7 @@ from swift.config.option import ConfigError
 from swift.data.encode import Chunk, Encoder, open_workers, run_ahead
 from swift.data.pack import pack_lengths
 from swift.data.rows import Line, Part, mark_ends, parse_row
-from swift.data.sources import open_spec
+from swift.data.sources import mix_streams, open_spec
 from swift.data.types import Row, place
 from swift.template.tokenize import Encoded
 from swift.utils.log import warn
@@ -86,26 +86,6 @@ def open_stream(data: DataConfig, *, seed: int, use_hf: bool, token: str | None)
 
 def _read_table(parts: Sequence[Part], count: int | None) -> Iterator[Row | Line]:
     return islice(chain.from_iterable(part.stream() for part in parts), count)
-
-
-def mix_streams(
-    openers: Sequence[Callable[[], Iterator[Any]]], *, weights: Sequence[float], seed: int, stop: str
-) -> Iterator[Any]:
-    """Rows in the order of `mix_tables`, from tables of which nobody knows the length."""
-    draw, shares = np.random.RandomState(seed), np.cumsum(weights)[:-1] / np.sum(weights)
-    tables = [opener() for opener in openers]
-    following = [next(table, None) for table in tables]
-    used_up: set[int] = set()
-    while all(row is not None for row in following):
-        for i in np.searchsorted(shares, draw.random_sample(1000), side="right").tolist():
-            yield following[i]
-            following[i] = next(tables[i], None)
-            if following[i] is None:
-                used_up.add(i)
-                if stop == "first_exhausted" or len(used_up) == len(openers):
-                    return
-                tables[i] = openers[i]()
-                following[i] = next(tables[i], None)
 
 
 def shuffle_stream(rows: Iterator[Any], size: int, *, seed: int, epoch: int) -> Iterator[Any]:

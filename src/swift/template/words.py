@@ -86,10 +86,10 @@ class WordMemory:
             following = iter(words)
             return [self._first[next(following)], *map(self._after.__getitem__, following)]
         except KeyError:
-            first = {words[0]} - self._first.keys()
-            after = set(words[1:]) - self._after.keys()
-        for known, new, space in ((self._first, first, ""), (self._after, after, " ")):
-            missing = list(new)
+            pass
+        # Not `set - keys()`, which goes through all that is known.
+        for known, needed, space in ((self._first, words[:1], ""), (self._after, words[1:], " ")):
+            missing = [word for word in dict.fromkeys(needed) if word not in known]
             encodings = self._backend.encode_batch_fast(
                 [space + word for word in missing], add_special_tokens=False
             )

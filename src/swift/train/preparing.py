@@ -268,8 +268,8 @@ def plan_steps(
     )  # fmt: skip
     if not plan.steps_per_epoch:
         raise ConfigError(
-            f"--dataloader_drop_last true leaves nothing: there are {plan.num_items} rows or packs, and a step "
-            f"takes {plan.items_per_step}",
+            f"--dataloader_drop_last true leaves nothing: there are {plan.num_items} rows or packs, a step takes "
+            f"{plan.items_per_step}",
             hint="leave it out, or lower --gradient_accumulation_steps",
         )
     return plan
