@@ -252,6 +252,22 @@ def test_kto_needs_its_reference_also_after_it_was_run_beforehand(tiny_llama_dir
         assert steps_of(before, name) == pytest.approx(steps_of(plain, name), rel=2e-5, abs=1e-7), name
 
 
+@pytest.mark.parametrize("kind", ["dpo", "kto", "rm"])
+def test_a_stream_trains_as_the_rows_themselves_do(kind, tiny_llama_dir, tmp_path):
+    """Over the ends of two passes; a run that goes on is the unbroken one."""
+    write_them = write_liked if kind == "kto" else write_pairs
+    data = write_them(tmp_path / "rows.jsonl", 12)
+    flags = ("--train_dataloader_shuffle", "false", "--max_steps", "6", "--save_steps", "3")
+    rows = losses(train(kind, tiny_llama_dir, data, tmp_path / "rows", *flags))
+    packing = ("--packing", "true", "--packing_length", "128") if kind == "dpo" else ()
+    for name, more in (("stream", ()), ("packed", (*packing, "--shuffle_buffer_size", "5"))):
+        run = train(kind, tiny_llama_dir, data, tmp_path / name, *flags, "--streaming", "true", *more)
+        curve = losses(run)
+        assert name == "packed" or curve == rows
+        assert run_command(["rlhf", "--resume_from_checkpoint", str(run / "checkpoint-3")]) == 0
+        assert losses(run) == curve
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_a_process_without_rows_waits_for_nobody(kind, workers, tiny_llama_dir, tmp_path):
@@ -444,6 +460,12 @@ MISTAKES = {
         [pair(0)],
         ("--rpo_alpha", "1"),
         ["--rpo_alpha has no effect with --rlhf_type kto"],
+    ),
+    "a stream scored beforehand": (
+        "dpo",
+        [pair(0)],
+        ("--streaming", "true", "--max_steps", "1", "--precompute_ref_log_probs", "true"),
+        ["--streaming true does not go with --precompute_ref_log_probs"],
     ),
     "unknown loss": (
         "dpo",

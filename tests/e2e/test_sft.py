@@ -121,7 +121,7 @@ def test_when_things_happen(tiny_llama_dir, tmp_path, capsys):
     flags = ("--dataloader_drop_last", "true", "--gradient_accumulation_steps", "8")
     assert run_command(sft_command(tiny_llama_dir, data, tmp_path / "no", *flags)) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "--dataloader_drop_last true leaves nothing: there are 22 rows or packs, a step takes 32" in said
+    assert "--dataloader_drop_last true leaves nothing: 22 rows or packs, and a step takes 32" in said
 
 
 def test_resuming_refuses_another_run(tiny_llama_dir, tmp_path, capsys):

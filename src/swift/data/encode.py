@@ -184,6 +184,26 @@ def encode_rows(
     ), report
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """One row by itself."""
+
+    sequences: list[Encoded]
+    values: tuple[float, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(sequence.input_ids) for sequence in self.sequences)
+
+
+def gather_rows(rows: Sequence[EncodedRow], shape: str) -> EncodedDataset:
+    """These rows as a data set in memory. Where they were read is not known any more."""
+    flat = _concatenate([sequence for row in rows for sequence in row.sequences])
+    parts = pad_parts([[len(sequence.input_ids) for sequence in row.sequences] for row in rows])
+    values = name_values(shape, [row.values for row in rows])
+    return EncodedDataset(flat, parts, [("", 0)] * len(rows), values=values, shape=shape)
+
+
 def pad_parts(rows: Sequence[Sequence[int]]) -> np.ndarray:
     """[R, K] int64 tokens of each sequence, 0 where a row has fewer than others."""
     longest = max(map(len, rows), default=1)

@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
+import numpy as np
+
 from swift.batch import Batch
-from swift.data.collate import collate, collate_rows, mismatch_rows
-from swift.data.encode import EncodedDataset
+from swift.data.collate import collate_rows, mismatch_rows
+from swift.data.encode import EncodedDataset, gather_rows
 from swift.data.loader import StepPlan
 from swift.data.stream import EncodedStream, Item
 from swift.utils.log import say
@@ -86,6 +88,7 @@ class StreamFeed:
         self.micro_batch_size, self.accumulation = micro_batch_size, accumulation
         self.data_world = data_world
         self._next_step = first_step
+        self._step_rows: tuple[EncodedDataset, list[np.ndarray]]  # of the last step, and its micro-batches
 
     @property
     def items_per_step(self) -> int:
@@ -101,11 +104,16 @@ class StreamFeed:
                 items.append(item)
             elif items:
                 break  # the last step of a pass is smaller, as without streaming
-        mine, size = items[data_rank :: self.data_world], self.micro_batch_size
-        return [collate(list(chain.from_iterable(mine[i : i + size]))) for i in range(0, len(mine), size)]
+        rows = gather_rows(list(chain.from_iterable(items)), self.stream.shape)
+        numbers = np.split(np.arange(len(rows)), np.cumsum([len(item) for item in items])[:-1])
+        mine, size = numbers[data_rank :: self.data_world], self.micro_batch_size
+        chosen = [np.concatenate(mine[i : i + size]) for i in range(0, len(mine), size)]
+        self._step_rows = rows, chosen
+        return [collate_rows(rows, one) for one in chosen]
 
     def mismatched(self, _step: int, _data_rank: int, /) -> list[Batch]:
-        raise AssertionError("methods that want them do not train on streams")
+        rows, chosen = self._step_rows
+        return mismatch_rows(rows, chosen, np.arange(len(rows)))
 
     def epoch(self, _step: int, /) -> float:
         return float(self.stream.position.epoch)

@@ -23,18 +23,17 @@ import numpy as np
 
 from swift.config.data import DataConfig
 from swift.config.option import ConfigError
-from swift.data.encode import Chunk, Encoder, open_workers, run_ahead
+from swift.data.encode import Chunk, EncodedRow, Encoder, open_workers, run_ahead
 from swift.data.pack import pack_lengths
 from swift.data.rows import Line, Part, mark_ends, parse_row
 from swift.data.sources import mix_streams, open_spec
 from swift.data.types import Row, place
-from swift.template.tokenize import Encoded
 from swift.utils.log import warn
 
 WINDOW = 128  # packs whose rows are chosen together: on average half a pack of a window stays empty
 _CHUNK = 128  # rows handed to the tokenizer, or to a worker process, at once
 
-Item = list[Encoded]  # one row, or the rows of a pack
+Item = list[EncodedRow]  # one row, or the rows of a pack
 
 
 @dataclass(frozen=True)
@@ -132,6 +131,7 @@ class EncodedStream:
         self.position = position or Position()
         self.dropped: Counter[str] = Counter()  # with those of the block
         self.read = 0
+        self.shape = encoder.shape
         self._source = source
         self._encoder = replace(encoder, columns=source.columns)
         self._capacity = capacity
@@ -215,7 +215,7 @@ class EncodedStream:
         rows = [row for chunk in chunks for row in _split(chunk)]
         if self._capacity is None or not rows:
             return [[row] for row in rows]
-        packs = pack_lengths(np.array([len(row.input_ids) for row in rows]), self._capacity)
+        packs = pack_lengths(np.array([row.num_tokens for row in rows]), self._capacity)
         return [[rows[i] for i in packs[number]] for number in range(len(packs))]
 
 
@@ -223,7 +223,11 @@ def _rows_in(chunks: Sequence[Chunk]) -> int:
     return sum(len(chunk.kept) + len(chunk.dropped) for chunk in chunks)
 
 
-def _split(chunk: Chunk) -> list[Encoded]:
-    lengths = [length for (length,) in chunk.parts]
-    ends = np.cumsum(lengths, dtype=np.int64).tolist()
-    return [chunk.flat.cut(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+def _split(chunk: Chunk) -> list[EncodedRow]:
+    rows, end = [], 0
+    for lengths, values in zip(chunk.parts, chunk.values, strict=True):
+        ends = [end + sum(lengths[: i + 1]) for i in range(len(lengths))]
+        cuts = [chunk.flat.cut(last - length, last) for last, length in zip(ends, lengths, strict=True)]
+        rows.append(EncodedRow(cuts, values))
+        end = ends[-1]
+    return rows

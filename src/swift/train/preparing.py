@@ -105,7 +105,7 @@ def prepare(run: TrainRun, method: Method, *, resumption: Resumption | None) -> 
     run = with_system(run, template.system)
     if run.template.use_chat_template:
         tokenizer.chat_template = tokenizer.chat_template or template.source  # saved with every checkpoint
-    sources = open_sources(run, template, longest, resumption)
+    sources = open_sources(run, template, longest, resumption, method.shape)
     rows, eval_rows = encode_sets(run, template, sources, longest, method.shape)
     for dataset in (rows, eval_rows) if method.shape == "classes" else ():
         if dataset is not None:
@@ -150,8 +150,10 @@ def learn_facts(objective: Objective, ready: Prepared) -> Objective:
 
 def check_stream(run: TrainRun, method: Method) -> None:
     """Raises ConfigError for what needs to know all rows."""
-    what = None if method.shape == "chat" else "pairs and labels"
-    if isinstance(run, SftRun) and run.sft.enable_channel_loss:
+    what = "labels" if method.shape in ("labelled", "classes") else None
+    if isinstance(run, RlhfRun) and run.rlhf.precompute_ref_log_probs:
+        what = "--precompute_ref_log_probs"
+    elif isinstance(run, SftRun) and run.sft.enable_channel_loss:
         what = "--enable_channel_loss"
     elif run.schedule.dataloader_drop_last:
         what = "--dataloader_drop_last"
@@ -185,7 +187,7 @@ class Sources:
 
 
 def open_sources(
-    run: TrainRun, template: ChatTemplate, max_length: int, resumption: Resumption | None
+    run: TrainRun, template: ChatTemplate, max_length: int, resumption: Resumption | None, shape: str
 ) -> Sources:
     """Finds the rows that a run names."""
     train, evaluation = open_sets(run.data, seed=run.data_seed, **run.model.hub)
@@ -193,7 +195,7 @@ def open_sources(
         return Sources(train, evaluation)
     source = open_stream(run.data, seed=run.data_seed, **run.model.hub)
     head = Rows([InMemory(source.head(STREAM_HEAD))])
-    return Sources(head, evaluation, _start_stream(run, source, template, max_length, resumption))
+    return Sources(head, evaluation, _start_stream(run, source, template, max_length, resumption, shape))
 
 
 def encode_sets(
@@ -228,11 +230,16 @@ def encode_sets(
 
 
 def _start_stream(
-    run: TrainRun, source: RowStream, template: ChatTemplate, max_length: int, resumption: Resumption | None
+    run: TrainRun,
+    source: RowStream,
+    template: ChatTemplate,
+    max_length: int,
+    resumption: Resumption | None,
+    shape: str,
 ) -> EncodedStream:
     """Its processes are forked here, so this comes before anything that starts threads."""
     data, capacity = run.data, (run.data.packing_length or max_length) if run.data.packing else None
-    encoder = Encoder(template, max_length, run.template.truncation_strategy, data.strict)
+    encoder = Encoder(template, max_length, run.template.truncation_strategy, data.strict, shape)
     position = Position(**(resumption.state.position or {})) if resumption else None
     workers = data.dataset_num_proc if data.dataloader_num_workers is None else data.dataloader_num_workers
     if data.dataset_num_proc > 1:
@@ -268,7 +275,7 @@ def plan_steps(
     )  # fmt: skip
     if not plan.steps_per_epoch:
         raise ConfigError(
-            f"--dataloader_drop_last true leaves nothing: there are {plan.num_items} rows or packs, a step takes "
+            f"--dataloader_drop_last true leaves nothing: {plan.num_items} rows or packs, and a step takes "
             f"{plan.items_per_step}",
             hint="leave it out, or lower --gradient_accumulation_steps",
         )
