@@ -26,7 +26,7 @@ class TemplateConfig:
     loss_scale: str = option(
         "default",
         help="which tokens are trained, and how strongly: default, last_round or all, and with + "
-        "ignore_empty_think, hermes, react, qwen or a plugin's own",
+        "ignore_empty_think, hermes, react, qwen, alpha_umi, agentflan or a plugin's own",
     )
     is_binary_loss_scale: bool = option(
         False, help="train every token that has a weight above 0 with weight 1"
