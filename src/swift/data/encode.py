@@ -177,31 +177,11 @@ def encode_rows(
     kept = np.array([number for chunk in chunks for number in chunk.kept], dtype=np.int64)
     parts = pad_parts([part for chunk in chunks for part in chunk.parts])
     places = [place for chunk in chunks for place in chunk.places]
-    flat = _concatenate([chunk.flat for chunk in chunks])
+    flat = concatenate([chunk.flat for chunk in chunks])
     values = name_values(shape, [row for chunk in chunks for row in chunk.values])
     return EncodedDataset(
         flat, parts, places, values=values, shape=shape, samples=Samples(table, kept, shape)
     ), report
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedRow:
-    """One row by itself."""
-
-    sequences: list[Encoded]
-    values: tuple[float, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(sequence.input_ids) for sequence in self.sequences)
-
-
-def gather_rows(rows: Sequence[EncodedRow], shape: str) -> EncodedDataset:
-    """These rows as a data set in memory. Where they were read is not known any more."""
-    flat = _concatenate([sequence for row in rows for sequence in row.sequences])
-    parts = pad_parts([[len(sequence.input_ids) for sequence in row.sequences] for row in rows])
-    values = name_values(shape, [row.values for row in rows])
-    return EncodedDataset(flat, parts, [("", 0)] * len(rows), values=values, shape=shape)
 
 
 def pad_parts(rows: Sequence[Sequence[int]]) -> np.ndarray:
@@ -262,7 +242,7 @@ class Encoder:
             )
         )
         parts: list[Encoded] = []
-        chunk = Chunk(_concatenate([]), [], [], [], [], [])
+        chunk = Chunk(concatenate([]), [], [], [], [], [])
         for number, (item, outcome) in enumerate(zip(items, outcomes, strict=True), start=first):
             where = (item.file, item.line)
             found = [next(encoded) for _ in outcome.samples] if isinstance(outcome, Example) else [outcome]
@@ -283,7 +263,7 @@ class Encoder:
                 )
             else:
                 chunk.dropped.append((where, rejected))
-        return replace(chunk, flat=_concatenate(parts))
+        return replace(chunk, flat=concatenate(parts))
 
 
 def encode_chunks(encoder: Encoder, rows: Rows, num_proc: int) -> Iterator[Chunk]:
@@ -353,7 +333,8 @@ def _run_encoder(first: int, items: Sequence[Row | Line]) -> Chunk:
     return _encoders[0].encode(first, items)
 
 
-def _concatenate(parts: list[Encoded]) -> Encoded:
+def concatenate(parts: list[Encoded]) -> Encoded:
+    """Sequences one after another."""
     empty = np.empty(0, dtype=np.int32)
     ids = np.concatenate([empty, *(part.input_ids for part in parts)])
     labels = np.concatenate([empty, *(part.labels for part in parts)])

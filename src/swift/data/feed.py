@@ -11,9 +11,9 @@ import numpy as np
 
 from swift.batch import Batch
 from swift.data.collate import collate_rows, mismatch_rows
-from swift.data.encode import EncodedDataset, gather_rows
+from swift.data.encode import EncodedDataset
 from swift.data.loader import StepPlan
-from swift.data.stream import EncodedStream, Item
+from swift.data.stream import EncodedStream, Item, gather_rows
 from swift.utils.log import say
 
 

@@ -23,15 +23,46 @@ import numpy as np
 
 from swift.config.data import DataConfig
 from swift.config.option import ConfigError
-from swift.data.encode import Chunk, EncodedRow, Encoder, open_workers, run_ahead
+from swift.data.encode import (
+    Chunk,
+    EncodedDataset,
+    Encoder,
+    concatenate,
+    name_values,
+    open_workers,
+    pad_parts,
+    run_ahead,
+)
 from swift.data.pack import pack_lengths
 from swift.data.rows import Line, Part, mark_ends, parse_row
 from swift.data.sources import mix_streams, open_spec
 from swift.data.types import Row, place
+from swift.template.tokenize import Encoded
 from swift.utils.log import warn
 
 WINDOW = 128  # packs whose rows are chosen together: on average half a pack of a window stays empty
 _CHUNK = 128  # rows handed to the tokenizer, or to a worker process, at once
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """One row by itself."""
+
+    sequences: list[Encoded]
+    values: tuple[float, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(sequence.input_ids) for sequence in self.sequences)
+
+
+def gather_rows(rows: Sequence[EncodedRow], shape: str) -> EncodedDataset:
+    """These rows as a data set in memory. Where they were read is not known any more."""
+    flat = concatenate([sequence for row in rows for sequence in row.sequences])
+    parts = pad_parts([[len(sequence.input_ids) for sequence in row.sequences] for row in rows])
+    values = name_values(shape, [row.values for row in rows])
+    return EncodedDataset(flat, parts, [("", 0)] * len(rows), values=values, shape=shape)
+
 
 Item = list[EncodedRow]  # one row, or the rows of a pack
 
