@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 
 from swift.models.gguf import GgufFile
 
@@ -34,7 +36,7 @@ OUTER_TENSORS = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
 }
-CONTROL_TOKEN, USER_TOKEN = 3, 4  # of tokenizer.ggml.token_type
+CONTROL_TOKEN = 3  # of tokenizer.ggml.token_type
 LAST_WRITTEN = "config.json"
 
 
@@ -142,42 +144,18 @@ def tokenizer_json(metadata: dict[str, Any]) -> dict[str, Any]:
 
     Merges are therefore strings ("a b") and not pairs.
     """
-    tokens = metadata["tokenizer.ggml.tokens"]
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    added = [
-        {"id": index, "content": token, **plain, "special": kind == CONTROL_TOKEN}
-        for index, (token, kind) in enumerate(zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True))
-        if kind in (CONTROL_TOKEN, USER_TOKEN)
-    ]
-    offsets = {"trim_offsets": True, "use_regex": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Digits", "individual_digits": True},
-                {"type": "ByteLevel", "add_prefix_space": False, **offsets},
-            ],
-        },
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, **offsets},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {token: index for index, token in enumerate(tokens)},
-            "merges": metadata["tokenizer.ggml.merges"],
-        },
-    }
+    tokens, merges = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.merges"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(BPE(vocab, [tuple(merge.split(" ")) for merge in merges]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = metadata["tokenizer.ggml.token_type"]
+    tokenizer.add_special_tokens([t for t, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN])
+    document = json.loads(tokenizer.to_str())
+    document["model"]["merges"] = merges
+    return document
 
 
 def tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
