@@ -243,9 +243,7 @@ class _Places(Sequence[Place]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Place:  # type: ignore[override]
         return self._files[int(self._rows[index, 2])], int(self._rows[index, 3])
 
 

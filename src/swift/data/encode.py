@@ -50,9 +50,7 @@ class Samples(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._kept)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         return self._read(self._rows[int(self._kept[index])]).samples[0]
 
 

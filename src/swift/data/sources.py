@@ -18,9 +18,9 @@ import numpy as np
 
 from swift.config.data import DataConfig
 from swift.config.option import ConfigError
-from swift.data.datasets import find_registered, is_packaged, load_packaged
-from swift.data.reading import import_extra, read_path
-from swift.data.rows import InMemory, Rows, join_rows, open_path
+from swift.data.datasets import PACKAGED, find_registered, load_packaged
+from swift.data.reading import import_extra
+from swift.data.rows import InMemory, Rows, join_rows, open_path, read_path
 from swift.data.types import Row
 from swift.utils import env
 
@@ -142,7 +142,7 @@ def open_spec(
         return open_path(spec.path), spec.count
     if spec.path is not None:
         found = read_path(spec.path, keep_broken=keep_broken)
-    elif spec.hub is None and is_packaged(spec.dataset_id):
+    elif spec.hub is None and spec.dataset_id in PACKAGED:
         found = load_packaged(spec.dataset_id, spec.subsets, model_name=names[0], model_author=names[1])
     else:
         found = _load_from_hub(text, spec, use_hf=use_hf, token=token)
