@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from swift.config.option import ConfigError
 from swift.config.schedule import OutputConfig
@@ -26,12 +26,13 @@ PACKAGES = {
 IDS = "trackers.json"
 
 
-class Sink(Protocol):
+@dataclass(frozen=True)
+class Sink:
     """An open tracker."""
 
-    def write(self, step: int, numbers: dict[str, float]) -> None: ...
-    def flush(self) -> None: ...
-    def close(self, finished: bool, /) -> None: ...
+    write: Callable[[int, dict[str, float]], object]  # numbers of a step
+    close: Callable[[bool], object]  # whether the run was finished
+    flush: Callable[[], object] = lambda: None  # most write by themselves
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,18 +123,7 @@ class Wrapped:
             self.scaler.load_state_dict(state)
 
 
-class Wrapper(Protocol):
-    """What spreads a model: `wrap` below, or that of deepspeed.py."""
-
-    def __call__(
-        self,
-        model: nn.Module,
-        base: PreTrainedModel,
-        *,
-        ranks: Ranks,
-        compute: torch.dtype,
-        build_optimizer: Callable[[], Optimizer],
-    ) -> Wrapped: ...
+Wrapper = Callable[..., Wrapped]  # what spreads a model: `wrap` below, or that of deepspeed.py
 
 
 def wrap(
