@@ -44,7 +44,6 @@ class ParallelConfig:
         return "--fsdp" if self.fsdp else None
 
     def check(self) -> None:
-        """Raises ConfigError where flags contradict each other."""
         if self.fsdp and self.deepspeed:
             raise ConfigError("--fsdp and --deepspeed both slice the model", hint="leave one of them out")
         if self.ddp_find_unused_parameters and (self.fsdp or self.deepspeed):

@@ -123,8 +123,6 @@ def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """What became of the rows."""
-
     total: int
     kept: int
     dropped: dict[str, list[Place]] = field(default_factory=dict)  # reason -> place of each

@@ -37,7 +37,6 @@ class TextScorer:
 
     @classmethod
     def load(cls, model_path: Path, adapter: Path | None, num_labels: int, run: InferRun) -> "TextScorer":
-        """Raises ConfigError where the files are not those of a model with a head."""
         device = pick_device(run.model.device)
         tokenizer = load_tokenizer(adapter or model_path)
         model = load_scoring_model(

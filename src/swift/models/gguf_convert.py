@@ -58,7 +58,6 @@ def convert(source: Path, target: Path, *, dtype: str = "bfloat16") -> None:
 
 
 def write_directory(gguf: GgufFile, directory: Path, dtype: str) -> None:
-    """Weights, config and tokenizer."""
     read = (read_weight(gguf, name) for name in gguf.tensors)
     weights = {name: values.to(getattr(torch, dtype)) for name, values in read}
     save_file(weights, directory / "model.safetensors", {"format": "pt"})
@@ -109,7 +108,6 @@ def special_ids(metadata: dict[str, Any]) -> dict[str, int]:
 
 
 def model_config(gguf: GgufFile, dtype: str) -> dict[str, Any]:
-    """config.json of LlamaForCausalLM."""
     metadata = gguf.metadata
     llama = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
     num_heads = llama["attention.head_count"]

@@ -56,7 +56,6 @@ def resolve_model(
 def resolve_adapter(
     adapter: str, *, use_hf: bool = False, revision: str | None = None, token: str | None = None
 ) -> Path:
-    """The directory of a checkpoint with adapters."""
     path = find_directory(adapter, "--adapters")
     use_hf = use_hf or env.is_on("USE_HF")
     path = path or find_cached(adapter, use_hf, revision, ADAPTER_CONFIG, missing_adapter_file)

@@ -160,7 +160,6 @@ def context_length(model_or_config: PreTrainedModel | PretrainedConfig) -> int |
 
 
 def load_config(path: Path) -> PretrainedConfig:
-    """config.json of a model directory."""
     silence_transformers()
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)

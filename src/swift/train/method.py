@@ -29,7 +29,6 @@ class Method:
 
 
 def sft_method(task: TaskConfig, variants: SftConfig) -> Method:
-    """The method of `swift sft`."""
     if task.task_type == "seq_cls":
         assert task.num_labels is not None, "check_complete has run"
         return Method(Classification(task.problem), "labelled", num_labels=task.num_labels, learns_text=False)

@@ -165,7 +165,6 @@ class Sources:
 def open_sources(
     run: TrainRun, template: ChatTemplate, max_length: int, resumption: Resumption | None
 ) -> Sources:
-    """Finds the rows that a run names."""
     train, evaluation = open_sets(run.data, seed=run.data_seed, **run.model.hub)
     if not run.data.streaming:
         return Sources(train, evaluation)

@@ -28,8 +28,6 @@ IDS = "trackers.json"
 
 @dataclass(frozen=True)
 class Sink:
-    """An open tracker."""
-
     write: Callable[[int, dict[str, float]], object]  # numbers of a step
     close: Callable[[bool], object]  # whether the run was finished
     flush: Callable[[], object] = lambda: None  # most write by themselves
@@ -37,8 +35,6 @@ class Sink:
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told about a run."""
-
     directory: Path
     output: OutputConfig
     flags: dict[str, Any]  # without secrets
@@ -83,8 +79,6 @@ def load_trackers(names: Iterable[str]) -> list[Opener]:
 
 
 class Tracking(Callback):
-    """Feeds one tracker."""
-
     def __init__(self, opener: Opener, run: TrackedRun) -> None:
         self.opener, self.run = opener, run
         self.sink: Sink | None = None

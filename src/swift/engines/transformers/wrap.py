@@ -32,8 +32,6 @@ MASTER = "master"  # beside the moments: float32 weights that an engine keeps ap
 
 @dataclass(frozen=True)
 class Stepped:
-    """What became of one optimizer step."""
-
     grad_norm: float  # before clipping; not finite where float16 overflowed
     applied: bool  # False: the gradients overflowed, and the weights stayed as they were
 
@@ -82,7 +80,6 @@ class Wrapped:
         return Stepped(norm, applied=math.isfinite(norm) or not self.scaler.is_enabled())
 
     def shape(self, parameter: Tensor) -> torch.Size:
-        """Of the whole tensor."""
         return parameter.shape
 
     def gather(self, tensor: Tensor) -> Tensor:
