@@ -6,7 +6,6 @@ minute, splits white space before digits unlike the published tokenizer, and its
 
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -45,16 +44,15 @@ def convert(source: Path, target: Path, *, dtype: str = "bfloat16") -> None:
 
     Another process that finishes first wins: its directory stays.
     """
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        write_directory(GgufFile(source), temporary, dtype)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as work:
+        made = Path(work) / "model"
+        made.mkdir()
+        write_directory(GgufFile(source), made, dtype)
         try:
-            temporary.rename(target)
+            made.rename(target)
         except OSError:
             if not (target / LAST_WRITTEN).is_file():
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_directory(gguf: GgufFile, directory: Path, dtype: str) -> None:
