@@ -204,10 +204,14 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     class Hub:
+        NAME = "the hub"
+
         @staticmethod
-        def load_hub_rows(*arguments: Any) -> list[Row]:
+        def load(*arguments: Any) -> list[dict[str, Any]]:
+            if arguments[1] == "gone":
+                raise OSError("404")
             asked.append(arguments)
-            return [Row({"a": arguments[1]}, "hub", 1)]
+            return [{"a": arguments[1]}]
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setitem(sys.modules, "swift.data.hub_hf", Hub)
@@ -217,6 +221,8 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         "s1",
     ]
     assert asked == [("owner/name", "s1", "t"), ("owner/name", "s2", "t")]
+    with pytest.raises(ConfigError, match=r"owner/name:gone: not found .* on the hub \(OSError: 404\)"):
+        load("owner/name:gone", use_hf=True)
 
 
 def test_columns_are_renamed_first(tmp_path: Path) -> None:

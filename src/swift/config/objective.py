@@ -139,7 +139,6 @@ class RlhfConfig:
 
     @property
     def beta_value(self) -> float:
-        """`beta`, or the method's own."""
         default = 2.0 if self.rlhf_type == "simpo" else 0.1
         return default if self.beta is None else self.beta
 
@@ -149,7 +148,6 @@ class RlhfConfig:
         return self.rlhf_type == "kto" or (self.rlhf_type == "dpo" and not self.reference_free)
 
     def check(self) -> None:
-        """Raises ConfigError where flags contradict each other."""
         if self.rlhf_type in NOT_YET:
             return
         self._check_losses()

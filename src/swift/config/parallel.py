@@ -47,7 +47,6 @@ class ParallelConfig:
         return "--fsdp" if self.fsdp else None
 
     def check(self) -> None:
-        """Raises ConfigError where flags contradict each other."""
         if self.fsdp and self.deepspeed:
             raise ConfigError("--fsdp and --deepspeed both slice the model", hint="leave one of them out")
         for name in ("ddp_find_unused_parameters", "ddp_bucket_cap_mb"):

@@ -90,7 +90,6 @@ class ScheduleConfig:
 
     @property
     def lower_is_better(self) -> bool:
-        """Whether it is better when it is lower."""
         if self.greater_is_better is not None:
             return not self.greater_is_better
         return self.metric_for_best_model.endswith("loss")

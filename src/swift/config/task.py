@@ -41,11 +41,9 @@ class TaskConfig:
 
     @property
     def problem(self) -> str:
-        """The kind of a classification."""
         return self.problem_type or PROBLEMS[self.num_labels == 1]
 
     def check(self) -> None:
-        """Raises ConfigError where flags contradict each other."""
         if self.task_type == "seq_cls" and self.num_labels is None:
             raise ConfigError("--task_type seq_cls needs --num_labels", hint="how many classes the rows have")
         for name in ("num_labels", "problem_type"):

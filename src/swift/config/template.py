@@ -43,7 +43,6 @@ class TemplateConfig:
     response_prefix: str | None = option(None, help="text that every generated answer starts with")
 
     def check(self) -> None:
-        """Raises ConfigError where these flags contradict each other."""
         if self.truncation_strategy == "split" and self.use_chat_template:
             raise ConfigError(
                 "--truncation_strategy split would cut conversations apart: it is for plain text",

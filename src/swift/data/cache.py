@@ -106,8 +106,9 @@ def digest_tokenizer(template: ChatTemplate) -> str:
 def _digest_code(plugins: Sequence[str]) -> str:
     """sha256 of the code that makes tokens out of rows, ours and the users': no number to forget to raise."""
     digest = hashlib.sha256()
-    for package in ("swift.data", "swift.template"):
-        files = [file for file in resources.files(package).iterdir() if file.name.endswith(".py")]
+    template = resources.files("swift.template")
+    for folder in (resources.files("swift.data"), template, template / "texts"):
+        files = [file for file in folder.iterdir() if file.name.endswith((".py", ".txt", ".jinja"))]
         for file in sorted(files, key=lambda file: file.name):
             digest.update(hashlib.sha256(file.read_bytes()).digest())
     for plugin in plugins:
@@ -243,9 +244,7 @@ class _Places(Sequence[Place]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Place:  # type: ignore[override]
         return self._files[int(self._rows[index, 2])], int(self._rows[index, 3])
 
 

@@ -71,7 +71,6 @@ def mismatch_rows(
 
 
 def _mismatch(prompt: Encoded, answer: Encoded) -> Encoded:
-    """The prompt of one row with the answer of another."""
     trained = [int(np.argmax(row.labels != IGNORED)) for row in (prompt, answer)]
     head, tail = prompt.cut(0, trained[0]), answer.cut(trained[1], len(answer.labels))
     return Encoded(

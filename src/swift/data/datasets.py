@@ -27,22 +27,18 @@ _EMPTY_THINK = "<think>\n\n</think>\n\n"
 # Subsets of self-cognition: what follows the question, what precedes the answer.
 _STYLES = {"default": ("", ""), "qwen3": (" /no_think", _EMPTY_THINK), "empty_think": ("", _EMPTY_THINK)}
 
-_PACKAGED = {
+PACKAGED = {
     "swift/self-cognition": (_SELF_COGNITION, tuple(_STYLES)),
     "modelscope/self-cognition": (_SELF_COGNITION, tuple(_STYLES)),
     "swift/general": ("general.jsonl", ("default",)),
 }
 
 
-def is_packaged(dataset_id: str) -> bool:
-    return dataset_id in _PACKAGED
-
-
 def load_packaged(
     dataset_id: str, subsets: Sequence[str], *, model_name: Sequence[str], model_author: Sequence[str]
 ) -> list[Row]:
     """Rows of the named subsets, one after another; no subset means "default"."""
-    asset, known = _PACKAGED[dataset_id]
+    asset, known = PACKAGED[dataset_id]
     names = known if tuple(subsets) == ("all",) else tuple(subsets) or known[:1]
     for name in names:
         if name not in known:

@@ -50,9 +50,7 @@ class Samples(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._kept)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         return self._read(self._rows[int(self._kept[index])]).samples[0]
 
 
@@ -125,8 +123,6 @@ def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """What became of the rows."""
-
     total: int
     kept: int
     dropped: dict[str, list[Place]] = field(default_factory=dict)  # reason -> place of each

@@ -12,14 +12,15 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from swift.config.option import ConfigError
-from swift.data.reading import is_json_lines, list_files, read_file, read_line
-from swift.data.types import Row
+from swift.data.reading import JSON_LINES, list_files, read_file, read_line
+from swift.data.types import Row, place
 
 _BLOCK = 1 << 20  # bytes read at once
 
@@ -222,7 +223,7 @@ def mark_ends(part: Part) -> str:
 def open_path(path: Path) -> Rows:
     """The rows of a file or folder. Raises ConfigError where it is missing or of a kind that is not known."""
     files = list_files(path)
-    parts = [JsonLines(file) if is_json_lines(file) else OtherFile(file) for file in files]
+    parts = [JsonLines(f) if f.suffix.lower() == JSON_LINES else OtherFile(f) for f in files]
     for file in files:
         _opened(file).close()
 
@@ -233,6 +234,25 @@ def open_path(path: Path) -> Rows:
         return np.arange(count)
 
     return Rows(parts, choose=choose)
+
+
+def read_path(path: Path, *, keep_broken: bool) -> list[Row]:
+    """All rows of a file or folder, at once.
+
+    With `keep_broken` a line of JSON Lines that is no row becomes one without columns and with a problem.
+    """
+    rows: list[Row] = []
+    for item in chain.from_iterable(part.stream() for part in open_path(path).parts):
+        try:
+            rows.append(parse_row(item, {}))
+        except ConfigError as error:
+            if not keep_broken:
+                raise
+            reason = error.message.removeprefix(f"{place(item.file, item.line)}: ")
+            rows.append(Row({}, item.file, item.line, problem=reason.partition(" (")[0]))
+    if not rows:
+        raise ConfigError(f"{path}: no rows in it")
+    return rows
 
 
 def join_rows(

@@ -18,9 +18,9 @@ import numpy as np
 
 from swift.config.data import DataConfig
 from swift.config.option import ConfigError
-from swift.data.datasets import find_registered, is_packaged, load_packaged
-from swift.data.reading import import_extra, read_path
-from swift.data.rows import InMemory, Rows, join_rows, open_path
+from swift.data.datasets import PACKAGED, find_registered, load_packaged
+from swift.data.reading import import_extra
+from swift.data.rows import InMemory, Rows, join_rows, open_path, read_path
 from swift.data.types import Row
 from swift.utils import env
 
@@ -100,28 +100,18 @@ def open_sets(
     """Training rows and evaluation rows, as a run names them; none where it names none, or streams them."""
     if not data.dataset:
         return None, None
-    options: dict[str, Any] = {
-        "seed": seed,
-        "columns": data.columns,
-        "model_name": data.model_name,
-        "model_author": data.model_author,
-        "use_hf": use_hf,
-        "token": token,
-    }
-    if data.streaming:
-        if data.val_dataset:
-            return None, open_rows(data.val_dataset, shuffle=data.val_dataset_shuffle, **options)
-        return None, None
-    rows = open_rows(
-        data.dataset,
-        shuffle=data.dataset_shuffle,
-        mix=data.interleave_prob,
-        stop_mixing=data.stopping_strategy,
-        **options,
-    )
+    open_these = partial(
+        open_rows, seed=seed, columns=data.columns, model_name=data.model_name,
+        model_author=data.model_author, use_hf=use_hf, token=token,
+    )  # fmt: skip
+    held_out = None
     if data.val_dataset:
-        return rows, open_rows(data.val_dataset, shuffle=data.val_dataset_shuffle, **options)
-    return split_rows(rows, data.split_dataset_ratio, seed)
+        held_out = open_these(data.val_dataset, shuffle=data.val_dataset_shuffle)
+    if data.streaming:
+        return None, held_out
+    mixing = {"mix": data.interleave_prob, "stop_mixing": data.stopping_strategy}
+    rows = open_these(data.dataset, shuffle=data.dataset_shuffle, **mixing)
+    return split_rows(rows, data.split_dataset_ratio, seed) if held_out is None else (rows, held_out)
 
 
 def open_spec(
@@ -142,7 +132,7 @@ def open_spec(
         return open_path(spec.path), spec.count
     if spec.path is not None:
         found = read_path(spec.path, keep_broken=keep_broken)
-    elif spec.hub is None and is_packaged(spec.dataset_id):
+    elif spec.hub is None and spec.dataset_id in PACKAGED:
         found = load_packaged(spec.dataset_id, spec.subsets, model_name=names[0], model_author=names[1])
     else:
         found = _load_from_hub(text, spec, use_hf=use_hf, token=token)
@@ -241,10 +231,22 @@ def _load_from_hub(text: str, spec: Spec, *, use_hf: bool, token: str | None) ->
     purpose = f"dataset {text}: no such file, and taking it from {'HuggingFace' if on_hf else 'ModelScope'}"
     hub = import_extra(module, needs=needs, extra="hub", purpose=purpose)
     subsets = spec.subsets or (None,)
-    rows = [row for subset in subsets for row in hub.load_hub_rows(spec.dataset_id, subset, token)]
+    rows = [row for subset in subsets for row in _load_subset(hub, spec.dataset_id, subset, token)]
     if not rows:
         raise ConfigError(f"dataset {text}: no rows in it")
     return rows
+
+
+def _load_subset(hub: Any, dataset_id: str, subset: str | None, token: str | None) -> list[Row]:
+    """Rows of the split `train`. `hub` is one of our hub_*.py."""
+    name = dataset_id if subset is None else f"{dataset_id}:{subset}"
+    try:
+        table = hub.load(dataset_id, subset, token)
+    except Exception as error:  # whatever the network and the hub raise
+        raise ConfigError(
+            f"dataset {name}: not found as a file or on {hub.NAME} ({type(error).__name__}: {error})"
+        ) from error
+    return [Row(dict(columns), name, number) for number, columns in enumerate(table, start=1)]
 
 
 def _looks_like_hub_id(name: str) -> bool:

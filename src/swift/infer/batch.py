@@ -45,8 +45,6 @@ class Rejects:
 
 @dataclass(slots=True)
 class Stats:
-    """What a run has done so far."""
-
     started: float = field(default_factory=time.perf_counter)
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
@@ -200,7 +198,6 @@ def mend_last_line(path: Path) -> None:
 
 
 def report(stats: Stats, rejects: Rejects, *, metric: str | None, result_path: Path) -> None:
-    """The closing lines of a run."""
     rejects.report()
     if stats.num_cut:
         say(f"{stats.num_cut} of {stats.num_samples} answers were cut by --max_new_tokens or the context")

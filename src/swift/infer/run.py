@@ -34,8 +34,6 @@ TAKEN = {
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What is loaded."""
-
     run: InferRun  # with what the checkpoint's args.json adds
     model: Path
     adapter: Path | None

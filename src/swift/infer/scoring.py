@@ -40,7 +40,6 @@ class TextScorer:
     def load(
         cls, model_path: Path, adapter: Path | None, num_labels: int, problem: str | None, run: InferRun
     ) -> "TextScorer":
-        """Raises ConfigError where the files are not those of a model with a head."""
         device = pick_device(run.model.device)
         tokenizer = load_tokenizer(adapter or model_path)
         model = load_scoring_model(

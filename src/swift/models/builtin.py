@@ -33,8 +33,6 @@ PIP_DOWNLOAD = (
 
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
-    """A model that ships inside a Python package."""
-
     name: str
     hub_id: str
     distribution: str
@@ -89,7 +87,6 @@ def resolve_packaged(model: PackagedModel) -> Path:
 
 
 def make_cache(model: PackagedModel, target: Path) -> None:
-    """Fetches, checks and converts into `target`."""
     remove_stale(target.parent)
     shutil.rmtree(target, ignore_errors=True)  # someone deleted part of it: only a whole directory is used
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as work:

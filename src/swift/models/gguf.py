@@ -89,7 +89,6 @@ class GgufFile:
         return self._bytes[self._position - size : self._position].decode("utf-8", "surrogateescape")
 
     def _value(self, kind: int) -> Any:
-        """One metadata value of type number `kind`."""
         if kind == STRING:
             return self._text()
         if kind == ARRAY:

@@ -6,7 +6,6 @@ minute, splits white space before digits unlike the published tokenizer, and its
 
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 
 from swift.models.gguf import GgufFile
 
@@ -34,7 +35,7 @@ OUTER_TENSORS = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
 }
-CONTROL_TOKEN, USER_TOKEN = 3, 4  # of tokenizer.ggml.token_type
+CONTROL_TOKEN = 3  # of tokenizer.ggml.token_type
 LAST_WRITTEN = "config.json"
 
 
@@ -43,20 +44,18 @@ def convert(source: Path, target: Path, *, dtype: str = "bfloat16") -> None:
 
     Another process that finishes first wins: its directory stays.
     """
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        write_directory(GgufFile(source), temporary, dtype)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as work:
+        made = Path(work) / "model"
+        made.mkdir()
+        write_directory(GgufFile(source), made, dtype)
         try:
-            temporary.rename(target)
+            made.rename(target)
         except OSError:
             if not (target / LAST_WRITTEN).is_file():
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_directory(gguf: GgufFile, directory: Path, dtype: str) -> None:
-    """Weights, config and tokenizer."""
     read = (read_weight(gguf, name) for name in gguf.tensors)
     weights = {name: values.to(getattr(torch, dtype)) for name, values in read}
     save_file(weights, directory / "model.safetensors", {"format": "pt"})
@@ -107,7 +106,6 @@ def special_ids(metadata: dict[str, Any]) -> dict[str, int]:
 
 
 def model_config(gguf: GgufFile, dtype: str) -> dict[str, Any]:
-    """config.json of LlamaForCausalLM."""
     metadata = gguf.metadata
     llama = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
     num_heads = llama["attention.head_count"]
@@ -142,42 +140,18 @@ def tokenizer_json(metadata: dict[str, Any]) -> dict[str, Any]:
 
     Merges are therefore strings ("a b") and not pairs.
     """
-    tokens = metadata["tokenizer.ggml.tokens"]
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    added = [
-        {"id": index, "content": token, **plain, "special": kind == CONTROL_TOKEN}
-        for index, (token, kind) in enumerate(zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True))
-        if kind in (CONTROL_TOKEN, USER_TOKEN)
-    ]
-    offsets = {"trim_offsets": True, "use_regex": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Digits", "individual_digits": True},
-                {"type": "ByteLevel", "add_prefix_space": False, **offsets},
-            ],
-        },
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, **offsets},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {token: index for index, token in enumerate(tokens)},
-            "merges": metadata["tokenizer.ggml.merges"],
-        },
-    }
+    tokens, merges = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.merges"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(BPE(vocab, [tuple(merge.split(" ")) for merge in merges]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = metadata["tokenizer.ggml.token_type"]
+    tokenizer.add_special_tokens([t for t, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN])
+    document = json.loads(tokenizer.to_str())
+    document["model"]["merges"] = merges
+    return document
 
 
 def tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from swift.config.option import ConfigError
 from swift.config.quant import QuantConfig
 from swift.models.directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
-from swift.models.load import load_weights
+from swift.models.load import load_model
 
 HEAD = "score"  # the name of the head in every decoder of transformers
 SUFFIX = "ForSequenceClassification"
@@ -50,9 +50,9 @@ def load_scoring_model(
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed or 0)
-        model = load_weights(
-            AutoModelForSequenceClassification, path,
-            dtype=dtype, attention=attention, device=device, quant=quant, num_labels=num_labels,
+        model = load_model(
+            path, auto_class=AutoModelForSequenceClassification, num_labels=num_labels,
+            dtype=dtype, attention=attention, device=device, quant=quant,
             may_lack=() if seed is None else (f"{HEAD}.weight",),
         )  # fmt: skip
     if not isinstance(getattr(model, HEAD, None), torch.nn.Linear):

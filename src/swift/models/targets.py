@@ -93,7 +93,6 @@ def linear_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:
 
 
 def short(name: str) -> str:
-    """The last two parts of a name."""
     return ".".join(name.split(".")[-2:])
 
 
@@ -116,7 +115,6 @@ def expand_whole(model: nn.Module, names: tuple[str, ...]) -> list[str]:
 
 
 def check_names(model: nn.Module, names: list[str], *, flag: str = "--target_modules") -> None:
-    """ConfigError for a name that no module of the model has."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     shown = sorted({name.rpartition(".")[2] for name in linear})[:NAMES_SHOWN]
     hint = f"linear layers of this model: {', '.join(shown)}"

@@ -85,7 +85,6 @@ def _word_memory(template: ChatTemplate, backend: Any) -> WordMemory | None:
 
 
 def _place(backend: Any, rows: Sequence[Rendered]) -> list[_Placed]:
-    """Every row is encoded whole."""
     # The template writes the special tokens, bos included: the tokenizer adds none.
     encodings = backend.encode_batch([row.text for row in rows], add_special_tokens=False)
     placed = []

@@ -32,7 +32,6 @@ class Method:
 
 
 def sft_method(task: TaskConfig, variants: SftConfig) -> Method:
-    """The method of `swift sft`."""
     if task.task_type == "seq_cls":
         assert task.num_labels is not None, "check_complete has run"
         shape = "classes" if task.problem == MULTI_LABEL else "labelled"

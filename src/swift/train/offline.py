@@ -40,8 +40,6 @@ from swift.utils.log import say
 
 @dataclass(frozen=True)
 class Cadence:
-    """At which steps something is due."""
-
     strategy: str
     every: int
     steps_per_epoch: int | None

@@ -38,7 +38,7 @@ from swift.template.loss_scale import build_weights
 from swift.train import summary
 from swift.train.hf_callbacks import find_callbacks
 from swift.train.method import Method
-from swift.train.resume import Resumption, with_model, with_system
+from swift.train.resume import Resumption
 from swift.train.rundir import check_writable, output_root
 from swift.train.tracking import load_trackers
 from swift.utils.log import warn
@@ -93,7 +93,7 @@ def prepare(run: TrainRun, method: Method, *, resumption: Resumption | None) -> 
     adapters = run.rlhf.ref_adapters if isinstance(run, RlhfRun) else ()
     reference_adapter = resolve_adapter(adapters[0], **hub) if adapters else None
     if Path(run.model.model).is_dir():
-        run = with_model(run, str(model_path))
+        run = replace(run, model=replace(run.model, model=str(model_path)))  # absolute
     tokenizer = load_tokenizer(model_path)
     config = load_config(model_path)
     check_same_sizes(run, reference_path, config)
@@ -102,7 +102,7 @@ def prepare(run: TrainRun, method: Method, *, resumption: Resumption | None) -> 
     if not method.learns_text:  # rows may consist of a question alone
         run = replace(run, template=replace(run.template, loss_scale="all"))
     template = ChatTemplate(tokenizer, run.template)
-    run = with_system(run, template.system)
+    run = replace(run, template=replace(run.template, system=template.system))  # not the file that holds it
     if run.template.use_chat_template:
         tokenizer.chat_template = tokenizer.chat_template or template.source  # saved with every checkpoint
     sources = open_sources(run, template, longest, resumption, method.shape)
@@ -189,7 +189,6 @@ class Sources:
 def open_sources(
     run: TrainRun, template: ChatTemplate, max_length: int, resumption: Resumption | None, shape: str
 ) -> Sources:
-    """Finds the rows that a run names."""
     train, evaluation = open_sets(run.data, seed=run.data_seed, **run.model.hub)
     if not run.data.streaming:
         return Sources(train, evaluation)

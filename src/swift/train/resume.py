@@ -1,6 +1,5 @@
 """Going on from a checkpoint: the flags it was trained with, and the checks that it is the same run."""
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,13 +85,3 @@ def check_same_data(resumption: Resumption, data: dict[str, Any]) -> None:
 def hide_secrets(flat: dict[str, Any]) -> dict[str, Any]:
     """Flags as they may be written to a file."""
     return {k: (None if is_secret(k) else v) for k, v in flat.items()}
-
-
-def with_system(run: Run, system: str | None) -> Run:
-    """The run with the system prompt itself in place of the .txt file that holds it."""
-    return dataclasses.replace(run, template=dataclasses.replace(run.template, system=system))
-
-
-def with_model(run: Run, model: str) -> Run:
-    """The run with another --model, for a path made absolute."""
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, model=model))

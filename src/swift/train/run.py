@@ -36,17 +36,14 @@ Run = TypeVar("Run", bound=TrainRun)
 
 
 def run_pt(run: SftRun) -> int:
-    """`swift pt`; returns the exit code."""
     return train(run, "pt", lambda run: sft_method(run.task, run.sft))
 
 
 def run_sft(run: SftRun) -> int:
-    """`swift sft`; returns the exit code."""
     return train(run, "sft", lambda run: sft_method(run.task, run.sft))
 
 
 def run_rlhf(run: RlhfRun) -> int:
-    """`swift rlhf`; returns the exit code."""
     return train(run, "rlhf", lambda run: rlhf_method(run.rlhf))
 
 

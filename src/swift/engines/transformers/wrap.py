@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,6 @@ MASTER = "master"  # beside the moments: float32 weights that an engine keeps ap
 
 @dataclass(frozen=True)
 class Stepped:
-    """What became of one optimizer step."""
-
     grad_norm: float  # before clipping; not finite where float16 overflowed
     applied: bool  # False: the gradients overflowed, and the weights stayed as they were
 
@@ -83,7 +81,6 @@ class Wrapped:
         return Stepped(norm, applied=math.isfinite(norm) or not self.scaler.is_enabled())
 
     def shape(self, parameter: Tensor) -> torch.Size:
-        """Of the whole tensor."""
         return parameter.shape
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -124,18 +121,7 @@ class Wrapped:
             self.scaler.load_state_dict(state)
 
 
-class Wrapper(Protocol):
-    """What spreads a model: `wrap` below, or that of deepspeed.py."""
-
-    def __call__(
-        self,
-        model: nn.Module,
-        base: PreTrainedModel,
-        *,
-        ranks: Ranks,
-        compute: torch.dtype,
-        build_optimizer: Callable[[], Optimizer],
-    ) -> Wrapped: ...
+Wrapper = Callable[..., Wrapped]  # what spreads a model: `wrap` below, or that of deepspeed.py
 
 
 def wrap(
