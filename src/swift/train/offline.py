@@ -209,11 +209,8 @@ class Offline:
     def _evaluate(self, state: TrainState) -> float:
         """Scores the held-out rows and tells the callbacks; the metric that names the best checkpoint."""
         assert self.eval_rows is not None
-        started, size, count = (
-            time.perf_counter(),
-            self.schedule.per_device_eval_batch_size,
-            len(self.eval_rows),
-        )
+        started = time.perf_counter()
+        size, count = self.schedule.per_device_eval_batch_size, len(self.eval_rows)
         mine = range(self.engine.data_rank * size, count, self.engine.data_world * size)
         chosen = [range(s, min(s + size, count)) for s in mine]
         batches = [collate_rows(self.eval_rows, rows) for rows in chosen]
