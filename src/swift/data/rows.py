@@ -21,8 +21,9 @@ import numpy as np
 from swift.config.option import ConfigError
 from swift.data.reading import JSON_LINES, list_files, read_file, read_line
 from swift.data.types import Row, place
+from swift.utils.files import file_sha256
 
-_BLOCK = 1 << 20  # bytes read at once
+_BLOCK = 1 << 20  # bytes of each end of a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +99,7 @@ class OtherFile:
 
     @cached_property
     def digest(self) -> str:
-        digest = hashlib.sha256()
-        with _opened(self.path) as handle:
-            while block := handle.read(_BLOCK):
-                digest.update(block)
-        return digest.hexdigest()
+        return file_sha256(self.path)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -24,10 +24,6 @@ class Shape:
     by_place: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
 
-def _read_chat(row: Row) -> Example:
-    return Example((to_sample(row),))
-
-
 def _read_labelled(row: Row) -> Example:
     sample = to_sample(row)
     return Example((sample,), (parse_number(sample.extra.get("label"), "label"),))
@@ -78,7 +74,7 @@ def _as_messages(value: Any, role: str) -> list[Message]:
 
 _PARTNERS = ("positive_messages", "negative_messages")
 SHAPES: dict[str, Shape] = {
-    "chat": Shape(_read_chat),
+    "chat": Shape(lambda row: Example((to_sample(row),))),
     "pair": Shape(to_preference, ("margin",)),  # chosen, rejected
     "kto": Shape(to_kto, ("label",)),  # 1 = liked
     "classes": Shape(_read_chat),  # several at once, see classes.py

@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -83,7 +83,7 @@ def open_rows(
             text, names=(model_name, model_author), use_hf=use_hf, token=token, keep_broken=keep_broken
         )
         if count is not None:
-            choice = partial(_choose, count=count, seed=seed, shuffle=shuffle)
+            choice = partial(sample_indices, count=count, seed=seed, shuffle=shuffle)
             rows = rows.take(choice, ["take", count, seed, shuffle])
         opened.append(rows)
     if mix:
@@ -139,10 +139,6 @@ def open_spec(
     return Rows([InMemory(found if registered is None else registered.preprocess(found))]), spec.count
 
 
-def _choose(rows: Rows, count: int, seed: int, shuffle: bool) -> list[int]:
-    return sample_indices(len(rows), count, seed=seed, shuffle=shuffle)
-
-
 def mix_tables(lengths: Sequence[int], *, weights: Sequence[float], seed: int, stop: str) -> np.ndarray:
     """Numbers of the rows of tables, counted through, in the order of `mix_streams`."""
     ends = np.cumsum(lengths).tolist()
@@ -174,11 +170,12 @@ def mix_streams(
                 following[i] = next(tables[i], None)
 
 
-def sample_indices(length: int, count: int, *, seed: int, shuffle: bool) -> list[int]:
+def sample_indices(rows: Sized, *, count: int, seed: int, shuffle: bool) -> list[int]:
     """Which rows #count takes: the whole set as often as it fits, in order, then a share of it.
 
     RandomState is frozen by NumPy's compatibility policy: its numbers never change between versions.
     """
+    length = len(rows)
     order = np.random.RandomState(seed).permutation(length).tolist() if shuffle else list(range(length))
     if count <= length:
         return order[:count]

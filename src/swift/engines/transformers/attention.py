@@ -51,22 +51,12 @@ def segmented_sdpa(
     dropout: float,
 ) -> Tensor:
     """[1, H, T, D] causal attention, one SDPA call a segment: exact, linear in the number of segments."""
-    outputs = []
+    outputs, options = [], {"scale": scaling, "dropout_p": dropout, "enable_gqa": True}
     for q, k, v in zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True):
         length = q.shape[2]
         mask = window_mask(length, window, q.device) if window and length > window else None
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scaling,
-                dropout_p=dropout,
-                enable_gqa=True,
-            )
-        )
+        causal = mask is None
+        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, **options))
     return torch.cat(outputs, dim=2)
 
 
