@@ -33,6 +33,8 @@ class Sums:
 
 @dataclass(frozen=True)
 class StepInfo:
+    """What one optimizer step did."""
+
     grad_norm: float  # before clipping
     learning_rate: float  # that this step used
     applied: bool = True  # False: float16 gradients overflowed, and the weights stayed as they were

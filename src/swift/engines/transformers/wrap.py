@@ -32,6 +32,8 @@ MASTER = "master"  # beside the moments: float32 weights that an engine keeps ap
 
 @dataclass(frozen=True)
 class Stepped:
+    """What became of one optimizer step."""
+
     grad_norm: float  # before clipping; not finite where float16 overflowed
     applied: bool  # False: the gradients overflowed, and the weights stayed as they were
 
