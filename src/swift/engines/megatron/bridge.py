@@ -198,10 +198,12 @@ def collect(value: Any) -> list[Any]:
 
 
 def size(box: Box) -> int:
+    """How many numbers it holds."""
     return math.prod(end - start for start, end in box)
 
 
 def slices(box: Box) -> tuple[slice, ...]:
+    """The same, to index a tensor with."""
     return tuple(slice(start, end) for start, end in box)
 
 
