@@ -9,6 +9,7 @@ TP2 = {"tensor": 2}
 SP2 = {"tensor": 2, "sequence": True}
 EP2 = {"expert": 2}
 FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
+FUSED = {"bias_activation_fusion": True, "bias_dropout_fusion": True}
 SELECTIVE = {"recompute_granularity": "selective"}
 BALANCE = {"balance": 0.3, "small_logits": 0.01}
 DENSE = ("qwen3", "qwen3 tied", "qwen2", "llama bent", "mistral window")
@@ -21,7 +22,12 @@ def case(family: str, degrees: dict | None = None, context: str = "all_gather", 
 CASES = {
     "one rank": (
         1,
-        [case(family) for family in (*DENSE, "qwen3_moe", "qwen3_moe mixed", "qwen2_moe", "mixtral")],
+        [
+            *(case(family) for family in (*DENSE, "qwen3_moe", "qwen3_moe mixed", "qwen2_moe", "mixtral")),
+            # What GPUs run, but for its compiler.
+            *(case(family, **FUSED) for family in ("qwen3", "qwen2_moe")),
+            case("qwen3_moe", **FUSED, **SELECTIVE, recompute_modules=["moe_act"]),
+        ],
     ),
     "tensor": (2, [case("qwen2", TP2), *(case(family, SP2) for family in DENSE)]),
     "expert": (

@@ -94,6 +94,7 @@ def watch_batches(chunk: GPTModel) -> None:
 
 
 def tell_router(layer: nn.Module, _inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """A hook in front of a layer."""
     layer.mlp.router.flat = named["packed_seq_params"]
 
 
