@@ -14,7 +14,7 @@ from swift.config.layout import Layout
 from swift.config.megatron import MegatronConfig
 from swift.config.option import ConfigError
 from swift.engines.megatron import wgrad
-from swift.engines.megatron.implementation import choose_implementation
+from swift.engines.megatron.implementation import ENGINE, choose_implementation
 
 FAMILIES = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "llama", "mistral", "mixtral")
 CHANGING_ROPE = ("dynamic", "longrope")  # whose frequencies depend on the length of the row
@@ -114,6 +114,20 @@ def has_qkv_bias(hf: PretrainedConfig) -> bool:
 def chosen_settings(flags: MegatronConfig, hf: PretrainedConfig) -> dict[str, Any]:
     """The fields of TransformerConfig that flags decide."""
     chosen: dict[str, Any] = {"transformer_impl": choose_implementation(flags.transformer_impl)}
+    if flags.moe_permute_fusion:
+        if chosen["transformer_impl"] != ENGINE:
+            raise ConfigError(
+                "--moe_permute_fusion true is a kernel of transformer-engine", hint="leave it out"
+            )
+        chosen["moe_permute_fusion"] = True
+    if not flags.moe_grouped_gemm:
+        raise ConfigError(
+            "--moe_grouped_gemm false: experts always share one matrix product here", hint="leave it out"
+        )
+    if flags.gradient_accumulation_fusion and wgrad.MODULE not in sys.modules:
+        raise ConfigError(
+            "--gradient_accumulation_fusion true needs a GPU, whose cuBLAS does it", hint="leave it out"
+        )
     if flags.gradient_accumulation_fusion is not None:
         chosen["gradient_accumulation_fusion"] = flags.gradient_accumulation_fusion
     if flags.recompute_granularity != "none":
