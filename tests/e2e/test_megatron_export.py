@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 TO_MCORE = "export --model {model} --to_mcore true --torch_dtype bfloat16 --output_dir {out} "
 TO_HF = "export --mcore_model {model} --to_hf true --torch_dtype bfloat16 --output_dir {out} "
@@ -90,6 +92,21 @@ def test_several_processes_convert_one_model(megatron_workers, make_tiny_model_d
     assert "token_diff: 0\n" in result.stderr
     assert len(list(back.glob("*.safetensors"))) == 3
     assert equal_weights(model, back, torch.bfloat16)
+
+
+def test_adapters_are_folded_into_what_was_converted(megatron_workers, converted, tiny_qwen3_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_qwen3_dir, dtype=torch.float32)
+    torch.manual_seed(1)
+    lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(tmp_path / "run/checkpoint-2")
+    text = f"{TO_HF} --mcore_adapters {{adapters}}".replace("bfloat16", "float32")
+    paths = {"adapters": tmp_path / "run", "out": tmp_path / "merged"}
+    result = type_command(megatron_workers, text, model=converted, **paths)
+    assert result.code == 0, result.stderr
+    assert "reloaded from disk: " in result.stderr
+    before, after = load_all(tiny_qwen3_dir), load_all(tmp_path / "merged")
+    changed = {key for key, value in before.items() if not torch.equal(value.bfloat16().float(), after[key])}
+    assert changed == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)}
 
 
 @pytest.fixture(scope="module")
