@@ -198,10 +198,12 @@ def collect(value: Any) -> list[Any]:
 
 
 def size(box: Box) -> int:
+    """Numbers in it."""
     return math.prod(end - start for start, end in box)
 
 
 def slices(box: Box) -> tuple[slice, ...]:
+    """The box as an index of tensors."""
     return tuple(slice(start, end) for start, end in box)
 
 

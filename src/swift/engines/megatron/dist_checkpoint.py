@@ -84,6 +84,7 @@ class Telling(MCoreSavePlanner):
         self.seen = seen
 
     def resolve_data(self, write_item: WriteItem) -> Any:
+        """The value to write, which is written next."""
         found = super().resolve_data(write_item)
         self.seen(found.nbytes if isinstance(found, Tensor) else 0)
         return found
