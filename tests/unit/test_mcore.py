@@ -86,7 +86,6 @@ def test_what_is_not_whole_is_said_in_one_line(tmp_path: Path) -> None:
     ("name", "message"),
     [
         (".metadata", "--mcore_model D/iter_0000001 has no .metadata: it was not written to the end"),
-        ("manifest.json", "--mcore_model D/iter_0000001 has no manifest.json: it was not written to the end"),
         ("__0_0.distcp", "--mcore_model D/iter_0000001: __0_0.distcp is missing"),
     ],
 )

@@ -2,7 +2,7 @@
 
     D/args.json, D/latest_checkpointed_iteration.txt ("100"), D/config.json and the tokenizer
     D/iter_0000100/.metadata, __0_0.distcp, common.pt, ...
-    D/manifest.json or D/iter_0000100/manifest.json: sizes of the files
+    D/manifest.json or D/iter_0000100/manifest.json: sizes of the files, where we have written them
 
 Not here: what the files hold (engines/megatron), HuggingFace directories (directory.py).
 """
@@ -104,13 +104,13 @@ def _tracked(path: Path, flag: str) -> Path:
 
 
 def _check_whole(directory: Path, weights: Path, flag: str) -> None:
-    """Raises ConfigError unless the files are there that the manifest lists, in their sizes."""
+    """Raises ConfigError unless the files are there that a manifest lists, in their sizes."""
     again = "convert or copy it again"
     if not (weights / METADATA).is_file():
         raise ConfigError(f"{flag} {weights} has no {METADATA}: it was not written to the end", hint=again)
     manifest = next((p for p in (weights / MANIFEST, directory / MANIFEST) if p.is_file()), None)
-    if manifest is None:
-        raise ConfigError(f"{flag} {weights} has no {MANIFEST}: it was not written to the end", hint=again)
+    if manifest is None:  # other programs than ours write none; METADATA comes last with them too
+        return
     for name, expected in read_json(manifest).get("files", {}).items():
         file = manifest.parent / name
         size = file.stat().st_size if file.is_file() else None
