@@ -15,8 +15,7 @@ import json
 import time
 
 import torch
-from gpu_sft_step import PEAK_FLOPS, SHAPES, make_rows
-from transformers import Qwen3Config, Qwen3MoeConfig
+from gpu_sft_step import PEAK_FLOPS, SHAPES, make_config, make_rows, useful_flops
 
 from swift.batch import Batch
 from swift.config.layout import Layout
@@ -29,39 +28,11 @@ from swift.engines.megatron.settings import model_settings
 from swift.engines.megatron.setup import context_ranks, join_model_parallel, seed_model_parallel
 from swift.engines.ranks import join_ranks, leave_ranks
 from swift.objectives.sft import Sft
-from swift.template.tokenize import Encoded
-
-MOE_SHAPES = {
-    "qwen3-30b-a3b": {
-        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32,
-        "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False,
-        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
-    },
-}  # fmt: skip
-
-
-def step_flops(shape: dict, rows: list[Encoded]) -> float:
-    """Of forward and backward over `rows`: active parameters, attention, and the head where it is needed."""
-    hidden, heads, width = shape["hidden_size"], shape["num_attention_heads"], shape["head_dim"]
-    attention = hidden * width * (2 * heads + 2 * shape["num_key_value_heads"])
-    experts = shape.get("num_experts_per_tok", 1)
-    mlp = (
-        3
-        * hidden
-        * (experts * shape["moe_intermediate_size"] if "num_experts" in shape else shape["intermediate_size"])
-    )
-    tokens = sum(len(row.input_ids) for row in rows)
-    trained = sum(int((row.labels != -100).sum()) for row in rows)
-    squares = sum(len(row.input_ids) ** 2 for row in rows)
-    layers = shape["num_hidden_layers"]
-    return 6 * (layers * (attention + mlp) * tokens + hidden * shape["vocab_size"] * trained) + (
-        6 * layers * heads * width * squares
-    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--shape", choices=[*SHAPES, *MOE_SHAPES], default="qwen3-8b")
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-8b")
     parser.add_argument("--layers", type=int, help="of the model; none = all")
     parser.add_argument("--tokens", type=int, default=8192, help="in a pack")
     parser.add_argument("--micro-batches", type=int, default=4)
@@ -73,10 +44,9 @@ def main() -> None:
     parser.add_argument("--overlap", action="store_true", help="gradients and parameters with the passes")
     parser.add_argument("--profile", action="store_true", help="print the longest kernels of one step")
     options = parser.parse_args()
-    shape = dict((SHAPES | MOE_SHAPES)[options.shape])
+    shape = dict(SHAPES[options.shape])
     shape["num_hidden_layers"] = options.layers or shape["num_hidden_layers"]
-    kind = Qwen3MoeConfig if "num_experts" in shape else Qwen3Config
-    config = kind(**shape, max_position_embeddings=40960)
+    config = make_config(shape)
     ranks, _ = join_ranks(torch.device("cuda"), 600)
     layout = Layout(
         world=ranks.world, tensor=options.tensor, pipeline=options.pipeline, context=options.context,
@@ -110,7 +80,7 @@ def main() -> None:
     share = engine.data_world / ranks.world
     name = torch.cuda.get_device_name()
     peak = next((v for k, v in PEAK_FLOPS.items() if k in name), float("nan"))
-    flops = sum(step_flops(shape, pack) for pack in rows) * share
+    flops = sum(useful_flops(shape, pack) for pack in rows) * share
     if ranks.is_main:
         degrees = {k: v for k, v in vars(options).items() if v != parser.get_default(k)}
         print(json.dumps({
@@ -124,11 +94,8 @@ def main() -> None:
         with torch.profiler.profile() as profile:
             run(engine, batches)
         if ranks.is_main:
-            print(
-                profile.key_averages().table(
-                    sort_by="self_device_time_total", row_limit=30, max_name_column_width=70
-                )
-            )
+            averages = profile.key_averages()
+            print(averages.table(sort_by="self_device_time_total", row_limit=30, max_name_column_width=70))
     leave_ranks()
 
 

@@ -13,6 +13,7 @@ from swift.engines.megatron.bridge import Bridge
 from swift.engines.megatron.checkpoint import Files
 from swift.engines.megatron.dist_checkpoint import load_model
 from swift.engines.megatron.engine import MegatronEngine, Wrapping
+from swift.engines.megatron.implementation import describe_implementation
 from swift.engines.megatron.model import build_chunks
 from swift.engines.megatron.settings import Settings, chosen_settings, model_settings
 from swift.engines.megatron.setup import context_ranks, join_model_parallel, seed_model_parallel
@@ -27,7 +28,7 @@ from swift.train.preparing import Prepared, locate_model
 from swift.train.resume import Resumption
 from swift.train.run import train
 from swift.utils import env
-from swift.utils.log import warn
+from swift.utils.log import say, warn
 
 
 def run_pt(run: MegatronSftRun) -> int:
@@ -100,6 +101,7 @@ def build(
     layout = layout_of(run, hf)
     dtype = choose_dtype(run, hf, device)
     settings = model_settings(hf, layout, dtype, **chosen_settings(run.megatron, hf))
+    say(describe_implementation(settings.transformer_impl))
     chunks = load_chunks(run, ready, settings, None)
     frozen = None
     if method.needs_reference and run.tuner.train_type == "full":
