@@ -22,7 +22,6 @@ from swift.config.layout import Layout
 from swift.config.optim import OptimConfig
 from swift.data.collate import collate
 from swift.engines.megatron.engine import MegatronEngine, Wrapping
-from swift.engines.megatron.implementation import describe_implementation
 from swift.engines.megatron.model import build_chunks
 from swift.engines.megatron.settings import model_settings
 from swift.engines.megatron.setup import context_ranks, join_model_parallel, seed_model_parallel
@@ -87,8 +86,8 @@ def main() -> None:
             "engine": "megatron", **degrees, "gpus": ranks.world, "device": name,
             "parameters": engine.num_parameters[1], "step_ms": round(1e3 * seconds, 1),
             "tokens_per_second_per_gpu": round(sum(b.num_tokens for b in batches) * share / seconds),
-            "mfu": round(flops / seconds / peak, 3), "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
-            "loss": round(losses[-1], 4), "layers_by": describe_implementation(settings.transformer_impl)[:40],
+            "mfu": round(flops / seconds / peak, 3), "loss": round(losses[-1], 4),
+            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
         }))  # fmt: skip
     if options.profile:
         with torch.profiler.profile() as profile:
