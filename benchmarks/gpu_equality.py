@@ -71,8 +71,8 @@ def train(engine: MegatronEngine | TransformersEngine) -> list[tuple[float, floa
     return rows
 
 
-def train_reference(path: Path, dtype: torch.dtype) -> list[tuple[float, float]]:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).cuda()
+def train_reference(path: Path, dtype: torch.dtype, device: torch.device) -> list[tuple[float, float]]:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
     return train(TransformersEngine(model, OPTIM, learning_rate=RATE, total_steps=STEPS, ranks=Ranks()))
 
 
@@ -95,10 +95,10 @@ def train_megatron(path: Path, dtype: torch.dtype, degrees: dict, kind: str, ran
 
 
 def main() -> None:
-    ranks, _ = join_ranks(torch.device("cuda"), 600)
-    models = make_models(Path(tempfile.mkdtemp()))
+    ranks, device = join_ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu"), 600)
+    models = ranks.share(make_models(Path(tempfile.mkdtemp())) if ranks.is_main else None)
     for dtype in (torch.float32, torch.bfloat16):
-        expected = {name: train_reference(path, dtype) for name, path in models.items()}
+        expected = {name: train_reference(path, dtype, device) for name, path in models.items()}
         for name, degrees, kind in CASES:
             rows = train_megatron(models[name], dtype, degrees, kind, ranks)
             worst = [

@@ -261,20 +261,28 @@ def build_optimizer(
         ),
         list(chunks),
     )
-    for group in optimizer.param_groups:  # which megatron-core leaves to a scheduler of its own
+    for group in optimizer.param_groups:
+        # Which megatron-core leaves to a scheduler of its own.
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
+        if torch.cuda.is_available() and "fused" in group:
+            group["fused"], group["foreach"] = True, False
     return optimizer
 
 
 def count_parameters(chunks: Sequence[GPTModel], ranks: Ranks) -> tuple[int, int]:
     """Trained and all parameters of the whole model. Called by all ranks."""
     trained = every = 0
-    if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
-        for chunk in chunks:
-            for parameter in chunk.parameters():
-                cut = getattr(parameter, "tensor_model_parallel", False)
-                if cut or parallel_state.get_tensor_model_parallel_rank() == 0:
-                    every += parameter.numel()
-                    trained += parameter.numel() * parameter.requires_grad
+    copies = {
+        True: parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        False: parallel_state.get_expert_data_parallel_rank(),  # of experts, which are spread over data ranks
+    }
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            cut = getattr(parameter, "tensor_model_parallel", False)
+            whole = not cut and parallel_state.get_tensor_model_parallel_rank() > 0
+            if whole or copies[getattr(parameter, "allreduce", True)] > 0:
+                continue
+            every += parameter.numel()
+            trained += parameter.numel() * parameter.requires_grad
     counts = ranks.collect((trained, every))
     return sum(count[0] for count in counts), sum(count[1] for count in counts)
