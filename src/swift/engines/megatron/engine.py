@@ -160,7 +160,7 @@ class MegatronEngine:
         routed = sum(int(has_trained(batch)[batch.segment_ids].sum()) for batch in even)
         counts = self.ranks.sum([trained, routed, *(totals[unit] for unit in sorted(totals))])
         step_units = dict(zip(sorted(totals), counts[2:], strict=True))
-        # megatron-core divides all gradients by the trained tokens; routers are for every token of their rows.
+        # megatron-core divides all gradients by the trained tokens; routers are for all tokens of their rows.
         self.settings.per_token = counts[0] / max(counts[1], 1)
         results = self.schedule.forward_backward(self.chunks, even, objective, step_units, int(counts[0]))
         sums = self._collect(results, even, units)
@@ -169,7 +169,7 @@ class MegatronEngine:
         return sums
 
     def _routers(self) -> dict[str, float]:
-        """Losses of all routers in this step, averaged over layers, summed over tokens. Called by all ranks."""
+        """Losses of the routers in this step: means over layers, sums over tokens. Called by all ranks."""
         if not self.settings.num_moe_experts:
             return {}
         mine = {name: float(value) for name, value in take_sums(self.plain).items()}
