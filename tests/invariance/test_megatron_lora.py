@@ -1,0 +1,138 @@
+"""Adapters on the Megatron engine take the steps that PEFT's take, whatever layout the model is cut into."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lora_steps import OPTIM, RATE, STEPS, make_batches, make_objective
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from swift.config.tuner import TunerConfig
+from swift.engines.transformers.engine import TransformersEngine
+from swift.models.adapters import add_lora, load_adapter
+
+HOOK = f"{Path(__file__).parent}/megatron_lora_steps.py:run_cases"
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+ALL = ("all-linear",)
+MODELS = {
+    "qwen3": ("qwen3", {"num_hidden_layers": 4}, ALL),
+    "some": ("llama", {"num_hidden_layers": 2}, ("q_proj", "v_proj", "up_proj", "down_proj")),
+    "moe": ("qwen3_moe", EXPERTS, ALL),
+    "shared": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 48}, ALL),
+}
+TP, PP, CP, EP = ({name: 2} for name in ("tensor", "pipeline", "context", "expert"))
+SP = TP | {"sequence": True}
+UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+BESIDE = {"moe_shared_expert_overlap": True}
+
+
+def case(name: str, degrees: dict | None = None, *, sliced: bool = False, **more: Any) -> dict[str, Any]:
+    return {"name": name, "degrees": degrees or {}, "chosen": {}, "sliced": sliced, "dropout": 0.0,
+            "context": "all_gather"} | more  # fmt: skip
+
+
+LAYOUTS = {
+    1: [
+        case("some"),
+        case("moe", chosen={"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
+    ],
+    2: [
+        case("qwen3", TP),
+        case("qwen3", SP, chosen=UNIFORM),
+        case("some", SP, chosen={"recompute_granularity": "selective", "recompute_modules": ["mlp"]}),
+        case("qwen3", PP | {"virtual": 2}),
+        case("some", PP),
+        case("qwen3", CP),
+        case("qwen3", sliced=True),
+        case("moe", EP),
+        case("moe", SP),
+        case("moe", {"expert_tensor": 2}),
+        case("shared", SP | {"expert_tensor": 2}),
+        case("shared", SP | EP, chosen=BESIDE),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def models(make_tiny_model_dir, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
+    """Directories of the models and of adapters for them, each number random."""
+    made = {}
+    for name, (family, fields, targets) in MODELS.items():
+        folder = tmp_path_factory.mktemp(name)
+        path = make_tiny_model_dir(folder, family, **fields)
+        model = AutoModelForCausalLM.from_pretrained(path)
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+            model.save_pretrained(path)
+            config = TunerConfig(train_type="lora", lora_rank=4, lora_dropout=0, target_modules=targets)
+            model = add_lora(model, config, seed=5)
+            for key, parameter in model.named_parameters():
+                if "lora_B" in key:
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
+        model.save_pretrained(folder / "adapter")
+        made[name] = path, folder / "adapter"
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(models) -> dict[str, dict[str, Any]]:
+    """What PEFT and the transformers engine do with each model, on one process."""
+    return {name: train(*paths) for name, paths in models.items()}
+
+
+def train(path: Path, adapter: Path) -> dict[str, Any]:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = load_adapter(model, adapter, trainable=True)
+    engine = TransformersEngine(model, OPTIM, learning_rate=RATE, total_steps=STEPS)
+    rows, gradients = [], {}
+    for step in range(STEPS):
+        sums = engine.forward_backward(make_batches(step), make_objective())
+        if step == 0:
+            gradients = {
+                name.replace(".default.", "."): p.grad.clone()
+                for name, p in model.named_parameters()
+                if p.grad is not None
+            }
+        rows.append([sums.means()["loss/tokens"], engine.optim_step().grad_norm])
+    with engine.reference():
+        reference = engine.measure(make_batches(STEPS), make_objective()).means()["loss/tokens"]
+    return {
+        "rows": rows,
+        "gradients": gradients,
+        "parameters": list(engine.num_parameters),
+        "eval": engine.measure(make_batches(STEPS), make_objective()).means()["loss/tokens"],
+        "reference": reference,
+    }
+
+
+@pytest.mark.parametrize("world", LAYOUTS)
+def test_every_layout_takes_the_steps_of_peft(world, models, expected, megatron_workers, tmp_path):
+    cases = []
+    for i, one in enumerate(LAYOUTS[world]):
+        model, adapter = map(str, models[one["name"]])
+        cases.append(one | {"model": model, "adapter": adapter, "result": str(tmp_path / f"{i}.json")})
+    done = megatron_workers.run([], world, hook=HOOK, hook_arguments={"world": world, "cases": cases})
+    assert done.code == 0, done.stderr[-3000:]
+    for one in cases:
+        found, theirs = json.loads(Path(one["result"]).read_text()), expected[one["name"]]
+        about = f"{one['name']} on {one['degrees']}"
+        assert found["parameters"][0] == theirs["parameters"][0], about
+        for name in ("eval", "reference"):
+            assert found[name] == pytest.approx(theirs[name], rel=1e-5), f"{about}: {name}"
+        for step, (mine, reference) in enumerate(zip(found["rows"], theirs["rows"], strict=True)):
+            assert mine[0] == pytest.approx(reference[0], rel=1e-5), f"{about}: loss of step {step}"
+            assert mine[1] == pytest.approx(reference[1], rel=1e-4), f"{about}: gradient norm of step {step}"
+        if not one["sliced"]:
+            compare(load_file(Path(one["result"]).with_suffix(".safetensors")), theirs["gradients"], about)
+
+
+def compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], about: str) -> None:
+    assert found.keys() == expected.keys(), about
+    for name, theirs in expected.items():
+        error = (found[name] - theirs).norm().item()
+        assert error <= 1e-5 * max(theirs.norm().item(), 1e-3), f"{about}: {name} {error:.2e}"
