@@ -8,13 +8,14 @@ import pytest
 import torch
 from lora_steps import OPTIM, RATE, STEPS, make_batches, make_objective
 from safetensors.torch import load_file
+from test_processes import read_curve, write_rows
 from transformers import AutoModelForCausalLM
 
 from swift.config.tuner import TunerConfig
 from swift.engines.transformers.engine import TransformersEngine
 from swift.models.adapters import add_lora, load_adapter
 
-HOOK = f"{Path(__file__).parent}/megatron_lora_steps.py:run_cases"
+RANKS = f"{Path(__file__).parent}/megatron_lora_steps.py"
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 ALL = ("all-linear",)
 MODELS = {
@@ -116,7 +117,9 @@ def test_every_layout_takes_the_steps_of_peft(world, models, expected, megatron_
     for i, one in enumerate(LAYOUTS[world]):
         model, adapter = map(str, models[one["name"]])
         cases.append(one | {"model": model, "adapter": adapter, "result": str(tmp_path / f"{i}.json")})
-    done = megatron_workers.run([], world, hook=HOOK, hook_arguments={"world": world, "cases": cases})
+    done = megatron_workers.run(
+        [], world, hook=f"{RANKS}:run_cases", hook_arguments={"world": world, "cases": cases}
+    )
     assert done.code == 0, done.stderr[-3000:]
     for one in cases:
         found, theirs = json.loads(Path(one["result"]).read_text()), expected[one["name"]]
@@ -136,3 +139,45 @@ def compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], a
     for name, theirs in expected.items():
         error = (found[name] - theirs).norm().item()
         assert error <= 1e-5 * max(theirs.norm().item(), 1e-3), f"{about}: {name} {error:.2e}"
+
+
+def megatron(workers, processes: int, *argv: str) -> str:
+    done = workers.run([], processes, hook=f"{RANKS}:command", hook_arguments={"argv": ["sft", *argv]})
+    assert done.code == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def near(curve: list[tuple[float, float]], other: list[tuple[float, float]]) -> bool:
+    pairs = zip(curve, other, strict=True)
+    return all(
+        a == pytest.approx(b, rel=1e-5) and c == pytest.approx(d, rel=1e-4) for (a, c), (b, d) in pairs
+    )
+
+
+def test_the_command_trains_what_swift_trains(workers, megatron_workers, models, tmp_path):
+    """The same flags, no adapter to start from. A run goes on cut in another way; files are PEFT's."""
+    model, _ = models["qwen3"]
+    data = write_rows(tmp_path / "rows.jsonl")
+    common = [
+        "--model", str(model), "--dataset", str(data), "--add_version", "false", "--train_type", "lora",
+        "--lora_rank", "4", "--lora_dropout", "0", "--learning_rate", "2e-3", "--num_train_epochs", "2",
+        "--logging_steps", "1", "--save_steps", "4", "--split_dataset_ratio", "0", "--adam_epsilon", "1e-4",
+        "--per_device_train_batch_size", "2", "--report_to", "none",
+    ]  # fmt: skip
+    size = ("--gradient_accumulation_steps", "4", "--weight_decay", "0.1", "--adam_beta2", "0.95")
+    plain = ["sft", *common, *size, "--output_dir", str(tmp_path / "plain")]
+    assert workers.run(plain).code == 0
+    halves = ("--tensor_model_parallel_size", "2", "--sequence_parallel", "true")
+    one, two = tmp_path / "one", tmp_path / "two"
+    named = ("--target_modules", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    megatron(megatron_workers, 1, *common, "--global_batch_size", "8", "--output_dir", str(one), *named)
+    expected = read_curve(tmp_path / "plain")
+    assert near(read_curve(one), expected), (read_curve(one), expected)
+    resumed = ["--resume_from_checkpoint", str(one / "checkpoint-4"), "--output_dir", str(two)]
+    megatron(megatron_workers, 2, *resumed, *halves)
+    assert near(read_curve(two), expected[4:])
+    ours, theirs = (load_file(run / "checkpoint-8" / "adapter_model.safetensors")
+                    for run in (two, tmp_path / "plain"))  # fmt: skip
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).norm() <= 1e-4 * tensor.norm(), name
