@@ -91,13 +91,13 @@ def dist_checkpoint():
 
 @contextmanager
 def model_parallel(world: int, layout: dict[str, int]):
-    from swift.engines.megatron.settings import Degrees
+    from swift.config.layout import Layout
     from swift.engines.megatron.setup import join_model_parallel, leave_model_parallel, seed_model_parallel
     from swift.engines.ranks import join_ranks
 
     ranks, _ = join_ranks(torch.device("cpu"), 120)
     assert ranks.world == world
-    degrees = Degrees(**layout)
+    degrees = Layout(**layout)
     join_model_parallel(ranks, degrees, 120)
     seed_model_parallel(1)
     yield degrees

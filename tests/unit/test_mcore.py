@@ -1,15 +1,20 @@
 """--load: which directory counts, what its args.json adds, and one line for each that is not whole."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from swift.config.layout import Layout
-from swift.config.option import ConfigError, build
+from swift.config.option import ConfigError, build, flatten
 from swift.config.runs import MegatronRlhfRun, MegatronSftRun
 from swift.models.mcore import McoreCheckpoint, find_mcore, find_weights
 from swift.train.megatron import as_resumption, settle, with_accumulation
+from swift.train.resume import load_resumption
+from swift.train.saving import ARGS, STATE, write_manifest
+from swift.train.state import TrainState
+from swift.utils.files import write_json
 
 
 def write_mcore(directory: Path, iteration: int = 1, **args: object) -> Path:
@@ -166,6 +171,30 @@ def test_finetune_false_goes_on(tmp_path: Path) -> None:
     assert fresh.resumes is None and as_resumption(fresh) == fresh
     both = sft_run(resume_from_checkpoint="there", mcore_model="m", finetune=False)
     assert both.resumes == "there" and as_resumption(both) == both
+
+
+def test_a_resumed_run_has_the_flags_it_began_with(tmp_path: Path) -> None:
+    began = sft_run(model="m", train_type="lora", global_batch_size=8, min_lr=1e-6, save_steps=7)
+    checkpoint = tmp_path / "run" / "checkpoint-10"
+    checkpoint.mkdir(parents=True)
+    write_json(checkpoint / ARGS, flatten(began))
+    write_json(
+        checkpoint / STATE, {"state": dataclasses.asdict(TrainState(step=10)), "data": {}, "resumable": True}
+    )
+    write_manifest(checkpoint)
+    goes_on = {"mcore_model": str(tmp_path / "run"), "finetune": False, "dataset": ()}
+    resumed, resumption = load_resumption(as_resumption(sft_run(**goes_on)))
+    assert resumption is not None and resumption.state.step == 10
+    assert (resumed.tuner.train_type, resumed.megatron.global_batch_size, resumed.optim.min_lr) == (
+        "lora", 8, 1e-6,
+    )  # fmt: skip
+    assert (resumed.schedule.save_steps, resumed.model.model, resumed.data.dataset) == (
+        7,
+        "m",
+        ("data.jsonl",),
+    )
+    with pytest.raises(ConfigError, match="--global_batch_size 32 differs from the checkpoint's 8"):
+        load_resumption(as_resumption(sft_run(**goes_on, global_batch_size=32)))
 
 
 def test_finetune_false_with_nothing_to_go_on_from(tmp_path: Path) -> None:

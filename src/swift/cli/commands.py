@@ -48,6 +48,7 @@ RUN_PT, RUN_SFT, RUN_RLHF = (f"swift.train.run:run_{name}" for name in ("pt", "s
 PARALLEL = "swift.train.run_megatron"
 RUN_INFER = "swift.infer.run:run_infer"
 RUN_EXPORT = "swift.export.run:run_export"
+RUN_CONVERT = "swift.export.megatron:run_export_megatron"
 ALL_TOKENS, LAST_ROUND = ("loss_scale", "all"), ("loss_scale", "last_round")
 PLAIN_TEXT = (ALL_TOKENS, ("use_chat_template", False))
 
@@ -109,7 +110,13 @@ COMMANDS = (
         can_spread=True,
     ),
     Command(
-        "megatron", "export", MEGATRON_EXPORT, None, "convert weights in parallel", True, can_spread=True
+        "megatron",
+        "export",
+        MEGATRON_EXPORT,
+        RUN_CONVERT,
+        "convert weights in parallel",
+        True,
+        can_spread=True,
     ),
 )
 

@@ -8,8 +8,6 @@ from swift.config.option import ConfigError, option
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationConfig:
-    """How answers are sampled."""
-
     max_new_tokens: int | None = option(
         None, help="longest answer; none = what the context leaves", unit="tokens", range=(1, None)
     )
@@ -27,8 +25,6 @@ class GenerationConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InferOptions:
-    """What is answered, with which adapters, and where the answers go."""
-
     adapters: tuple[str, ...] = option((), help="checkpoint with adapters; its args.json names the model")
     load_args: bool = option(
         True, help="take model, system prompt and template from the checkpoint's args.json"
@@ -51,8 +47,6 @@ class InferOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportOptions:
-    """What is made of a checkpoint, and where it goes."""
-
     adapters: tuple[str, ...] = option((), help="checkpoint with adapters; its args.json names the model")
     load_args: bool = option(True, help="take the model from the checkpoint's args.json")
     merge_lora: bool = option(False, help="fold the adapters into the weights")

@@ -78,18 +78,7 @@ def iterate_knobs(config_class: type) -> Iterator[Knob]:
         if dataclasses.is_dataclass(kind):
             yield from (dataclasses.replace(k, group=field.name) for k in iterate_knobs(kind))
             continue
-        m = field.metadata
-        yield Knob(
-            field.name,
-            "",
-            config_class,
-            kind,
-            default_of(field),
-            m["help"],
-            m["unit"],
-            m["choices"],
-            m["range"],
-        )
+        yield Knob(field.name, "", config_class, kind, default_of(field), **field.metadata)
 
 
 def build(config_class: type, values: dict[str, Any]) -> Any:

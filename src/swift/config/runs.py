@@ -107,6 +107,7 @@ class TrainRun:
         for flag, value in (
             ("--save_strategy", self.schedule.save_strategy),
             ("--eval_strategy", self.schedule.eval_strategy),
+            ("--logging_strategy", self.schedule.logging_strategy),
         ):
             if value == "epoch":
                 raise ConfigError(
@@ -158,6 +159,12 @@ class RlhfRun(TrainRun):
                 f"--init_weights {self.tuner.init_weights} changes the weights that --rlhf_type "
                 f"{self.rlhf.rlhf_type} takes for its reference",
                 hint="leave --init_weights out",
+            )
+        if self.rlhf.sync_ref_model and (self.tuner.train_type != "full" or self.parallel.zero):
+            clash = "--deepspeed" if self.parallel.zero else f"--train_type {self.tuner.train_type}"
+            raise ConfigError(
+                f"--sync_ref_model true cannot be combined with {clash}: it mixes all weights into a copy",
+                hint="--train_type full, on several GPUs with --fsdp fsdp2",
             )
         if self.rlhf.ref_model and self.tuner.train_type != "full":
             raise ConfigError(

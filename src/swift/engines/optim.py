@@ -63,7 +63,6 @@ class Together(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step of every part."""
         assert closure is None, "no optimizer here evaluates the loss again"
         for part in self.parts:
             part.step()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from swift.batch import Batch
 from swift.objectives.types import Objective, TokenStats
@@ -80,12 +81,20 @@ class Engine(Protocol):
         """Clips, steps, advances the schedule and clears the gradients."""
         ...
 
+    def gather(self, values: Tensor) -> tuple[Tensor, int]:
+        """[N, ...] rows of every data rank, which may give differently many, and where its own begin."""
+        ...
+
     def reference(self) -> AbstractContextManager[None]:
         """Inside it `forward` answers as the model did before training."""
         ...
 
     def drop_reference(self) -> None:
         """Frees what only `reference` needs: nothing will ask for it any more."""
+        ...
+
+    def mix_reference(self, share: float) -> None:
+        """From now on the reference is `share` of the model as it is and the rest what it was."""
         ...
 
     def save(self, path: Path, *, resumable: bool) -> Snapshot:

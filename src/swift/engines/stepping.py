@@ -7,6 +7,7 @@ from torch import Tensor
 
 from swift.batch import IGNORED, Batch
 from swift.engines.protocol import Sums
+from swift.engines.ranks import Ranks
 from swift.objectives.types import LossSum
 
 # One token, not trained: what a rank runs while others still have rows.
@@ -43,3 +44,10 @@ def collect_sums(results: Sequence[LossSum], units: Sequence[dict[str, int]]) ->
     for name, total, count in zip(names, numbers[0::2], numbers[1::2], strict=True):
         sums.add(name, total, count)
     return sums
+
+
+def gather_rows(values: Tensor, ranks: Ranks) -> tuple[Tensor, int]:
+    """[N, ...] of all data ranks in their order, on the CPU, and where those of this one begin."""
+    everyones = ranks.collect(values.cpu())
+    parts = [everyones[speaker] for speaker in ranks.speakers]
+    return torch.cat(parts), sum(len(part) for part in parts[: ranks.data_rank])

@@ -26,8 +26,6 @@ from swift.utils.log import say, warn
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What is loaded."""
-
     run: InferRun  # with what the checkpoint's args.json adds
     model: Path
     adapter: Path | None
@@ -89,7 +87,8 @@ def score_texts(source: Source, labels: int, specs: tuple[str, ...], columns: di
     chosen = list(rows)[: run.infer.val_dataset_sample]
     path = Path(run.infer.result_path) if run.infer.result_path else default_result_path(source)
     open_result_file(path)
-    scorer = TextScorer.load(source.model, source.adapter, labels, run)
+    problem = source.saved.get("problem_type")
+    scorer = TextScorer.load(source.model, source.adapter, labels, problem, run)
     count = scorer.score_rows(chosen, path, batch_size=run.infer.max_batch_size, strict=run.infer.strict)
     say(f"{count} scores: {path}")
     return 0

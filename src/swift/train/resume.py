@@ -1,6 +1,5 @@
 """Going on from a checkpoint: the flags it was trained with, and the checks that it is the same run."""
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,11 @@ FIXED = (
     "model", "dataset", "train_type", "lora_rank", "lora_alpha", "target_modules", "max_length", "system",
     "seed", "data_seed", "loss_scale",
     "lr_scheduler_type", "learning_rate", "train_dataloader_shuffle", "packing", "packing_length",
-    "streaming", "shuffle_buffer_size",
+    "streaming", "shuffle_buffer_size", "dataloader_drop_last",
     "agent_template", "is_binary_loss_scale", "use_chat_template", "enable_dft_loss",
     "label_smoothing_factor", "router_aux_loss_coef", "neftune_noise_alpha",
     "rlhf_type", "beta", "loss_type", "loss_weights", "ref_model", "label_smoothing", "rpo_alpha",
+    "sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha",
     "use_rslora", "use_dora", "init_weights", "lora_bias", "modules_to_save",
     "target_regex", "target_parameters",
     "freeze_parameters", "freeze_parameters_regex", "freeze_parameters_ratio",
@@ -86,13 +86,3 @@ def check_same_data(resumption: Resumption, data: dict[str, Any]) -> None:
 def hide_secrets(flat: dict[str, Any]) -> dict[str, Any]:
     """Flags as they may be written to a file."""
     return {k: (None if is_secret(k) else v) for k, v in flat.items()}
-
-
-def with_system(run: Run, system: str | None) -> Run:
-    """The run with the system prompt itself in place of the .txt file that holds it."""
-    return dataclasses.replace(run, template=dataclasses.replace(run.template, system=system))
-
-
-def with_model(run: Run, model: str) -> Run:
-    """The run with another --model, for a path made absolute."""
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, model=model))

@@ -36,17 +36,14 @@ Run = TypeVar("Run", bound=TrainRun)
 
 
 def run_pt(run: SftRun) -> int:
-    """`swift pt`; returns the exit code."""
     return train(run, "pt", lambda run: sft_method(run.task, run.sft))
 
 
 def run_sft(run: SftRun) -> int:
-    """`swift sft`; returns the exit code."""
     return train(run, "sft", lambda run: sft_method(run.task, run.sft))
 
 
 def run_rlhf(run: RlhfRun) -> int:
-    """`swift rlhf`; returns the exit code."""
     return train(run, "rlhf", lambda run: rlhf_method(run.rlhf))
 
 
@@ -93,6 +90,8 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
     summary.tell_sample(tokenizer, rows)
     directory = ranks.share(open_run_directory(run, ready.root, resumption) if ranks.is_main else ready.root)
     args = hide_secrets({**flatten(run), "swift_version": __version__, "command": command})
+    if "global_batch_size" in args:
+        args["gradient_accumulation_steps"] = None  # follows from it and the layout
     if ranks.is_main:
         write_json(directory / "args.json", args)
         if ready.eval_source is not None and not run.data.val_dataset and not resumption:
@@ -112,6 +111,7 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
         engine=engine, method=method, feed=feed, eval_rows=ready.eval_rows,
         total_steps=total_steps, schedule=run.schedule, saver=saver, run_directory=directory,
         callbacks=build_callbacks(run, directory, args, ready.callbacks) if ranks.is_main else [],
+        shown=summary.show_answers(tokenizer, ready.eval_rows, method.shape),
         follows_wishes=bool(ready.callbacks or run.schedule.early_stop_interval),
     )  # fmt: skip
     return run_loop(loop, state)

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
@@ -22,60 +22,22 @@ from swift.engines.protocol import Engine, Snapshot
 from swift.engines.ranks import Ranks
 from swift.train.state import TrainState
 from swift.train.stopping import FAILED
-from swift.utils.files import file_sha256, format_bytes, sync_directory, write_json, write_text
+from swift.utils.files import (
+    describe_files,
+    find_damage,
+    format_bytes,
+    sync_directory,
+    write_json,
+    write_manifest,
+    write_text,
+)
 from swift.utils.log import say, warn
 
-MANIFEST, STATE, ARGS = "manifest.json", "trainer_state.json", "args.json"
+STATE, ARGS = "trainer_state.json", "args.json"
 # What a disk may answer at any time; other errors are our own and are shown as they are.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.ESTALE)
 POLL_SECONDS = 0.02
 NAME = re.compile(r"checkpoint-(\d+)")
-
-
-def describe_files(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Size and hash of each, by its name below `directory`; they are on disk when this returns.
-
-    Everyone may read the files: safetensors makes its own readable for the owner alone.
-    """
-    described = {}
-    for path in files:
-        path.chmod(0o644)
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
-        described[str(path.relative_to(directory))] = {
-            "bytes": path.stat().st_size,
-            "sha256": file_sha256(path),
-        }
-    return described
-
-
-def write_manifest(directory: Path, known: dict[str, Any] | None = None) -> None:
-    """Sizes and hashes of every file, written last. `known`: of files that other ranks have described."""
-    known = known or {}
-    files = sorted(p for p in directory.rglob("*") if p.is_file())
-    rest = [path for path in files if str(path.relative_to(directory)) not in known]
-    write_json(directory / MANIFEST, {"files": {**known, **describe_files(directory, rest)}})
-    sync_directory(directory)
-
-
-def find_damage(directory: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None when every file is as it was written."""
-    manifest = directory / MANIFEST
-    if not manifest.is_file():
-        return f"it has no {MANIFEST}"
-    try:
-        files: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    except (json.JSONDecodeError, KeyError):
-        return f"its {MANIFEST} cannot be read"
-    for name, expected in files.items():
-        path = directory / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if file_sha256(path) != expected["sha256"]:
-            return f"the contents of {name} have changed"
-    return None
 
 
 def list_checkpoints(run_directory: Path) -> list[tuple[int, Path]]:

@@ -81,6 +81,7 @@ def watch_batches(chunk: GPTModel) -> None:
 
 
 def tell_router(layer: nn.Module, _inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Before a layer is called."""
     layer.mlp.router.flat = named["packed_seq_params"]
 
 

@@ -34,6 +34,7 @@ EXPERT = re.compile(r"(?<=\.experts\.linear_fc[12]\.weight)\d+$")
 CONSTANT = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias)$")
 
 Value = Callable[[Tensor], Tensor]
+Seen = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,11 @@ class Bridge:
         self.rows = rows_of(hf_config.model_type, tied=self.tied)
         self.vocabulary, self.settings = hf_config.vocab_size, settings
 
-    def load(self, chunks: Sequence[nn.Module], source: Path) -> None:
+    def load(self, chunks: Sequence[nn.Module], source: Path, seen: Seen = lambda _: None) -> None:
         """Fills the parameters of this rank from a directory in HF's layout. Called by all ranks.
 
         Raises ConfigError, before anything is changed, where tensors are missing, left over or misshaped.
+        `seen` is told of bytes that have been read.
         """
         parts = self.parts(chunks)
         own = {name: piece.whole for part in parts for name, piece in part.pieces}
@@ -74,6 +76,7 @@ class Bridge:
             self._check(files, shapes, source)
             for part in parts:
                 fill(part, files)
+                seen(part.parameter.nbytes)
 
     def _check(self, files: Mapping[str, Any], shapes: Mapping[str, Shape], source: Path) -> None:
         missing = sorted(shapes.keys() - files.keys())
@@ -195,10 +198,12 @@ def collect(value: Any) -> list[Any]:
 
 
 def size(box: Box) -> int:
+    """How many numbers it holds."""
     return math.prod(end - start for start, end in box)
 
 
 def slices(box: Box) -> tuple[slice, ...]:
+    """The same, to index a tensor with."""
     return tuple(slice(start, end) for start, end in box)
 
 

@@ -121,6 +121,8 @@ def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 def patch_torch() -> None:
     """torch.cuda and its tensors, answered by the CPU."""
+    with torch.device("cpu"):
+        torch.empty(0)  # the first use notes which functions are factories; transformers uses it with "meta"
     cuda: Any = torch.cuda
     cuda.current_device = answering(CPU)
     cuda.get_device_capability = answering((0, 0))

@@ -7,7 +7,7 @@ Not here: what is in the states (engine), HF's files (bridge.py), which director
 """
 
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,12 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, Metadata, SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import WriteItem
 
 from swift.config.option import ConfigError
-from swift.engines.megatron.bridge import collect, unwrap
+from swift.engines.megatron.bridge import Seen, collect, unwrap
 from swift.engines.transformers.slices import settle, to_host
 from swift.models.mcore import METADATA, TRACKER
 from swift.utils.files import write_text
@@ -73,15 +74,28 @@ class Writing:
         FileSystemWriter(directory).finish(self.metadata, results)
 
 
+class Telling(MCoreSavePlanner):
+    """Tells of the bytes that it hands out to be written."""
+
+    def __init__(self, seen: Seen) -> None:
+        super().__init__(flatten_state_dict=False)
+        self.seen = seen
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        found = super().resolve_data(write_item)
+        self.seen(found.nbytes if isinstance(found, Tensor) else 0)
+        return found
+
+
 def placed(rank: int) -> str:
     """File in which a rank notes where in its file it has put what."""
     return f".placed-{rank}"
 
 
-def prepare(state: dict[str, Any], *, copy: bool = True) -> Writing:
+def prepare(state: dict[str, Any], *, copy: bool = True, seen: Seen = lambda _: None) -> Writing:
     """Settles who writes what of a sharded state. Called by all ranks; `state` is used up.
 
-    copy: into host memory, so that tensors may change before they are written.
+    copy: into host memory, so that tensors may change before they are written. `seen` hears of written bytes.
     """
     sharded, common = save_preprocess(state)
     mine = [
@@ -92,7 +106,7 @@ def prepare(state: dict[str, Any], *, copy: bool = True) -> Writing:
             tensor.data = to_host(tensor.data)
         settle()
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
-    planner = MCoreSavePlanner(flatten_state_dict=False)
+    planner = Telling(seen)
     rank, world = dist.get_rank(), dist.get_world_size()
     planner.set_up_planner(mcore_to_pyt_state_dict(by_key), is_coordinator=rank == 0)
     plans, metadata = planner.create_global_plan(collect(planner.create_local_plan()))
@@ -101,9 +115,9 @@ def prepare(state: dict[str, Any], *, copy: bool = True) -> Writing:
     return Writing(planner.finish_plan(plan), planner, metadata, common, rank, world, size)
 
 
-def write(directory: Path, state: dict[str, Any]) -> None:
+def write(directory: Path, state: dict[str, Any], seen: Seen = lambda _: None) -> None:
     """Writes a sharded state at once. Called by all ranks."""
-    writing = prepare(state, copy=False)
+    writing = prepare(state, copy=False, seen=seen)
     if writing.rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
     collect(None)
@@ -209,14 +223,31 @@ def put(chunks: Sequence[nn.Module], state: Mapping[str, Any]) -> None:
         assert not [name for name in absent if not name.endswith("_extra_state")], absent
 
 
-def save_model(chunks: Sequence[nn.Module], directory: Path, iteration: int = 1) -> None:
+def save_model(
+    chunks: Sequence[nn.Module], directory: Path, iteration: int = 1, seen: Seen = lambda _: None
+) -> None:
     """Writes weights as directory/iter_0000001, and the file that names it. Called by all ranks."""
     state = model_state(chunks) | {"checkpoint_version": 3.0, "iteration": iteration}
-    write(directory / f"iter_{iteration:07d}", state)
+    write(directory / f"iter_{iteration:07d}", state, seen)
     if dist.get_rank() == 0:
         write_text(directory / TRACKER, str(iteration))
 
 
 def load_model(chunks: Sequence[nn.Module], weights: Path) -> None:
     """Reads weights from an iteration's directory, written under any layout. Called by all ranks."""
-    put(chunks, read(weights, model_state(chunks)))
+    state = model_state(chunks)
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensorFactory):
+            value.merge_fn = in_place(value)
+    put(chunks, read(weights, state))
+
+
+def in_place(factory: ShardedTensorFactory) -> Callable[[list[Tensor]], Tensor]:
+    """Puts a parameter together of its parts, without a copy where they are in it already."""
+    whole, merge = factory.data, factory.merge_fn
+
+    def join(parts: list[Tensor]) -> Tensor:
+        same = all(part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() for part in parts)
+        return whole if same else merge(parts)
+
+    return join

@@ -32,7 +32,7 @@ from swift.engines.megatron.settings import Settings
 from swift.engines.optim import build_scheduler
 from swift.engines.protocol import Snapshot, StepInfo, Sums
 from swift.engines.ranks import Ranks
-from swift.engines.stepping import NOTHING, add_units, collect_sums
+from swift.engines.stepping import NOTHING, add_units, collect_sums, gather_rows
 from swift.objectives.sft import has_trained
 from swift.objectives.types import LossSum, Objective, TokenStats
 
@@ -202,6 +202,9 @@ class MegatronEngine:
             total.merge(parts[speaker])
         return total
 
+    def gather(self, values: Tensor) -> tuple[Tensor, int]:
+        return gather_rows(values, self.ranks)
+
     def optim_step(self) -> StepInfo:
         learning_rate = self.scheduler.get_last_lr()[0]
         for group in self.optimizer.param_groups:
@@ -224,6 +227,9 @@ class MegatronEngine:
             self.active = self.chunks
             for adapter in self.adapters:
                 adapter.enabled = True
+
+    def mix_reference(self, share: float) -> None:
+        raise NotImplementedError("--sync_ref_model is refused for megatron")
 
     def drop_reference(self) -> None:
         """Frees the frozen copy, once nothing asks for it any more."""

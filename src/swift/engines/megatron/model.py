@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from swift.engines.megatron.balance import BalancedRouter, watch_batches
@@ -108,6 +109,22 @@ def build_chunks(hf: PretrainedConfig, settings: Settings) -> list[GPTModel]:
     return [build_chunk(hf, settings, stage if virtual else None) for stage in range(virtual or 1)]
 
 
+def keep_padding(embedding: VocabParallelEmbedding, token: int) -> None:
+    """The embedding of the padding token gets no gradient from its place in rows, as in transformers.
+
+    This shows where a chat template ends turns with that token.
+    """
+
+    def stop(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        ids = inputs[0]
+        if embedding.reduce_scatter_embeddings:  # [t, 1, D] of this tensor rank instead of [1, T, D]
+            group = embedding.tp_group
+            ids = ids.transpose(0, 1).chunk(group.size())[group.rank()]
+        return torch.where((ids == token)[..., None], output.detach(), output)
+
+    embedding.register_forward_hook(stop)
+
+
 def mark_shares(chunk: GPTModel) -> None:
     """Tells which tensors are shares of larger ones; megatron-core does so only where it draws their values.
 
@@ -137,7 +154,9 @@ def build_chunk(hf: PretrainedConfig, settings: Settings, stage: int | None) -> 
         **({} if stage is None else {"vp_stage": stage}),
     )
     mark_shares(chunk)
+    if chunk.pre_process and getattr(hf, "pad_token_id", None) is not None:
+        keep_padding(chunk.embedding.word_embeddings, hf.pad_token_id)
     watch_batches(chunk)
     chunk.rotary_pos_emb = Rotary(hf)
     chunk.model_type = ModelType.encoder_or_decoder
-    return chunk.to(torch.cuda.current_device())
+    return chunk if settings.use_cpu_initialization else chunk.to(torch.cuda.current_device())

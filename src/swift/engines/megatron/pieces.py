@@ -33,6 +33,7 @@ class Cut:
 
 
 def box_of(shape: Shape) -> Box:
+    """All of a tensor."""
     return tuple((0, length) for length in shape)
 
 

@@ -69,27 +69,15 @@ def segmented_sdpa(
     key_lengths: list[int] | None = None,
 ) -> Tensor:
     """[1, H, T, D] causal attention, one SDPA call a segment: exact, linear in the number of segments."""
-    outputs = []
-    queries, keys = (
-        query.split(lengths, dim=2),
-        (t.split(key_lengths or lengths, dim=2) for t in (key, value)),
-    )
-    for q, k, v in zip(queries, *keys, strict=True):
+    outputs, options = [], {"scale": scaling, "dropout_p": dropout, "enable_gqa": True}
+    queries = query.split(lengths, dim=2)
+    keys, values = (t.split(key_lengths or lengths, dim=2) for t in (key, value))
+    for q, k, v in zip(queries, keys, values, strict=True):
         length, seen = q.shape[2], k.shape[2]
         masked = length < seen or (window and window < seen)
         mask = window_mask(length, window or seen, q.device, seen) if masked else None
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scaling,
-                dropout_p=dropout,
-                enable_gqa=True,
-            )
-        )
+        causal = mask is None
+        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, **options))
     return torch.cat(outputs, dim=2)
 
 

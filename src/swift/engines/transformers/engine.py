@@ -14,7 +14,7 @@ import torch
 import transformers
 from packaging import version
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -26,7 +26,7 @@ from swift.config.parallel import ParallelConfig
 from swift.engines.optim import answering, begin_training, build_optimizer, build_scheduler
 from swift.engines.protocol import Snapshot, StepInfo, Sums
 from swift.engines.ranks import Ranks
-from swift.engines.stepping import NOTHING, add_units, collect_sums
+from swift.engines.stepping import NOTHING, add_units, collect_sums, gather_rows
 from swift.engines.transformers import checkpoint
 from swift.engines.transformers.attention import FLAT_ATTENTION, compile_layers
 from swift.engines.transformers.forward import Layout, refusal_of_flat, score
@@ -64,10 +64,12 @@ class TransformersEngine:
         wrapper: Wrapper = DEFAULT_WRAPPER,
         resume_from: Path | None = None,
         frozen: PreTrainedModel | None = None,
+        frozen_moves: bool = False,
     ) -> None:
         """`compute`: dtype of the arithmetic; None = that of the weights. `compiler`: of the layers.
 
-        `frozen`: the reference of full-parameter training; with adapters it is the model without them.
+        `frozen`: the reference of full-parameter training; with adapters it is the model without them. One
+        that is mixed with the model (`frozen_moves`) is part of checkpoints.
         """
         self.model = model
         self.ranks = ranks or Ranks()
@@ -110,6 +112,7 @@ class TransformersEngine:
         self.wrapped = wrapper(model, base, ranks=self.ranks, compute=self.compute, build_optimizer=build)
         self.module = self.wrapped.module  # what is called: the model, or inside `reference` the frozen one
         self.frozen = None if frozen is None else self._freeze(frozen)
+        self.frozen_moves = frozen_moves
         self.scheduler = schedules[0] or build_scheduler(self.wrapped.optimizer, config, total_steps)
         if resume_from:
             parts = (model, self.wrapped, self.scheduler, resume_from)
@@ -189,6 +192,9 @@ class TransformersEngine:
         numbers = self.ranks.sum([number for name in names for number in local.pairs[name]])
         return Sums(dict(zip(names, zip(numbers[0::2], numbers[1::2], strict=True), strict=True)))
 
+    def gather(self, values: Tensor) -> tuple[Tensor, int]:
+        return gather_rows(values, self.ranks)
+
     def optim_step(self) -> StepInfo:
         learning_rate = self.scheduler.get_last_lr()[0]
         done = self.wrapped.step(self.max_grad_norm)
@@ -209,6 +215,13 @@ class TransformersEngine:
         finally:
             self.module = trained
 
+    def mix_reference(self, share: float) -> None:
+        assert self.frozen is not None
+        with torch.no_grad(), answering(self.wrapped.optimizer):
+            weights = checkpoint.unique_weights(self.model)
+            for name, kept in checkpoint.unique_weights(self.frozen).items():
+                kept.copy_(torch.lerp(kept.float(), weights[name].float(), share))
+
     def drop_reference(self) -> None:
         """Frees the frozen copy, once nothing asks for it any more."""
         self.frozen = None
@@ -217,7 +230,8 @@ class TransformersEngine:
 
     def save(self, path: Path, *, resumable: bool) -> Snapshot:
         parts = (self.model, self.wrapped, self.scheduler, path)
-        return checkpoint.take_snapshot(*parts, ranks=self.ranks, resumable=resumable)
+        kept = self.frozen if self.frozen_moves else None
+        return checkpoint.take_snapshot(*parts, ranks=self.ranks, resumable=resumable, reference=kept)
 
 
 def widen_trained(model: nn.Module) -> None:

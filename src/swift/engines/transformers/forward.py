@@ -1,4 +1,4 @@
-"""Batch -> model arguments -> LogitsView -> TokenStats. The choice of layout lives here, and only here.
+"""Batch -> model arguments -> DenseLogits -> TokenStats. The choice of layout lives here, and only here.
 
 Flat: one row of T tokens, segments kept apart by the attention. Padded: [B, L] with padding on the right, for
 models whose attention cannot be replaced. Both give the same stats.
