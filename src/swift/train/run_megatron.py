@@ -1,5 +1,6 @@
 """`megatron pt|sft|rlhf`: the same runs on megatron-core. `swift`'s commands import nothing of it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,7 +9,8 @@ from transformers import PretrainedConfig
 
 from swift.config.layout import Layout, choose_layout, model_sizes
 from swift.config.option import ConfigError
-from swift.config.runs import MegatronRlhfRun, MegatronRun, MegatronSftRun
+from swift.config.option import build as build_config
+from swift.config.runs import ExportRun, MegatronRlhfRun, MegatronRun, MegatronSftRun
 from swift.engines.megatron.bridge import Bridge
 from swift.engines.megatron.checkpoint import Files
 from swift.engines.megatron.dist_checkpoint import load_model
@@ -21,6 +23,7 @@ from swift.engines.ranks import Ranks, join_ranks
 from swift.models.load import SLOW_HALF, load_config, pick_device
 from swift.models.mcore import find_mcore
 from swift.models.outline import Outline, outline_adapters
+from swift.plugins.registry import load_object
 from swift.train.backend import Backend
 from swift.train.building import seed_everything
 from swift.train.megatron import as_resumption, settle, with_accumulation
@@ -101,7 +104,10 @@ def build(
     seed_model_parallel(seed)
     layout = layout_of(run, hf)
     dtype = choose_dtype(run, hf, device)
-    settings = model_settings(hf, layout, dtype, **chosen_settings(run.megatron, hf))
+    flags = run.megatron
+    if run.tuner.train_type == "lora":  # adapters stand beside layers of torch kernels
+        flags = replace(flags, transformer_impl="torch")
+    settings = model_settings(hf, layout, dtype, **chosen_settings(flags, hf))
     outline = outline_of(run, ready, settings, resumption)
     chunks = load_chunks(run, ready, settings, None)
     if outline:
@@ -109,7 +115,6 @@ def build(
     frozen = None
     if method.needs_reference and run.tuner.train_type == "full":
         frozen = load_chunks(run, ready, settings, ready.reference_path)
-    flags = run.megatron
     engine = MegatronEngine(
         chunks,
         settings,
@@ -156,4 +161,11 @@ def load_chunks(run: MegatronRun, ready: Prepared, settings: Settings, other: Pa
     return chunks
 
 
-MEGATRON = Backend(lambda run: settle(run).run, locate, join, build, iterations=True)
+def merge(run: MegatronRun, checkpoint: Path) -> None:
+    """--merge_lora: `swift export --merge_lora true` of the last checkpoint. Called by one process."""
+    if run.tuner.merge_lora:
+        plan = {"adapters": (str(checkpoint),), "merge_lora": True, "exist_ok": True}
+        load_object("swift.export.run:run_export")(build_config(ExportRun, plan))
+
+
+MEGATRON = Backend(lambda run: settle(run).run, locate, join, build, iterations=True, finish=merge)
