@@ -21,6 +21,8 @@ ALL = ("all-linear",)
 MODELS = {
     "qwen3": ("qwen3", {"num_hidden_layers": 4}, ALL),
     "some": ("llama", {"num_hidden_layers": 2}, ("q_proj", "v_proj", "up_proj", "down_proj")),
+    "columns": ("llama", {}, ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")),
+    "first": ("llama", {"num_hidden_layers": 2}, r".*layers\.0.*q_proj"),  # the last stage has none
     "moe": ("qwen3_moe", EXPERTS, ALL),
     "shared": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 48}, ALL),
 }
@@ -46,6 +48,7 @@ LAYOUTS = {
         case("some", SP, chosen={"recompute_granularity": "selective", "recompute_modules": ["mlp"]}),
         case("qwen3", PP | {"virtual": 2}),
         case("some", PP),
+        case("first", PP),
         case("qwen3", CP),
         case("qwen3", sliced=True),
         case("moe", EP),
@@ -70,7 +73,8 @@ def models(make_tiny_model_dir, tmp_path_factory) -> dict[str, tuple[Path, Path]
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
             model.save_pretrained(path)
-            config = TunerConfig(train_type="lora", lora_rank=4, lora_dropout=0, target_modules=targets)
+            which = {"target_regex" if isinstance(targets, str) else "target_modules": targets}
+            config = TunerConfig(train_type="lora", lora_rank=4, lora_dropout=0, **which)
             model = add_lora(model, config, seed=5)
             for key, parameter in model.named_parameters():
                 if "lora_B" in key:
@@ -181,3 +185,48 @@ def test_the_command_trains_what_swift_trains(workers, megatron_workers, models,
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert (ours[name] - tensor).norm() <= 1e-4 * tensor.norm(), name
+
+
+def test_dropout_is_drawn_again_as_it_was(models, megatron_workers, tmp_path):
+    """Activations that are computed twice are dropped alike, and so are copies on several tensor ranks."""
+    plans = {1: [("columns", {}, {})], 2: [("columns", TP, {}), ("qwen3", SP, {}), ("qwen3", SP, UNIFORM)]}
+    rows = []
+    for world, plan in plans.items():
+        cases = [
+            case(name, degrees, chosen=chosen, dropout=0.3, model=str(models[name][0]),
+                 adapter=str(models[name][1]), result=str(tmp_path / f"{world}-{i}.json"))
+            for i, (name, degrees, chosen) in enumerate(plan)
+        ]  # fmt: skip
+        done = megatron_workers.run(
+            [], world, hook=f"{RANKS}:run_cases", hook_arguments={"world": world, "cases": cases}
+        )
+        assert done.code == 0, done.stderr[-3000:]
+        rows += [json.loads(Path(one["result"]).read_text())["rows"] for one in cases]
+    alone, cut, kept, again = rows
+    assert near(cut, alone)
+    assert near(again, kept)
+
+
+def refused(workers, *argv: str) -> str:
+    done = workers.run([], 1, hook=f"{RANKS}:command", hook_arguments={"argv": ["sft", *argv]})
+    assert done.code == 2, done.stderr[-3000:]
+    return next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+
+
+def test_what_adapters_cannot_be(models, megatron_workers, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl")
+    common = ["--model", str(models["some"][0]), "--dataset", str(data), "--output_dir", str(tmp_path)]
+    lora = [*common, "--train_type", "lora"]
+    experts = [*lora[:1], str(models["shared"][0]), *lora[2:], "--target_modules", "shared_expert_gate"]
+    assert refused(megatron_workers, *experts) == (
+        "error: --target_modules: megatron has no adapters for model.layers.0.mlp.shared_expert_gate.weight"
+    )
+    assert refused(megatron_workers, *lora, "--transformer_impl", "transformer_engine") == (
+        "error: --transformer_impl transformer_engine does not go with --train_type lora yet"
+    )
+    assert refused(megatron_workers, *lora, "--save_safetensors", "false") == (
+        "error: --save_safetensors false has no effect with --train_type lora: adapters are small files"
+    )
+    assert refused(megatron_workers, *common, "--merge_lora") == (
+        "error: --merge_lora true has no effect with --train_type full"
+    )
