@@ -158,6 +158,17 @@ def near(curve: list[tuple[float, float]], other: list[tuple[float, float]]) -> 
     )
 
 
+def check_merged(model: Path, adapter: dict[str, torch.Tensor], merged: Path) -> None:
+    """--merge_lora: every weight is the published one, plus its adapter's product times alpha / rank."""
+    published, found = (load_file(path / "model.safetensors") for path in (model, merged))
+    assert found.keys() == published.keys()
+    for name, weight in published.items():
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{stem}.lora_A.weight" in adapter:
+            weight = weight + 8 * adapter[f"{stem}.lora_B.weight"] @ adapter[f"{stem}.lora_A.weight"]
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6)
+
+
 def test_the_command_trains_what_swift_trains(workers, megatron_workers, models, tmp_path):
     """The same flags, no adapter to start from. A run goes on cut in another way; files are PEFT's."""
     model, _ = models["qwen3"]
@@ -178,13 +189,15 @@ def test_the_command_trains_what_swift_trains(workers, megatron_workers, models,
     expected = read_curve(tmp_path / "plain")
     assert near(read_curve(one), expected), (read_curve(one), expected)
     resumed = ["--resume_from_checkpoint", str(one / "checkpoint-4"), "--output_dir", str(two)]
-    megatron(megatron_workers, 2, *resumed, *halves)
+    told = megatron(megatron_workers, 2, *resumed, *halves, "--merge_lora", "true")
+    assert "reloaded from disk" in told and "PASS" in told
     assert near(read_curve(two), expected[4:])
     ours, theirs = (load_file(run / "checkpoint-8" / "adapter_model.safetensors")
                     for run in (two, tmp_path / "plain"))  # fmt: skip
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert (ours[name] - tensor).norm() <= 1e-4 * tensor.norm(), name
+    check_merged(model, ours, two / "checkpoint-8-merged")
 
 
 def test_dropout_is_drawn_again_as_it_was(models, megatron_workers, tmp_path):
