@@ -78,7 +78,7 @@ def test_defaults_of_megatron(capsys: pytest.CaptureFixture[str]) -> None:
         "train_type": "full", "padding_free": True, "global_batch_size": 16, "per_device_train_batch_size": 1,
         "finetune": True, "lr_scheduler_type": "cosine", "weight_decay": 0.1, "adam_beta2": 0.95, "min_lr": 0,
         "recompute_granularity": "selective", "recompute_modules": ["core_attn"], "eval_iters": -1,
-        "use_distributed_optimizer": True, "moe_grouped_gemm": True, "cross_entropy_loss_fusion": True,
+        "use_distributed_optimizer": True, "moe_grouped_gemm": True,
         "attention_backend": "flash", "save_safetensors": True, "save_steps": 500,
         "virtual_pipeline_model_parallel_size": None, "expert_tensor_parallel_size": 1,
     }  # fmt: skip

@@ -116,9 +116,7 @@ def test_megatron_flags_without_values(tmp_path: Path, capsys: pytest.CaptureFix
         50,
         1,
     )
-    assert all(
-        values[name] is True for name in ("sequence_parallel", "finetune", "cross_entropy_loss_fusion")
-    )
+    assert all(values[name] is True for name in ("sequence_parallel", "finetune"))
     assert (values["train_type"], values["add_version"]) == ("full", False)
     assert len(values["dataset"]) == 2
 

@@ -31,12 +31,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from swift.batch import IGNORED, Batch
 from swift.config.layout import Layout
+from swift.config.megatron import MegatronConfig
 from swift.config.option import ConfigError
-from swift.engines.megatron import implementation, speed
+from swift.engines.megatron import implementation, speed, wgrad
 from swift.engines.megatron.context import ContextRanks
 from swift.engines.megatron.layers import flat_tokens
 from swift.engines.megatron.model import build_chunks
-from swift.engines.megatron.settings import Settings, model_settings
+from swift.engines.megatron.settings import Settings, chosen_settings, model_settings
 from swift.engines.megatron.setup import join_model_parallel, leave_model_parallel, seed_model_parallel
 from swift.engines.ranks import Ranks
 from swift.objectives.router import segment_balance
@@ -93,15 +94,21 @@ def build_model(family: str) -> PreTrainedModel:
     return model.eval()
 
 
-def make_batch(case: Case, data_rank: int) -> Batch:
-    generator = torch.Generator().manual_seed(11 + data_rank)
-    total = sum(case.lengths)
+def make_batches(case: Case, data_rank: int) -> list[Batch]:
+    """Two micro-batches of a data rank."""
+    return [make_batch(lengths, 2 * data_rank + i) for i, lengths in enumerate((case.lengths, (9, 40, 2, 6)))]
+
+
+def make_batch(lengths: tuple[int, ...], seed: int) -> Batch:
+    """Rows of random tokens; a third of them, and all of the last segment, are not trained."""
+    generator = torch.Generator().manual_seed(11 + seed)
+    total = sum(lengths)
     ids = torch.randint(0, 256, (total,), generator=generator)
     labels = torch.randint(0, 256, (total,), generator=generator)
     labels[torch.rand(total, generator=generator) < 0.3] = IGNORED
-    labels[-case.lengths[-1] :] = IGNORED
-    segments = torch.arange(len(case.lengths)).repeat_interleave(torch.tensor(case.lengths))
-    return Batch(ids, labels, segments, len(case.lengths))
+    labels[-lengths[-1] :] = IGNORED
+    segments = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return Batch(ids, labels, segments, len(lengths))
 
 
 def expect(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -253,17 +260,18 @@ def check(case: Case) -> None:
     )
     context = context_ranks(case.context)
     data_rank, data_world = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-    loss_T = own_loss(wrapped, make_batch(case, data_rank), case, context)
-    loss_T.sum().backward()
+    # Both forward before the first backward, as pipelines have it.
+    losses = [own_loss(wrapped, batch, case, context) for batch in make_batches(case, data_rank)]
+    for loss_T in losses:
+        loss_T.sum().backward()
     finalize_model_grads([wrapped], None)
-    expected = [expect(model, make_batch(case, other)) for other in range(data_world)]
-    total = torch.stack([x.sum() for x in expected]).sum()
-    if settings.balance:
-        total = total + sum(
-            expect_routing(model, make_batch(case, other), settings) for other in range(data_world)
-        )
-    total.backward()
-    torch.testing.assert_close(loss_T, expected[data_rank], rtol=2e-5, atol=2e-5)
+    for other in range(data_world):
+        for batch, loss_T in zip(make_batches(case, other), losses, strict=True):
+            expected_T = expect(model, batch)
+            routing = expect_routing(model, batch, settings) if settings.balance else 0.0
+            (expected_T.sum() + routing).backward()
+            if other == data_rank:
+                torch.testing.assert_close(loss_T, expected_T, rtol=2e-5, atol=2e-5)
     gradients = {name: p.grad for name, p in model.named_parameters()}
     expected_gradients = slices(gradients, model.config, numbers(chunk))
     for name, parameter in chunk.named_parameters():
@@ -340,4 +348,12 @@ def check_implementations(rank: int, folder: str) -> None:
     assert implementation.choose_implementation("auto") == "local"
     with pytest.raises(ImportError):
         __import__("transformer_engine")  # megatron-core asks for ImportError alone
+    assert not wgrad.install()  # no cuBLAS without a GPU
     assert "weight gradients added up in a second pass" in implementation.describe_implementation("local")
+    for flags, message in (
+        ({"moe_permute_fusion": True}, "--moe_permute_fusion true is a kernel of transformer-engine"),
+        ({"moe_grouped_gemm": False}, "--moe_grouped_gemm false: experts always share"),
+        ({"gradient_accumulation_fusion": True}, "--gradient_accumulation_fusion true needs a GPU"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            chosen_settings(MegatronConfig(**flags), build_model("qwen3").config)

@@ -45,8 +45,8 @@ class MegatronConfig(LayoutConfig):
     )
     attention_backend: str = option(
         "flash",
-        help="attention kernels: flash, fused and auto take the fastest, unfused and local plain arithmetic",
-        choices=("flash", "fused", "auto", "unfused", "local"),
+        help="attention kernels; all three names take the fastest exact one for each batch",
+        choices=("flash", "fused", "auto"),
     )
     use_distributed_optimizer: bool = option(
         True, help="slice the optimizer's state over data parallel processes (ZeRO-1)"
@@ -72,9 +72,6 @@ class MegatronConfig(LayoutConfig):
         None, help="layers in a chunk (uniform), or recomputed on each pipeline process (block)",
         range=(1, None),
     )  # fmt: skip
-    cross_entropy_loss_fusion: bool = option(
-        True, help="one kernel for the loss of a token over the vocabulary"
-    )
     gradient_accumulation_fusion: bool | None = option(
         None, help="add weight gradients up inside the matrix product; none = where the kernel is there"
     )

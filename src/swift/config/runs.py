@@ -37,6 +37,11 @@ class TrainRun:
     output: OutputConfig = field(default_factory=OutputConfig)
 
     @property
+    def eval_limit(self) -> int | None:
+        """Rows that an evaluation looks at; None = all."""
+        return None
+
+    @property
     def data_seed(self) -> int:
         """Seed of sampling, split and order."""
         return self.schedule.seed if self.data.data_seed is None else self.data.data_seed
@@ -187,6 +192,11 @@ class MegatronSftRun(SftRun):
         """The checkpoint or run that goes on."""
         return _resumed(self)
 
+    @property
+    def eval_limit(self) -> int | None:
+        """Rows that an evaluation looks at; None = all."""
+        return _eval_limit(self.megatron)
+
     def check(self) -> None:
         """Raises ConfigError where flags contradict each other or one is missing."""
         _check_megatron(self)
@@ -210,6 +220,11 @@ class MegatronRlhfRun(RlhfRun):
     def resumes(self) -> str | None:
         """The checkpoint or run that goes on."""
         return _resumed(self)
+
+    @property
+    def eval_limit(self) -> int | None:
+        """Rows that an evaluation looks at; None = all."""
+        return _eval_limit(self.megatron)
 
     def check(self) -> None:
         """Raises ConfigError where flags contradict each other or one is missing."""
@@ -254,6 +269,10 @@ def _check_megatron(run: MegatronRun) -> None:
             )
     named = run.model.model or run.megatron.mcore_model
     replace(run, model=replace(run.model, model=named)).check_complete()
+
+
+def _eval_limit(megatron: MegatronConfig) -> int | None:
+    return None if megatron.eval_iters < 0 else megatron.eval_iters * megatron.global_batch_size
 
 
 def _check_project(output: OutputConfig) -> None:

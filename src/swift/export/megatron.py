@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,13 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from safetensors import safe_open
 
 from swift import __version__
 from swift.config.generation import ExportOptions
 from swift.config.layout import Layout, choose_layout, model_sizes
 from swift.config.option import ConfigError
 from swift.config.runs import ExportRun, MegatronExportRun
+from swift.engines.megatron.bridge import open_weights
 from swift.engines.megatron.convert import (
     build_model,
     compute_logits,
@@ -47,7 +47,7 @@ from swift.export.merge import CONFIG, GENERATION_CONFIG, TOKENIZER_PARTS, Merge
 from swift.export.precision import compute_hf, describe, encode_row, report
 from swift.export.run import parse_size
 from swift.models.adapters import RUN_ARGS, adapter_base, load_run_args
-from swift.models.directory import read_json, weight_files
+from swift.models.directory import read_json
 from swift.models.hub import resolve_adapter, resolve_model
 from swift.models.load import load_config, pick_device
 from swift.models.mcore import TRACKER, McoreCheckpoint, find_weights, last_checkpoint
@@ -190,13 +190,9 @@ def count_numbers(plan: Plan) -> int:
     """Numbers in the weights, from the headers or the sizes of their files."""
     if not plan.is_hf:
         return sum(f.stat().st_size for f in plan.weights.glob("__*")) // getattr(torch, plan.dtype).itemsize
-    total = 0
-    for path in weight_files(plan.weights):
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                shapes = (file.get_slice(key).get_shape() for key in set(file.keys()))
-                total += sum(torch.Size(shape).numel() for shape in shapes)
-    return total
+    with ExitStack() as stack:
+        files = open_weights(plan.weights, stack)
+        return sum(torch.Size(file.get_slice(name).get_shape()).numel() for name, file in files.items())
 
 
 def free_memory() -> int:

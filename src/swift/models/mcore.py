@@ -2,7 +2,7 @@
 
     D/args.json, D/latest_checkpointed_iteration.txt ("100"), D/config.json and the tokenizer
     D/iter_0000100/.metadata, __0_0.distcp, common.pt, ...
-    D/manifest.json or D/iter_0000100/manifest.json: sizes of the files
+    D/manifest.json or D/iter_0000100/manifest.json: sizes of the files, where we have written them
 
 Not here: what the files hold (engines/megatron), HuggingFace directories (directory.py).
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from swift.config.option import ConfigError
 from swift.models.adapters import load_run_args
-from swift.models.directory import missing_model_file, read_json
+from swift.models.directory import ADAPTER_CONFIG, missing_model_file, read_json
 
 TRACKER, METADATA, MANIFEST = "latest_checkpointed_iteration.txt", ".metadata", "manifest.json"
 ITERATION = re.compile(r"iter_(\d+)")
@@ -54,6 +54,11 @@ def find_mcore(path: Path, flag: str = "--mcore_model") -> McoreCheckpoint:
         path = last
     named = ITERATION.fullmatch(path.name)
     directory, weights = (path.parent, path) if named else (path, _tracked(path, flag))
+    if (directory / ADAPTER_CONFIG).is_file():
+        raise ConfigError(
+            f"{flag} {directory} holds adapters alone",
+            hint=f"--model MODEL --adapters {directory} trains them on",
+        )
     _check_whole(directory, weights, flag)
     args = load_run_args(directory)
     if not args.get("model") and not (directory / "config.json").is_file():
@@ -104,13 +109,13 @@ def _tracked(path: Path, flag: str) -> Path:
 
 
 def _check_whole(directory: Path, weights: Path, flag: str) -> None:
-    """Raises ConfigError unless the files are there that the manifest lists, in their sizes."""
+    """Raises ConfigError unless the files are there that a manifest lists, in their sizes."""
     again = "convert or copy it again"
     if not (weights / METADATA).is_file():
         raise ConfigError(f"{flag} {weights} has no {METADATA}: it was not written to the end", hint=again)
     manifest = next((p for p in (weights / MANIFEST, directory / MANIFEST) if p.is_file()), None)
-    if manifest is None:
-        raise ConfigError(f"{flag} {weights} has no {MANIFEST}: it was not written to the end", hint=again)
+    if manifest is None:  # other programs than ours write none; METADATA comes last with them too
+        return
     for name, expected in read_json(manifest).get("files", {}).items():
         file = manifest.parent / name
         size = file.stat().st_size if file.is_file() else None

@@ -70,6 +70,7 @@ class Offline:
     method: Method
     feed: Feed
     eval_rows: EncodedDataset | None
+    eval_limit: int | None  # rows that an evaluation looks at
     total_steps: int
     schedule: ScheduleConfig
     saver: Saver
@@ -221,6 +222,7 @@ class Offline:
         assert self.eval_rows is not None
         started = time.perf_counter()
         size, count = self.schedule.per_device_eval_batch_size, len(self.eval_rows)
+        count = count if self.eval_limit is None else min(count, self.eval_limit)
         first = len(self.shown)  # these rows are alone in their batches, on the first rank
         alone = range(first if self.engine.data_rank == 0 else 0)
         mine = range(first + self.engine.data_rank * size, count, self.engine.data_world * size)

@@ -108,7 +108,8 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
     if resumption and ranks.is_main:
         saver.tidy(state.best_step, state.step)
     loop = Offline(
-        engine=engine, method=method, feed=feed, eval_rows=ready.eval_rows,
+        engine=engine, method=method, feed=feed,
+        eval_rows=None if run.eval_limit == 0 else ready.eval_rows, eval_limit=run.eval_limit,
         total_steps=total_steps, schedule=run.schedule, saver=saver, run_directory=directory,
         callbacks=build_callbacks(run, directory, args, ready.callbacks) if ranks.is_main else [],
         shown=summary.show_answers(tokenizer, ready.eval_rows, method.shape),

@@ -15,6 +15,7 @@ from swift.engines.megatron.bridge import Bridge
 from swift.engines.megatron.checkpoint import Files
 from swift.engines.megatron.dist_checkpoint import load_model
 from swift.engines.megatron.engine import MegatronEngine, Wrapping
+from swift.engines.megatron.implementation import describe_implementation
 from swift.engines.megatron.lora import add_adapters, check_places
 from swift.engines.megatron.model import build_chunks
 from swift.engines.megatron.settings import Settings, chosen_settings, model_settings
@@ -32,7 +33,7 @@ from swift.train.preparing import Prepared, locate_model
 from swift.train.resume import Resumption
 from swift.train.run import train
 from swift.utils import env
-from swift.utils.log import warn
+from swift.utils.log import say, warn
 
 
 def run_pt(run: MegatronSftRun) -> int:
@@ -108,6 +109,7 @@ def build(
     if run.tuner.train_type == "lora":  # adapters stand beside layers of torch kernels
         flags = replace(flags, transformer_impl="torch")
     settings = model_settings(hf, layout, dtype, **chosen_settings(flags, hf))
+    say(describe_implementation(settings.transformer_impl))
     outline = outline_of(run, ready, settings, resumption)
     chunks = load_chunks(run, ready, settings, None)
     if outline:

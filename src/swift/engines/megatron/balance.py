@@ -6,6 +6,7 @@ segment by segment, but for each layer by itself: layers on other pipeline stage
 Shapes: n = tokens of this tensor rank, t = those of its context rank, S = segments, E = experts.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,14 +32,18 @@ class BalancedRouter(TopKRouter):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.flat: FlatTokens | None = None  # the batch in hand
+        modules = self.config.recompute_modules or ()
+        self.is_recomputed = self.config.recompute_granularity == "selective" and "moe" in modules
+        # Then it is asked again by the backward pass, which takes batches in the order of the forward pass.
+        self.waiting: deque[FlatTokens | None] = deque()
         self.sums: dict[str, Tensor] = {}  # this rank's share of each loss, since `take_sums`
 
     def routing(self, logits: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
         """logits [n, 1, E]."""
         config = self.config
-        if self.training and torch.is_grad_enabled() and (config.balance or config.small_logits):
-            assert self.flat is not None
-            found = self.losses(logits.flatten(0, 1).float(), self.flat)
+        flat = self.batch() if self.training and (config.balance or config.small_logits) else None
+        if flat:
+            found = self.losses(logits.flatten(0, 1).float(), flat)
             for name, value in found.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value.detach()
             balance = config.balance / sum(config.sparse) * found["aux_loss"]
@@ -46,6 +51,14 @@ class BalancedRouter(TopKRouter):
             logits = MoEAuxLossAutoScaler.apply(logits, loss * config.per_token)
         routed: tuple[Tensor, Tensor] = super().routing(logits, *rest, **named)
         return routed
+
+    def batch(self) -> FlatTokens | None:
+        """What the losses are of; none where nothing is differentiated."""
+        if torch.is_grad_enabled():
+            return self.waiting.popleft() if self.is_recomputed else self.flat
+        if self.is_recomputed:
+            self.waiting.append(self.flat)
+        return None
 
     def losses(self, logits: Tensor, flat: FlatTokens) -> dict[str, Tensor]:
         """Sums over the tokens of trained segments. Peers, who have the other tokens, give the rest of them.

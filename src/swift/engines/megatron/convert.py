@@ -53,6 +53,7 @@ class Model:
 
     @property
     def bridge(self) -> Bridge:
+        """Names and cuts of its parameters."""
         return Bridge(self.hf, self.settings)
 
 

@@ -7,6 +7,7 @@ Not here: what is in the states (engine), HF's files (bridge.py), which director
 """
 
 import pickle
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ from swift.models.mcore import METADATA, TRACKER
 from swift.utils.files import write_text
 
 COMMON, KIND = "common.pt", CheckpointingConfig("torch_dist", 1)
+COMMON_KEY = re.compile("common_state/")  # where later versions of megatron-core keep it
 OPTIMIZER = "optimizer."  # how keys of its states begin
 AGAIN = "convert or copy it again"
 
@@ -82,6 +84,7 @@ class Telling(MCoreSavePlanner):
         self.seen = seen
 
     def resolve_data(self, write_item: WriteItem) -> Any:
+        """The value to write, which is written next."""
         found = super().resolve_data(write_item)
         self.seen(found.nbytes if isinstance(found, Tensor) else 0)
         return found
@@ -153,13 +156,15 @@ def without_missing(part: Any, present: set[str]) -> Any:
 
 def read_metadata(directory: Path) -> Metadata:
     """What a checkpoint holds and where; checks that the files reach as far."""
-    for name in (METADATA, COMMON, "metadata.json"):
+    for name in (METADATA, "metadata.json"):
         if not (directory / name).is_file():
             raise ConfigError(f"{directory} has no {name}: it was not written to the end", hint=AGAIN)
     try:
         metadata = FileSystemReader(directory).read_metadata()
     except (EOFError, pickle.UnpicklingError, AttributeError) as error:
         raise ConfigError(f"{directory / METADATA} is damaged: {error}", hint=AGAIN) from error
+    if not (directory / COMMON).is_file() and not any(map(COMMON_KEY.match, metadata.state_dict_metadata)):
+        raise ConfigError(f"{directory} has no {COMMON}: it was not written to the end", hint=AGAIN)
     ends: dict[str, int] = {}
     for place in metadata.storage_data.values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)

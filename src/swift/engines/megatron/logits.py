@@ -4,8 +4,9 @@ Every rank gets the same stats and computes the same loss from them; its gradien
 Shapes: T = tokens of the batch, N = those with logits, V = vocabulary, v = this rank's columns of it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Normalised(Function):
         )
         dist.all_reduce(highest_N, dist.ReduceOp.MAX, group=group)
         sums = zip(parts, highest_N.split(rows), strict=True)
-        total_N = torch.cat([(widen(part) - high[:, None]).exp_().sum(-1) for part, high in sums])
+        total_N = torch.cat([fused(sum_exp)(part, high) for part, high in sums])
         ours_N = (targets_N >= 0) & (targets_N < logits_Nv.shape[1])
         columns_N1 = targets_N.clamp(0, logits_Nv.shape[1] - 1)[:, None]
         target_N = widen(logits_Nv.gather(1, columns_N1)[:, 0]) * ours_N
@@ -54,9 +55,25 @@ class Normalised(Function):
         rows = rows_at_once(logits_Nv)
         pieces = (x.split(rows) for x in (gradient_Nv, logits_Nv, normaliser_N, of_normaliser_N))
         for into, logits, normaliser, weight in zip(*pieces, strict=True):
-            into.copy_((widen(logits) - normaliser[:, None]).exp_().mul_(weight[:, None]))
+            into.copy_(fused(weigh_softmax)(logits, normaliser, weight))
         gradient_Nv.scatter_add_(1, columns_N1, (of_target_N * ours_N)[:, None].to(gradient_Nv.dtype))
         return gradient_Nv, None, None
+
+
+def sum_exp(logits_Nv: Tensor, highest_N: Tensor) -> Tensor:
+    """[N] sum of exp(logits - highest) over the columns that are here."""
+    return (widen(logits_Nv) - highest_N[:, None]).exp().sum(-1)
+
+
+def weigh_softmax(logits_Nv: Tensor, normaliser_N: Tensor, weight_N: Tensor) -> Tensor:
+    """[N, v] the softmax of each row times its weight, in the dtype of the logits."""
+    return ((widen(logits_Nv) - normaliser_N[:, None]).exp() * weight_N[:, None]).to(logits_Nv.dtype)
+
+
+@cache
+def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function` as one pass over its tensors, on a GPU."""
+    return torch.compile(function, dynamic=True) if torch.cuda.is_available() else function
 
 
 def rows_at_once(logits_Nv: Tensor) -> int:

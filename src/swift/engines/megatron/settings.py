@@ -14,7 +14,8 @@ from swift.config.layout import Layout
 from swift.config.megatron import MegatronConfig
 from swift.config.option import ConfigError
 from swift.engines.megatron import wgrad
-from swift.engines.megatron.implementation import choose_implementation
+from swift.engines.megatron.implementation import ENGINE, choose_implementation
+from swift.utils.log import warn
 
 FAMILIES = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "llama", "mistral", "mixtral")
 CHANGING_ROPE = ("dynamic", "longrope")  # whose frequencies depend on the length of the row
@@ -114,17 +115,21 @@ def has_qkv_bias(hf: PretrainedConfig) -> bool:
 def chosen_settings(flags: MegatronConfig, hf: PretrainedConfig) -> dict[str, Any]:
     """The fields of TransformerConfig that flags decide."""
     chosen: dict[str, Any] = {"transformer_impl": choose_implementation(flags.transformer_impl)}
+    if flags.moe_permute_fusion and chosen["transformer_impl"] == ENGINE:
+        chosen["moe_permute_fusion"] = True
+    elif flags.moe_permute_fusion:
+        warn("--moe_permute_fusion true is a kernel of transformer-engine: tokens are sorted in two passes")
+    if not flags.moe_grouped_gemm:
+        raise ConfigError(
+            "--moe_grouped_gemm false: experts always share one matrix product here", hint="leave it out"
+        )
+    if flags.gradient_accumulation_fusion and wgrad.MODULE not in sys.modules:
+        raise ConfigError(
+            "--gradient_accumulation_fusion true needs a GPU, whose cuBLAS does it", hint="leave it out"
+        )
     if flags.gradient_accumulation_fusion is not None:
         chosen["gradient_accumulation_fusion"] = flags.gradient_accumulation_fusion
-    if flags.recompute_granularity != "none":
-        chosen["recompute_granularity"] = flags.recompute_granularity
-    if flags.recompute_granularity == "full":
-        chosen |= {
-            "recompute_method": flags.recompute_method,
-            "recompute_num_layers": flags.recompute_num_layers,
-        }
-    if flags.recompute_granularity == "selective":
-        chosen["recompute_modules"] = list(flags.recompute_modules)
+    chosen |= recompute_fields(flags)
     for end in ("first", "last"):
         count = getattr(flags, f"decoder_{end}_pipeline_num_layers")
         if count is not None:
@@ -139,6 +144,22 @@ def chosen_settings(flags: MegatronConfig, hf: PretrainedConfig) -> dict[str, An
             "moe_expert_capacity_factor": flags.moe_expert_capacity_factor,
         }
     return chosen
+
+
+def recompute_fields(flags: MegatronConfig) -> dict[str, Any]:
+    """What the backward pass computes again."""
+    if flags.recompute_granularity == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": flags.recompute_method,
+            "recompute_num_layers": flags.recompute_num_layers,
+        }
+    # Attention keeps no scores that could be saved; keys of other context ranks are what it holds on to.
+    idle = {"core_attn"} if flags.context_parallel_size == 1 else set()
+    modules = [name for name in flags.recompute_modules if name not in idle]
+    if flags.recompute_granularity == "none" or not modules:
+        return {}
+    return {"recompute_granularity": "selective", "recompute_modules": modules}
 
 
 def expert_fields(hf: PretrainedConfig) -> dict[str, Any]:
