@@ -71,6 +71,13 @@ def test_what_is_not_whole_is_said_in_one_line(tmp_path: Path) -> None:
         "--mcore_model D has no iter_0000200, which its latest_checkpointed_iteration.txt names",
         "it has iter_0000100",
     )
+    (directory / "adapter_config.json").write_text("{}")
+    tracker.write_text("100")
+    assert refusal(directory) == (
+        "--mcore_model D holds adapters alone",
+        "--model MODEL --adapters D trains them on",
+    )
+    (directory / "adapter_config.json").unlink()
     tracker.write_text("ten")
     assert refusal(directory)[0] == (
         "D/latest_checkpointed_iteration.txt holds 'ten' instead of the number of an iteration"

@@ -125,6 +125,15 @@ class MegatronTunerConfig(TunerConfig):
     """What is trained: all weights unless adapters are asked for."""
 
     train_type: str = option("full", help="train all weights or adapters", choices=("full", "lora"))
+    merge_lora: bool = option(
+        False, help="at the end write the model with its adapters folded in beside the last checkpoint"
+    )
+
+    def check(self) -> None:
+        """Raises ConfigError for a flag that would do nothing, or a text that is no pattern."""
+        TunerConfig.check(self)
+        if self.merge_lora and self.train_type == "full":
+            raise ConfigError("--merge_lora true has no effect with --train_type full")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

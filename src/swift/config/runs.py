@@ -256,6 +256,17 @@ def _check_megatron(run: MegatronRun) -> None:
         )
     if run.resumes:
         return
+    if run.tuner.train_type == "lora":
+        if run.megatron.transformer_impl == "transformer_engine":
+            raise ConfigError(
+                "--transformer_impl transformer_engine does not go with --train_type lora yet",
+                hint="leave it out: adapters stand beside layers of PyTorch's kernels",
+            )
+        if not run.megatron.save_safetensors:
+            raise ConfigError(
+                "--save_safetensors false has no effect with --train_type lora: adapters are small files",
+                hint="leave it out",
+            )
     named = run.model.model or run.megatron.mcore_model
     replace(run, model=replace(run.model, model=named)).check_complete()
 

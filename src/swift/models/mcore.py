@@ -14,7 +14,7 @@ from typing import Any
 
 from swift.config.option import ConfigError
 from swift.models.adapters import load_run_args
-from swift.models.directory import missing_model_file, read_json
+from swift.models.directory import ADAPTER_CONFIG, missing_model_file, read_json
 
 TRACKER, METADATA, MANIFEST = "latest_checkpointed_iteration.txt", ".metadata", "manifest.json"
 ITERATION = re.compile(r"iter_(\d+)")
@@ -54,6 +54,11 @@ def find_mcore(path: Path, flag: str = "--mcore_model") -> McoreCheckpoint:
         path = last
     named = ITERATION.fullmatch(path.name)
     directory, weights = (path.parent, path) if named else (path, _tracked(path, flag))
+    if (directory / ADAPTER_CONFIG).is_file():
+        raise ConfigError(
+            f"{flag} {directory} holds adapters alone",
+            hint=f"--model MODEL --adapters {directory} trains them on",
+        )
     _check_whole(directory, weights, flag)
     args = load_run_args(directory)
     if not args.get("model") and not (directory / "config.json").is_file():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ class Backend:
     join: Callable[[TrainRun, Prepared], tuple[Ranks, torch.device]]
     build: Callable[..., Engine]
     iterations: bool = False  # whether checkpoints have a part for Megatron's tools
+    # After the last step, in one process, with the last checkpoint.
+    finish: Callable[[Any, Path], None] = lambda _run, _checkpoint: None
 
 
 def join_data_parallel(run: TrainRun, _ready: Prepared) -> tuple[Ranks, torch.device]:

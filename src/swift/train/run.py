@@ -115,7 +115,10 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
         shown=summary.show_answers(tokenizer, ready.eval_rows, method.shape),
         follows_wishes=bool(ready.callbacks or run.schedule.early_stop_interval),
     )  # fmt: skip
-    return run_loop(loop, state)
+    code = run_loop(loop, state)
+    if code == 0 and ranks.is_main and state.last_saved_step is not None:
+        backend.finish(run, directory / f"checkpoint-{state.last_saved_step}")
+    return code
 
 
 def precompute(run: RlhfRun, ready: Prepared, engine: Engine, ranks: Ranks) -> None:

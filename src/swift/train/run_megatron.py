@@ -1,5 +1,6 @@
 """`megatron pt|sft|rlhf`: the same runs on megatron-core. `swift`'s commands import nothing of it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,18 +9,22 @@ from transformers import PretrainedConfig
 
 from swift.config.layout import Layout, choose_layout, model_sizes
 from swift.config.option import ConfigError
-from swift.config.runs import MegatronRlhfRun, MegatronRun, MegatronSftRun
+from swift.config.option import build as build_config
+from swift.config.runs import ExportRun, MegatronRlhfRun, MegatronRun, MegatronSftRun
 from swift.engines.megatron.bridge import Bridge
 from swift.engines.megatron.checkpoint import Files
 from swift.engines.megatron.dist_checkpoint import load_model
 from swift.engines.megatron.engine import MegatronEngine, Wrapping
 from swift.engines.megatron.implementation import describe_implementation
+from swift.engines.megatron.lora import add_adapters, check_places
 from swift.engines.megatron.model import build_chunks
 from swift.engines.megatron.settings import Settings, chosen_settings, model_settings
 from swift.engines.megatron.setup import context_ranks, join_model_parallel, seed_model_parallel
 from swift.engines.ranks import Ranks, join_ranks
 from swift.models.load import SLOW_HALF, load_config, pick_device
 from swift.models.mcore import find_mcore
+from swift.models.outline import Outline, outline_adapters
+from swift.plugins.registry import load_object
 from swift.train.backend import Backend
 from swift.train.building import seed_everything
 from swift.train.megatron import as_resumption, settle, with_accumulation
@@ -100,13 +105,18 @@ def build(
     seed_model_parallel(seed)
     layout = layout_of(run, hf)
     dtype = choose_dtype(run, hf, device)
-    settings = model_settings(hf, layout, dtype, **chosen_settings(run.megatron, hf))
+    flags = run.megatron
+    if run.tuner.train_type == "lora":  # adapters stand beside layers of torch kernels
+        flags = replace(flags, transformer_impl="torch")
+    settings = model_settings(hf, layout, dtype, **chosen_settings(flags, hf))
     say(describe_implementation(settings.transformer_impl))
+    outline = outline_of(run, ready, settings, resumption)
     chunks = load_chunks(run, ready, settings, None)
+    if outline:
+        add_adapters(chunks, hf, settings, outline)
     frozen = None
     if method.needs_reference and run.tuner.train_type == "full":
         frozen = load_chunks(run, ready, settings, ready.reference_path)
-    flags = run.megatron
     engine = MegatronEngine(
         chunks,
         settings,
@@ -120,11 +130,27 @@ def build(
             flags.use_distributed_optimizer, flags.overlap_grad_reduce, flags.overlap_param_gather
         ),
         frozen=frozen,
-        files=Files(hf, ready.model_path, hugging_face=flags.save_safetensors),
+        files=Files(
+            hf, ready.model_path, hugging_face=flags.save_safetensors, adapter=outline and outline.config
+        ),
     )
     if resumption:
         engine.load(resumption.checkpoint, optimizer=not flags.no_load_optim, random=not flags.no_load_rng)
     return engine
+
+
+def outline_of(
+    run: MegatronRun, ready: Prepared, settings: Settings, resumption: Resumption | None
+) -> Outline | None:
+    """The adapters that the flags ask for; ConfigError for those that cannot be."""
+    if run.tuner.train_type == "full":
+        return None
+    outline = outline_adapters(
+        ready.model_config, run.tuner, dtype=settings.params_dtype, base=ready.model_path,
+        seed=run.schedule.seed, resumed=resumption.checkpoint if resumption else None,
+    )  # fmt: skip
+    check_places(ready.model_config, outline)
+    return outline
 
 
 def load_chunks(run: MegatronRun, ready: Prepared, settings: Settings, other: Path | None) -> list[nn.Module]:
@@ -137,4 +163,11 @@ def load_chunks(run: MegatronRun, ready: Prepared, settings: Settings, other: Pa
     return chunks
 
 
-MEGATRON = Backend(lambda run: settle(run).run, locate, join, build, iterations=True)
+def merge(run: MegatronRun, checkpoint: Path) -> None:
+    """--merge_lora: `swift export --merge_lora true` of the last checkpoint. Called by one process."""
+    if run.tuner.merge_lora:
+        plan = {"adapters": (str(checkpoint),), "merge_lora": True, "exist_ok": True}
+        load_object("swift.export.run:run_export")(build_config(ExportRun, plan))
+
+
+MEGATRON = Backend(lambda run: settle(run).run, locate, join, build, iterations=True, finish=merge)

@@ -2,12 +2,13 @@
 
     checkpoint-100/iter_0000100/            weights and optimizer, for any layout of ranks
     checkpoint-100/latest_checkpointed_iteration.txt
-    checkpoint-100/model*.safetensors, config.json
+    checkpoint-100/model*.safetensors, config.json; of adapters adapter_model.safetensors, adapter_config.json
     checkpoint-100/scheduler.pt, rng_state*.pth
 
 Not here: the formats themselves (dist_checkpoint.py, bridge.py).
 """
 
+import copy
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,11 +21,13 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from swift.engines.megatron import dist_checkpoint
 from swift.engines.megatron.bridge import Bridge
+from swift.engines.megatron.lora import AdapterBridge, adapter_state, put_adapters
 from swift.engines.protocol import Snapshot
 from swift.engines.transformers.checkpoint import (
     INDEX,
@@ -38,6 +41,7 @@ from swift.engines.transformers.checkpoint import (
     split_shards,
 )
 from swift.engines.transformers.slices import write_tensors
+from swift.models.directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from swift.models.mcore import TRACKER
 from swift.utils.files import write_json, write_text
 
@@ -56,6 +60,7 @@ class Files:
     config: PretrainedConfig
     source: Path
     hugging_face: bool = True
+    adapter: LoraConfig | None = None  # where adapters alone are trained
 
 
 def iteration(step: int) -> str:
@@ -64,10 +69,11 @@ def iteration(step: int) -> str:
 
 
 def sharded_state(engine: "MegatronEngine", *, optimizer: bool, is_loading: bool) -> dict[str, Any]:
-    """Weights, and with `optimizer` its state, as megatron-core describes them."""
-    state = dist_checkpoint.model_state(engine.chunks)
+    """Weights that are trained, and with `optimizer` its state, as megatron-core describes them."""
+    describe = adapter_state if engine.files.adapter else dist_checkpoint.model_state
+    state = describe(engine.chunks)
     if optimizer:
-        weights = dist_checkpoint.model_state(engine.chunks)  # the optimizer takes its description apart
+        weights = describe(engine.chunks)  # the optimizer takes its description apart
         whole = weights["model"] if len(weights) == 1 else weights
         ready = first_step_taken(engine.optimizer) if is_loading else nullcontext()
         with ready:
@@ -127,7 +133,7 @@ def take_snapshot(engine: "MegatronEngine", path: Path, *, resumable: bool) -> S
     ranks.collect(None)
     size, writers = writing.bytes, [lambda _: writing.write(into)]
     if engine.files.hugging_face:
-        more, writer = take_weights(engine)
+        more, writer = take_weights(engine) if engine.files.adapter is None else take_adapters(engine)
         size, writers = size + more, [*writers, writer]
     if resumable:
         states = random_states() | {"tracker": get_cuda_rng_tracker().get_states()}
@@ -141,6 +147,22 @@ def take_snapshot(engine: "MegatronEngine", path: Path, *, resumable: bool) -> S
 
     engine_step = engine.step
     return Snapshot(size, lambda: [file for writer in writers for file in writer(path)], finish)
+
+
+def take_adapters(engine: "MegatronEngine") -> tuple[int, Writer]:
+    """Bytes and writer of rank 0's adapter_model.safetensors and adapter_config.json."""
+    tensors = AdapterBridge().tensors(engine.plain)
+    config = copy.deepcopy(engine.files.adapter)
+    assert config is not None
+    config.inference_mode = True
+
+    def write(into: Path) -> list[Path]:
+        if not engine.ranks.is_main:
+            return []
+        config.save_pretrained(str(into))
+        return [into / ADAPTER_CONFIG, write_tensors(into / ADAPTER_WEIGHTS[0], tensors, {"format": "pt"})]
+
+    return sum(tensor.nbytes for tensor in tensors.values()), write
 
 
 def take_weights(engine: "MegatronEngine") -> tuple[int, Writer]:
@@ -195,7 +217,8 @@ def load_checkpoint(engine: "MegatronEngine", path: Path, *, optimizer: bool, ra
     engine.scheduler.load_state_dict(rest["schedule"])
     state = sharded_state(engine, optimizer=optimizer, is_loading=True)
     read = dist_checkpoint.read(path / iteration(engine.step), state)
-    dist_checkpoint.put(engine.chunks, read)
+    put = put_adapters if engine.files.adapter else dist_checkpoint.put
+    put(engine.chunks, read)
     if optimizer:
         put_optimizer(engine.optimizer, read["optimizer"])
     else:

@@ -26,6 +26,7 @@ from swift.config.optim import OptimConfig
 from swift.engines.megatron.balance import take_sums
 from swift.engines.megatron.checkpoint import Files, load_checkpoint, take_snapshot
 from swift.engines.megatron.context import ContextRanks
+from swift.engines.megatron.lora import adapters_of
 from swift.engines.megatron.schedule import Form, Schedule, keep_rows
 from swift.engines.megatron.settings import Settings
 from swift.engines.optim import build_scheduler
@@ -63,7 +64,10 @@ class MegatronEngine:
         frozen: Sequence[GPTModel] | None = None,
         files: Files | None = None,
     ) -> None:
-        """`frozen`: the reference of full-parameter training, laid out as the model is."""
+        """`frozen`: the reference of full-parameter training, laid out as the model is.
+
+        Chunks with adapters (lora.py) are their own reference.
+        """
         self.settings, self.ranks, self.wrapping = settings, ranks, wrapping or Wrapping()
         self.data_rank, self.data_world = ranks.data_rank, ranks.data_world
         self.dtype = settings.params_dtype
@@ -77,6 +81,7 @@ class MegatronEngine:
             keep_rows(chunk)
         self.schedule = Schedule(Form(settings, vocabulary, self.device, context or ContextRanks()))
         self.num_parameters = count_parameters(self.plain, ranks)
+        self.adapters = adapters_of(self.plain)
         self.chunks = self._wrap()
         self.active: Sequence[Any] = self.chunks
         self.optimizer = build_optimizer(self.chunks, settings, config, learning_rate, self.wrapping)
@@ -213,12 +218,15 @@ class MegatronEngine:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        assert self.frozen is not None, "adapters come later"
-        self.active = self.frozen
+        self.active = self.frozen or self.chunks
+        for adapter in self.adapters:
+            adapter.enabled = False
         try:
             yield
         finally:
             self.active = self.chunks
+            for adapter in self.adapters:
+                adapter.enabled = True
 
     def mix_reference(self, share: float) -> None:
         raise NotImplementedError("--sync_ref_model is refused for megatron")
@@ -272,17 +280,16 @@ def build_optimizer(
 def count_parameters(chunks: Sequence[GPTModel], ranks: Ranks) -> tuple[int, int]:
     """Trained and all parameters of the whole model. Called by all ranks."""
     trained = every = 0
-    copies = {
-        True: parallel_state.get_data_parallel_rank(with_context_parallel=True),
-        False: parallel_state.get_expert_data_parallel_rank(),  # of experts, which are spread over data ranks
-    }
+    first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    first_of_experts = parallel_state.get_expert_data_parallel_rank() == 0
     for chunk in chunks:
         for parameter in chunk.parameters():
             cut = getattr(parameter, "tensor_model_parallel", False)
-            whole = not cut and parallel_state.get_tensor_model_parallel_rank() > 0
-            if whole or copies[getattr(parameter, "allreduce", True)] > 0:
+            if not (cut or parallel_state.get_tensor_model_parallel_rank() == 0):
                 continue
-            every += parameter.numel()
-            trained += parameter.numel() * parameter.requires_grad
+            is_copy = getattr(parameter, "shared", False)
+            if not is_copy and (first if getattr(parameter, "allreduce", True) else first_of_experts):
+                every += parameter.numel()
+                trained += parameter.numel() * parameter.requires_grad
     counts = ranks.collect((trained, every))
     return sum(count[0] for count in counts), sum(count[1] for count in counts)
