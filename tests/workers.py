@@ -56,7 +56,7 @@ class Workers:
         environment: dict[str, str] | None = None,
         timeout_seconds: float = 300,
     ) -> Finished:
-        """`swift ARGUMENTS` on so many processes; without arguments, the hook alone.
+        """`swift ARGUMENTS` (or `megatron ...`) on so many processes; without arguments, the hook alone.
 
         `hook`: `file.py:function`, called in every process before the command, with `rank` and arguments.
         Jobs of several processes have RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as under torchrun.
@@ -159,7 +159,10 @@ def work(job: dict[str, Any], rank: int, port: int) -> int:
         getattr(module, function)(rank=rank, **job["hook_arguments"])
     from swift.cli.main import run
 
-    return run(job["arguments"]) if job["arguments"] else 0
+    arguments = job["arguments"]
+    if arguments[:1] == ["megatron"]:
+        return run(arguments[1:], program="megatron")
+    return run(arguments) if arguments else 0
 
 
 def wait(pids: list[int], deadline: float) -> tuple[int, list[int]]:

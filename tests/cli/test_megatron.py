@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_user_commands import FILES, record_calls
 
 from swift.cli.commands import find_command
 from swift.cli.flags import resolve, split_arguments
@@ -13,6 +12,7 @@ from swift.cli.shell import repair_arguments
 from swift.config.generation import ExportOptions
 from swift.config.option import ConfigError
 from swift.config.runs import ExportRun, MegatronExportRun, ModelConfig
+from user_calls import FILES, record_calls
 
 MEGATRON = "megatron"
 

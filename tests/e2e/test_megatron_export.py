@@ -19,21 +19,7 @@ WEIGHTS = "model.safetensors"
 
 
 def type_command(workers, text: str, processes: int = 1, **paths: Path):
-    """`megatron ...` where the text begins so, else `swift ...`."""
-    words = [word.format(**paths) for word in text.split()]
-    if words[0] != "megatron":
-        return workers.run(words, processes)
-    return workers.run(
-        [], processes, hook=f"{__file__}:run_megatron", hook_arguments={"arguments": words[1:]}
-    )
-
-
-def run_megatron(rank: int, arguments: list[str]) -> None:
-    from swift.cli.main import run
-
-    code = run(arguments, program="megatron")
-    if code:
-        raise SystemExit(code)
+    return workers.run([word.format(**paths) for word in text.split()], processes)
 
 
 def equal_weights(first: Path, second: Path, dtype: torch.dtype) -> bool:

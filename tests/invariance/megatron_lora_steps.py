@@ -1,6 +1,5 @@
 """Runs in every rank of a job: steps of adapters on the Megatron engine, for test_megatron_lora.py."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ from lora_steps import OPTIM, RATE, STEPS, make_batches, make_objective
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from swift.cli.main import run
 from swift.config.layout import Layout
 from swift.config.tuner import TunerConfig
 from swift.engines.megatron.bridge import Bridge
@@ -81,8 +79,3 @@ def run_case(ranks: Ranks, layout: Layout, case: dict[str, Any]) -> None:
     found["eval"] = engine.measure(unseen, make_objective()).means()["loss/tokens"]
     if ranks.rank == ranks.world - 1:
         write_json(Path(case["result"]), found)
-
-
-def command(rank: int, argv: list[str]) -> None:
-    """`megatron ARGV` in this process."""
-    sys.exit(run(argv, program="megatron"))

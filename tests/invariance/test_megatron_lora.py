@@ -146,7 +146,7 @@ def compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], a
 
 
 def megatron(workers, processes: int, *argv: str) -> str:
-    done = workers.run([], processes, hook=f"{RANKS}:command", hook_arguments={"argv": ["sft", *argv]})
+    done = workers.run(["megatron", "sft", *argv], processes)
     assert done.code == 0, done.stderr[-3000:]
     return done.stderr
 
@@ -221,7 +221,7 @@ def test_dropout_is_drawn_again_as_it_was(models, megatron_workers, tmp_path):
 
 
 def refused(workers, *argv: str) -> str:
-    done = workers.run([], 1, hook=f"{RANKS}:command", hook_arguments={"argv": ["sft", *argv]})
+    done = workers.run(["megatron", "sft", *argv])
     assert done.code == 2, done.stderr[-3000:]
     return next(line for line in done.stderr.splitlines() if line.startswith("error: "))
 

@@ -108,6 +108,14 @@ class ModelSizes:
     expert_ffn: int = 0
 
 
+def keeps_layout(given: Mapping[str, Any], saved: Mapping[str, Any], world: int) -> bool:
+    """Whether a run that goes on has the layout it had: none is given, and the old one is for `world` too."""
+    defaults = {field.name: field.default for field in fields(LayoutConfig)}
+    if any(given[name] != defaults[name] for name in (*DEGREES, *UNEVEN)):
+        return False
+    return world % math.prod(saved[name] for name in DEGREES[:3]) == 0
+
+
 def model_sizes(config: Mapping[str, Any]) -> ModelSizes:
     """From the contents of a config.json."""
     text = config.get("text_config") or config
@@ -267,7 +275,9 @@ def _distance(config: LayoutConfig, other: LayoutConfig) -> float:
 def describe(config: LayoutConfig) -> str:
     """Its flags as they would be typed."""
     given = [
-        (f.name, getattr(config, f.name)) for f in fields(config) if getattr(config, f.name) != f.default
+        (f.name, getattr(config, f.name))
+        for f in fields(LayoutConfig)
+        if getattr(config, f.name) != f.default
     ]
     words = [f"--{name} {str(value).lower()}" for name, value in given]
     return " ".join(words) or "every process with the whole model (leave these flags out)"

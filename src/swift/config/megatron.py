@@ -3,9 +3,10 @@
 Batch, schedule and optimizer have the same fields as elsewhere; Megatron's names are in cli/fates.tsv.
 """
 
+import math
 from dataclasses import dataclass
 
-from swift.config.layout import LayoutConfig
+from swift.config.layout import Layout, LayoutConfig
 from swift.config.option import ConfigError, option
 from swift.config.schedule import ScheduleConfig
 from swift.config.tuner import TunerConfig
@@ -118,6 +119,20 @@ class MegatronConfig(LayoutConfig):
             )
         if self.moe_shared_expert_overlap and self.moe_token_dispatcher_type != "alltoall":
             raise ConfigError("--moe_shared_expert_overlap true needs --moe_token_dispatcher_type alltoall")
+
+    def check_layers(self, layout: Layout) -> None:
+        """Raises ConfigError where a chunk of layers that are recomputed together would not be full."""
+        chunk = self.recompute_num_layers
+        if self.recompute_method != "uniform" or chunk is None:
+            return
+        common = math.gcd(*layout.layers) // (layout.virtual or 1)
+        if common % chunk:
+            fitting = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
+            raise ConfigError(
+                f"--recompute_num_layers {chunk} does not divide the {common} layers in a row on a process "
+                f"(it can be {fitting})",
+                hint="--recompute_method block takes any number: the layers whose forward pass is done again",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

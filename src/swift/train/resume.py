@@ -1,14 +1,16 @@
 """Going on from a checkpoint: the flags it was trained with, and the checks that it is the same run."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from swift.config.layout import LayoutConfig, keeps_layout
 from swift.config.option import ConfigError, build, flatten, is_secret, iterate_knobs
 from swift.config.runs import TrainRun
 from swift.train.saving import ARGS, STATE, find_checkpoint
 from swift.train.state import TrainState
+from swift.utils import env
 from swift.utils.log import say
 
 # Flags whose change would make the run another run; the others may differ (how often to log).
@@ -55,9 +57,10 @@ def load_resumption(run: Run) -> tuple[Run, Resumption | None]:
     content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     given = flatten(run)
     values: dict[str, Any] = {}
+    anew = _new_layout(given, saved)
     for knob in iterate_knobs(type(run)):
         default = list(knob.default) if isinstance(knob.default, tuple) else knob.default
-        inherits = given[knob.name] == default and knob.name in saved
+        inherits = given[knob.name] == default and knob.name in saved and knob.name not in anew
         value = saved[knob.name] if inherits else given[knob.name]
         values[knob.name] = tuple(value) if isinstance(value, list) else value
         if knob.name in FIXED and knob.name in saved and value != saved[knob.name]:
@@ -71,6 +74,17 @@ def load_resumption(run: Run) -> tuple[Run, Resumption | None]:
     state = TrainState.from_dict(content["state"])
     say(f"resuming from {checkpoint} after step {state.step}; flags that were not given are taken from it")
     return resumed, Resumption(checkpoint, state, content["data"])
+
+
+def _new_layout(given: dict[str, Any], saved: dict[str, Any]) -> frozenset[str]:
+    """The flags of the layout where it is another one: it is taken as a whole or not at all."""
+    names = frozenset(field.name for field in fields(LayoutConfig))
+    if not names <= given.keys() & saved.keys():
+        return frozenset()
+    if keeps_layout(given, saved, int(env.read("WORLD_SIZE", "1") or 1)):
+        return frozenset()
+    say("processes share the model in another way than before: these flags are not taken from the checkpoint")
+    return names
 
 
 def check_same_data(resumption: Resumption, data: dict[str, Any]) -> None:

@@ -65,6 +65,7 @@ def locate(run: MegatronRun) -> tuple[MegatronRun, Path]:
     if directory is None:
         run, directory = locate_model(run)
     layout = layout_of(run, load_config(directory))
+    run.megatron.check_layers(layout)
     return with_accumulation(run, layout), directory
 
 
