@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc_per_node 2 benchmarks/gpu_equality.py
 
-Small random models, every layout of two ranks over NCCL; --float32 leaves bfloat16 out. Prints one line a case with the largest relative
-difference of the loss and of the gradient norm over the steps.
+Small random models, every layout of two ranks over NCCL; --float32 leaves bfloat16 out. Prints one line a
+case with the largest relative difference of the loss and of the gradient norm over the steps.
 """
 
 import sys
