@@ -17,7 +17,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from swift.config.optim import OptimConfig
 from swift.config.parallel import ParallelConfig
@@ -40,6 +40,11 @@ SHAPES = {
         "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True,
     },
+    "qwen3-30b-a3b": {
+        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False,
+        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+    },
     "tiny": {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "tie_word_embeddings": True,
@@ -61,17 +66,25 @@ def make_rows(tokens: int, vocabulary: int, seed: int) -> list[Encoded]:
     return rows
 
 
-def useful_flops(base_parameters: int, rows: list[Encoded], shape: dict, full: bool) -> float:
-    """Of one step, in FLOPs."""
-    factor = 6 if full else 4
-    tokens = sum(len(r.input_ids) for r in rows)
-    trained = sum(int((r.labels != -100).sum()) for r in rows)
-    head = shape["hidden_size"] * shape["vocab_size"]
-    embeddings = head * (1 if shape["tie_word_embeddings"] else 2)
-    body = base_parameters - embeddings
-    width = shape["num_attention_heads"] * shape["head_dim"] * shape["num_hidden_layers"]
-    attention = sum(2 * 2 * width * len(r.input_ids) ** 2 / 2 for r in rows) * 3
-    return factor * body * tokens + factor * head * trained + attention
+def make_config(shape: dict) -> PretrainedConfig:
+    """Of a Qwen3, with experts where the shape has them."""
+    kind = Qwen3MoeConfig if "num_experts" in shape else Qwen3Config
+    return kind(**shape, max_position_embeddings=40960)
+
+
+def useful_flops(shape: dict, rows: list[Encoded], full: bool = True) -> float:
+    """Of one step over `rows`: active parameters, attention, and the head where a token is trained."""
+    hidden, heads, width = shape["hidden_size"], shape["num_attention_heads"], shape["head_dim"]
+    projections = hidden * width * (2 * heads + 2 * shape["num_key_value_heads"])
+    active = shape.get("num_experts_per_tok", 1) * shape.get(
+        "moe_intermediate_size", shape["intermediate_size"]
+    )
+    layers, factor = shape["num_hidden_layers"], 6 if full else 4
+    tokens = sum(len(row.input_ids) for row in rows)
+    trained = sum(int((row.labels != -100).sum()) for row in rows)
+    attention = 6 * layers * heads * width * sum(len(row.input_ids) ** 2 for row in rows)
+    body = layers * (projections + 3 * hidden * active)
+    return factor * (body * tokens + hidden * shape["vocab_size"] * trained) + attention
 
 
 def memory_gib(device: torch.device) -> float | None:
@@ -114,13 +127,14 @@ def main() -> None:
     parser.add_argument(
         "--profile", help="write a Chrome trace of one step here, and print the longest kernels"
     )
+    parser.add_argument("--layers", type=int, help="of the model; none = all")
     options = parser.parse_args()
-    shape = SHAPES[options.shape]
+    shape = dict(SHAPES[options.shape])
+    shape["num_hidden_layers"] = options.layers or shape["num_hidden_layers"]
     ranks, device = join_ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu"), 600)
     torch.manual_seed(0)
     with torch.device(device):
-        model = Qwen3ForCausalLM(Qwen3Config(**shape, max_position_embeddings=40960)).to(torch.bfloat16)
-    base_parameters = sum(p.numel() for p in model.parameters())  # before anything slices them
+        model = AutoModelForCausalLM.from_config(make_config(shape), dtype=torch.bfloat16)
     if options.tuner == "lora":
         model = add_lora(model, TunerConfig(lora_dropout=options.dropout), seed=0)
     engine = TransformersEngine(
@@ -135,7 +149,7 @@ def main() -> None:
     )
     base = model.get_base_model() if options.tuner == "lora" else model
     rows = make_rows(options.tokens, shape["vocab_size"], ranks.rank)
-    flops = useful_flops(base_parameters, rows, shape, options.tuner == "full")
+    flops = useful_flops(shape, rows, options.tuner == "full")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     peak = next((v for k, v in PEAK_FLOPS.items() if k in name), float("nan"))
     for layout in options.layouts:

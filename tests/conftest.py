@@ -21,8 +21,14 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -50,6 +56,9 @@ CORPUS = (
 )
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
@@ -147,5 +156,13 @@ def smollm2() -> Path:
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     """Runs command lines in processes that need no imports, on one rank or several: see tests/workers.py."""
     server = Workers(tmp_path_factory.mktemp("jobs"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def megatron_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """The same with megatron-core: importing it changes torch, so it has a server of its own."""
+    server = Workers(tmp_path_factory.mktemp("megatron-jobs"), "swift.engines.megatron.model")
     yield server
     server.close()

@@ -6,6 +6,7 @@ or several, which find each other as under torchrun. The start through torchrun 
 """
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -34,11 +35,11 @@ class Finished:
 class Workers:
     """The server, and what to ask of it. One job at a time."""
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, scratch: Path, *modules: str) -> None:
         self.scratch = scratch
         self.jobs = 0
         # -c and not this file: a fork's __main__ is then no module that swift might start processes from.
-        command = [sys.executable, "-c", "import workers; workers.serve()"]
+        command = [sys.executable, "-c", "import sys, workers; workers.serve(*sys.argv[1:])", *modules]
         path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path}
         self.server = subprocess.Popen(
@@ -55,7 +56,7 @@ class Workers:
         environment: dict[str, str] | None = None,
         timeout_seconds: float = 300,
     ) -> Finished:
-        """`swift ARGUMENTS` on so many processes; without arguments, the hook alone.
+        """`swift ARGUMENTS` (or `megatron ...`) on so many processes; without arguments, the hook alone.
 
         `hook`: `file.py:function`, called in every process before the command, with `rank` and arguments.
         Jobs of several processes have RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as under torchrun.
@@ -86,8 +87,8 @@ class Workers:
         self.server.wait()
 
 
-def serve() -> None:
-    """Answers jobs from stdin until it is closed."""
+def serve(*modules: str) -> None:
+    """Answers jobs from stdin until it is closed; `modules` are imported before the first one."""
     import torch.distributed.fsdp
     import transformers.models.llama.modeling_llama
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401
@@ -97,6 +98,8 @@ def serve() -> None:
     import swift.train.run
     import swift.train.trackers
 
+    for name in modules:
+        importlib.import_module(name)
     torch.set_num_threads(1)
     # The pictures of the curves take longer than tiny models train; tests/e2e/test_sft.py looks at them.
     swift.train.trackers.save_plot = lambda *_: None
@@ -156,7 +159,10 @@ def work(job: dict[str, Any], rank: int, port: int) -> int:
         getattr(module, function)(rank=rank, **job["hook_arguments"])
     from swift.cli.main import run
 
-    return run(job["arguments"]) if job["arguments"] else 0
+    arguments = job["arguments"]
+    if arguments[:1] == ["megatron"]:
+        return run(arguments[1:], program="megatron")
+    return run(arguments) if arguments else 0
 
 
 def wait(pids: list[int], deadline: float) -> tuple[int, list[int]]:

@@ -95,8 +95,8 @@ def test_all_wrong_values_in_one_go(capsys: pytest.CaptureFixture[str], calls: l
 def test_later_flags_stop_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str], calls: list[Any]
 ) -> None:
-    assert errors([*RUNNABLE, "--predict_with_generate", "true"], capsys) == [
-        "error: --predict_with_generate is not yet supported in this version; remove it"
+    assert errors([*RUNNABLE, "--push_to_hub", "true"], capsys) == [
+        "error: --push_to_hub is not yet supported in this version; remove it"
     ]
     argv = ["infer", "--infer_backend", "vllm", "--tensor_parallel_size", "2"]
     assert errors(argv, capsys) == [
@@ -111,7 +111,7 @@ def test_later_flags_stop_before_anything_is_loaded(
     "words",
     [
         ["--streaming", "false"],
-        ["--predict_with_generate", "false"],
+        ["--push_to_hub", "false"],
         ["--packing_strategy", "binpack"],
         ["--use_chat_template", "true"],
         ["--sequence_parallel_size", "1"],

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from swift.cli.commands import COMMANDS, Command, find_command
+from swift.cli.commands import COMMANDS, Command, find_command, load
 from swift.cli.fates import Fate, load_fates
 from swift.cli.flags import knobs_of
 from swift.cli.main import run
 from swift.cli.values import EXPECTED, kind_of
+from swift.config.megatron import MegatronConfig
+from swift.config.option import iterate_knobs
 
 TRAIN = ("pt", "sft", "rlhf")
 SERVE = ("infer", "deploy", "rollout", "eval", "app")
@@ -104,6 +106,15 @@ def test_every_row_reaches_a_command() -> None:
         if not any(row.scope & c.scopes and row.flag not in knobs[c] for c in COMMANDS)
     ]
     assert dead == []
+
+
+def test_rows_for_megatron_alone_overrule_what_it_inherits_and_nothing_else() -> None:
+    own = {knob.name for knob in iterate_knobs(MegatronConfig)}
+    for command in (c for c in COMMANDS if c.title in titles("megatron", *TRAIN)):
+        assert own <= set(knobs_of(command)), command.title
+        inherited = {knob.name for knob in iterate_knobs(load(command.config))} - set(knobs_of(command))
+        assert {"fsdp", "attn_impl", "quant_method", "optim"} <= inherited
+        assert {rows_of(command, name)[0].fate for name in inherited} == {"alias", "later", "refused"}
 
 
 def test_values_with_a_fate_belong_to_fields() -> None:
@@ -207,9 +218,9 @@ def test_alias_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--no_rope_fusion", "true"], "apply_rope_fusion: false"),
-        (["--no_rope_fusion"], "apply_rope_fusion: false"),
-        (["--no_initialization", "0"], "perform_initialization: true"),
+        (["--no_gradient_accumulation_fusion", "true"], "gradient_accumulation_fusion: false"),
+        (["--no_gradient_accumulation_fusion"], "gradient_accumulation_fusion: false"),
+        (["--no_gradient_accumulation_fusion", "0"], "gradient_accumulation_fusion: true"),
         (["--load", "DIR"], "mcore_model: DIR"),
         (["--save", "DIR"], "output_dir: DIR"),
     ],

@@ -29,7 +29,7 @@ def show(argv: list[str], capsys: pytest.CaptureFixture[str], program: str = "sw
         (["swift", "sft", "--help"], 0, set()),
         (["megatron", "sft", "--help"], 0, set()),
         (["swift", "sft", "--model", "m", "--lerning_rate", "1"], 2, set()),
-        (["swift", "sft", "--model", "m", "--dataset", "d", "--predict_with_generate", "true"], 2, set()),
+        (["swift", "sft", "--model", "m", "--dataset", "d", "--push_to_hub", "true"], 2, set()),
         (["swift", "sft", "--model", "m"], 2, set()),
         (["swift", "sft", "--model", "m", "--print_config"], 0, {"yaml"}),
     ],

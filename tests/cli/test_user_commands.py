@@ -6,17 +6,14 @@ quoting, line ends, comments and background jobs are the shell's own business. O
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
 from swift.cli.main import run
+from user_calls import FILES, FOLDER, record_calls
 
-FOLDER = Path(__file__).with_name("user_commands")
-FILES = sorted(FOLDER.glob("*.sh"))
 CALLS = {
     "003_12": 3,
     "003_17": 3,
@@ -26,30 +23,6 @@ CALLS = {
     "002_29": 0,
     "002_30": 0,
 }  # others: 1
-RECORDER = """#!/bin/sh
-{ printf '%s' "${0##*/}"; for word in "$@"; do printf '\\0%s' "$word"; done; printf '\\036'; } >> "$RECORDS"
-"""
-BASH = shutil.which("bash") or "/bin/bash"
-
-
-def record_calls(script: str, directory: Path) -> list[list[str]]:
-    """argv of every swift and megatron call that bash makes of `script`; other programs do nothing."""
-    shims, records = directory / "shims", directory / "records"
-    shims.mkdir()
-    records.touch()
-    for name in ("swift", "megatron"):
-        (shims / name).write_text(RECORDER)
-    for name in ("bash", "tensorboard"):
-        (shims / name).write_text("#!/bin/sh\n")
-    (shims / "nohup").write_text('#!/bin/sh\nexec "$@"\n')
-    for shim in shims.iterdir():
-        shim.chmod(0o755)
-    environment = {"PATH": str(shims), "HOME": str(directory), "RECORDS": str(records), "LC_ALL": "C.UTF-8"}
-    subprocess.run(
-        [BASH, "-c", f"{script}\nwait"], cwd=directory, env=environment, capture_output=True, check=False
-    )
-    calls = records.read_text(encoding="utf-8").split("\x1e")[:-1]
-    return [call.split("\0") for call in calls]
 
 
 def print_config(call: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -116,9 +89,7 @@ def test_megatron_flags_without_values(tmp_path: Path, capsys: pytest.CaptureFix
         50,
         1,
     )
-    assert all(
-        values[name] is True for name in ("sequence_parallel", "finetune", "cross_entropy_loss_fusion")
-    )
+    assert all(values[name] is True for name in ("sequence_parallel", "finetune"))
     assert (values["train_type"], values["add_version"]) == ("full", False)
     assert len(values["dataset"]) == 2
 
@@ -142,5 +113,5 @@ def test_a_command_cut_by_comments_is_whole_without_them(
     (tmp_path / "whole").mkdir()
     values = yaml.safe_load(print_config(record_calls(text, tmp_path / "whole")[0], capsys))
     assert values["recompute_modules"] == ["core_attn", "moe"]
-    assert (values["micro_batch_size"], values["moe_aux_loss_coeff"]) == (4, [0.001])
+    assert (values["per_device_train_batch_size"], values["moe_aux_loss_coeff"]) == (4, 0.001)
     assert json.dumps(values)  # every value is plain

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_sft import losses, only_run, read_log
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -55,13 +56,17 @@ def train(*arguments, **keywords) -> Path:
     return only_run(arguments[3])
 
 
+def read_samples(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+
+
 def steps_of(run: Path, name: str) -> list[float]:
     return [row[name] for row in read_log(run) if "loss" in row]
 
 
 def test_dpo_starts_at_ln_2_learns_and_goes_on_to_the_bit(tiny_llama_dir, tmp_path, capsys):
     data = write_pairs(tmp_path / "pairs.jsonl", 20)
-    flags = ("--split_dataset_ratio", "0.2", "--save_steps", "2")
+    flags = ("--split_dataset_ratio", "0.2", "--save_steps", "2", "--report_to", "tensorboard")
     run = train("dpo", tiny_llama_dir, data, tmp_path / "out", *flags)
     told = capsys.readouterr().err
     assert GOOD in told and BAD in told  # both answers of the row that is shown
@@ -74,10 +79,25 @@ def test_dpo_starts_at_ln_2_learns_and_goes_on_to_the_bit(tiny_llama_dir, tmp_pa
     evaluated = next(row for row in reversed(read_log(run)) if "eval_loss" in row)
     assert evaluated["eval_rewards/accuracies"] == 1.0
     curve, before = losses(run), load_file(run / "last" / "adapter_model.safetensors")
+    shown = read_samples(run)
     assert run_command(["rlhf", "--resume_from_checkpoint", str(run / "checkpoint-2")]) == 0
-    assert losses(run) == curve
+    assert losses(run) == curve and read_samples(run) == shown
     after = load_file(run / "last" / "adapter_model.safetensors")
     assert all((before[name] == after[name]).all() for name in before)
+    last_shown = shown[-4:]  # all held-out pairs, so their mean is the metric's
+    assert [row["chosen"].endswith(GOOD) and row["rejected"].endswith(BAD) for row in last_shown] == [
+        True
+    ] * 4
+    assert all(row["prompt"].startswith("user\nWhat about") for row in last_shown)
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        mean = sum(row[name] for row in last_shown) / 4
+        assert mean == pytest.approx(evaluated[f"eval_{name}"], abs=1e-6), name
+    events = EventAccumulator(str(run / "runs"))
+    events.Reload()
+    tables = events.Tensors("eval/samples/text_summary")
+    assert {table.step for table in tables} == {2, 4, 6}  # of text its reader purges nothing
+    told = tables[-1].tensor_proto.string_val[0].decode()
+    assert told.startswith("| prompt | chosen | rejected | rewards/") and told.count(GOOD) == 4
 
 
 def test_the_curve_knows_nothing_of_layouts(tiny_llama_dir, tmp_path):
@@ -125,6 +145,55 @@ def test_another_reference_model(tiny_llama_dir, make_tiny_model_dir, tmp_path):
     assert row["rewards/margins"] == pytest.approx(row["rewards/chosen"] - row["rewards/rejected"], abs=1e-6)
 
 
+def test_a_reference_that_follows_the_model(tiny_llama_dir, make_tiny_model_dir, tmp_path, capsys):
+    """Every second step it takes 60 % of the model; a run that goes on has the one of its checkpoint."""
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    flags = ("--train_type", "full", "--learning_rate", "1e-3", "--sync_ref_model", "true")
+    flags = (*flags, "--ref_model_sync_steps", "2")
+    run = train("dpo", tiny_llama_dir, data, tmp_path / "out", *flags, "--save_steps", "2")
+    curve = losses(run)
+    start = load_file(tiny_llama_dir / "model.safetensors")
+    trained = load_file(run / "checkpoint-2" / "model.safetensors")
+    kept = load_file(run / "checkpoint-2" / "reference" / "model.safetensors")
+    for name, tensor in kept.items():
+        torch.testing.assert_close(tensor, 0.4 * start[name] + 0.6 * trained[name], rtol=2e-7, atol=1e-8)
+    last = load_file(run / "last" / "model.safetensors")
+    for step in ("2", "4"):
+        assert run_command(["rlhf", "--resume_from_checkpoint", str(run / f"checkpoint-{step}")]) == 0
+        assert losses(run) == curve
+        assert all((last[k] == v).all() for k, v in load_file(run / "last" / "model.safetensors").items())
+    equal = ("--ref_model_mixup_alpha", "1", "--save_strategy", "no")
+    again = losses(train("dpo", tiny_llama_dir, data, tmp_path / "one", *flags, *equal))
+    assert [row[1] == pytest.approx(math.log(2), abs=1e-6) for row in again] == [True, False] * 3
+    other = make_tiny_model_dir(tmp_path, num_hidden_layers=1)
+    capsys.readouterr()
+    mistake = ("--ref_model", str(other), "--max_drop_ratio", "1")
+    assert run_command(command("dpo", tiny_llama_dir, data, tmp_path / "no", *flags, *mistake)) == 2
+    assert "the num_hidden_layers of --model and --ref_model are 2 and 1" in capsys.readouterr().err
+
+
+def test_lists_of_a_step_on_any_processes(workers, tiny_llama_dir, tmp_path):
+    """Sorted lists span the step, and a reference that follows the model is sliced like it."""
+    data = write_pairs(tmp_path / "pairs.jsonl", 15)  # the last step has seven pairs
+    flags = (
+        "--loss_type", "aot", "aot_pair", "--train_type", "full", "--learning_rate", "1e-3",
+        "--save_strategy", "no", "--sync_ref_model", "true", "--ref_model_sync_steps", "1",
+    )  # fmt: skip
+    curves = []
+    for size, steps in ((8, 1), (2, 4), (1, 8)):
+        cut = ("--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(steps))
+        curves.append(losses(train("dpo", tiny_llama_dir, data, tmp_path / f"{size}", *flags, *cut)))
+    sliced = ("--fsdp", "fsdp2", "--gradient_accumulation_steps", "1")
+    arguments = command("dpo", tiny_llama_dir, data, tmp_path / "sliced", *flags, *sliced)
+    result = workers.run(arguments, processes=2)
+    assert result.code == 0, result.stderr[-3000:]
+    curves.append(losses(only_run(tmp_path / "sliced")))
+    assert len(curves[0]) == 6 and curves[0][-1][1] < curves[0][0][1]
+    for curve in curves[1:]:
+        numbers, expected = ([x for row in rows for x in row[1:]] for rows in (curve, curves[0]))
+        assert numbers == pytest.approx(expected, rel=3e-5)
+
+
 @pytest.mark.parametrize("kind", ["orpo", "simpo", "cpo"])
 def test_methods_without_a_reference_learn(kind, tiny_llama_dir, tmp_path):
     run = train(
@@ -161,9 +230,12 @@ def test_kto_learns_from_single_answers_in_any_layout(tiny_llama_dir, tmp_path):
     log = [row for row in read_log(run) if "loss" in row]
     assert log[0]["loss"] == pytest.approx(0.5, abs=1e-6) and log[0]["kl"] == 0
     evaluated = read_log(run)[-2]
+    assert log[0]["rewards/accuracies"] == 0 and log[-1]["rewards/accuracies"] > 0.8
     assert evaluated["eval_rewards/margins"] > 0.3 and evaluated["eval_kl"] >= 0
     margins = evaluated["eval_rewards/chosen"] - evaluated["eval_rewards/rejected"]
     assert evaluated["eval_rewards/margins"] == pytest.approx(margins)
+    one = read_samples(run)[-1]  # of a row that is liked
+    assert one["answer"].endswith(GOOD) and "rewards/rejected" not in one and one["rewards/chosen"] > 0
     small = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8")
     again = train("kto", tiny_llama_dir, data, tmp_path / "one", *flags, *small)
     for name in ("loss", "grad_norm", "kl"):
@@ -178,6 +250,22 @@ def test_kto_needs_its_reference_also_after_it_was_run_beforehand(tiny_llama_dir
     before = train("kto", tiny_llama_dir, data, tmp_path / "b", *flags, "--precompute_ref_log_probs", "true")
     for name in ("loss", "kl", "grad_norm"):
         assert steps_of(before, name) == pytest.approx(steps_of(plain, name), rel=2e-5, abs=1e-7), name
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "rm"])
+def test_a_stream_trains_as_the_rows_themselves_do(kind, tiny_llama_dir, tmp_path):
+    """Over the ends of two passes; a run that goes on is the unbroken one."""
+    write_them = write_liked if kind == "kto" else write_pairs
+    data = write_them(tmp_path / "rows.jsonl", 12)
+    flags = ("--train_dataloader_shuffle", "false", "--max_steps", "6", "--save_steps", "3")
+    rows = losses(train(kind, tiny_llama_dir, data, tmp_path / "rows", *flags))
+    packing = ("--packing", "true", "--packing_length", "128") if kind == "dpo" else ()
+    for name, more in (("stream", ()), ("packed", (*packing, "--shuffle_buffer_size", "5"))):
+        run = train(kind, tiny_llama_dir, data, tmp_path / name, *flags, "--streaming", "true", *more)
+        curve = losses(run)
+        assert name == "packed" or curve == rows
+        assert run_command(["rlhf", "--resume_from_checkpoint", str(run / "checkpoint-3")]) == 0
+        assert losses(run) == curve
 
 
 @pytest.mark.slow
@@ -239,6 +327,16 @@ TASKS = {
         [{"query": f"{'apple' if i % 2 else 'stone'} {i}", "label": i % 2} for i in range(16)],
         ("--num_labels", "2"),
     ),
+    "several classes": (
+        [
+            {
+                "query": f"{'apple ' * (i % 2)}{'stone' * (i % 3 == 0)} {i}",
+                "label": [0] * (i % 2) + [2] * (i % 3 == 0),
+            }
+            for i in range(16)
+        ],
+        ("--num_labels", "3", "--problem_type", "multi_label_classification"),
+    ),
     "embedding": (
         [
             {"query": f"text {i}", "response": f"{i} {GOOD if i % 2 else BAD}", "label": i % 2}
@@ -275,7 +373,7 @@ TASKS = {
 def test_tasks_of_whole_texts_learn_in_any_layout(name, tiny_llama_dir, tmp_path):
     rows, flags = TASKS[name]
     data = write(tmp_path / "rows.jsonl", rows)
-    kind = "embedding" if name == "infonce" else name
+    kind = {"infonce": "embedding", "several classes": "seq_cls"}.get(name, name)
     flags = (
         *flags,
         "--train_type",
@@ -301,6 +399,28 @@ def test_tasks_of_whole_texts_learn_in_any_layout(name, tiny_llama_dir, tmp_path
         )
         again = losses(train(kind, tiny_llama_dir, data, tmp_path / "cut", *flags))
         assert [row[1] for row in again] == pytest.approx([row[1] for row in curve], rel=1e-4)
+
+
+def test_several_classes_are_read_off_a_checkpoint(tiny_llama_dir, tmp_path, capfd):
+    rows, flags = TASKS["several classes"]
+    data, scores = write(tmp_path / "rows.jsonl", rows), tmp_path / "scores.jsonl"
+    run = train("seq_cls", tiny_llama_dir, data, tmp_path / "out", *flags, "--num_train_epochs", "12")
+    assert steps_of(run, "acc")[-1] > steps_of(run, "acc")[0]
+    found = ["--adapters", str(run / "last"), "--max_batch_size", "4", "--result_path", str(scores)]
+    assert run_command(["infer", "--val_dataset", str(data), *found]) == 0
+    lines = [json.loads(line) for line in scores.read_text().splitlines()]
+    for line in lines:
+        assert json.loads(line["response"]) == [i for i, p in enumerate(line["probabilities"]) if p > 0.5]
+    right = [json.loads(line["response"]) == line["labels"] for line in lines]
+    assert sum(right) >= 12
+    capfd.readouterr()
+    for label, shown in (([0, 3], "[0, 3]"), (1, "1"), ("one", "one")):
+        write(data, [*rows[:2], {"query": "x", "label": label}])
+        assert run_command(command("seq_cls", tiny_llama_dir, data, tmp_path / "no", *flags)) == 2
+        said = " ".join(capfd.readouterr().err.split())
+        assert (
+            f"rows.jsonl line 3: label {shown} is not a list of classes from 0 to 2 (--num_labels 3)" in said
+        )
 
 
 MISTAKES = {
@@ -341,6 +461,12 @@ MISTAKES = {
         ("--rpo_alpha", "1"),
         ["--rpo_alpha has no effect with --rlhf_type kto"],
     ),
+    "a stream scored beforehand": (
+        "dpo",
+        [pair(0)],
+        ("--streaming", "true", "--max_steps", "1", "--precompute_ref_log_probs", "true"),
+        ["--streaming true does not go with --precompute_ref_log_probs"],
+    ),
     "unknown loss": (
         "dpo",
         [pair(0)],
@@ -357,7 +483,7 @@ MISTAKES = {
         "dpo",
         [pair(0)],
         ("--sync_ref_model", "true"),
-        ["--sync_ref_model true is not there yet"],
+        ["--sync_ref_model true cannot be combined with --train_type lora", "--train_type full"],
     ),
     "adapters out of the weights": (
         "dpo",

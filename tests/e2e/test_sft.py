@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from swift.cli.main import run as run_command
@@ -98,6 +99,29 @@ def test_accumulation_does_not_change_the_curve(tiny_llama_dir, tmp_path):
         assert run_command(command) == 0
         curves.append([loss for _, loss, _ in losses(only_run(tmp_path / name))])
     assert curves[0] == pytest.approx(curves[1], rel=2e-5)
+
+
+def test_when_things_happen(tiny_llama_dir, tmp_path, capsys):
+    """22 rows, 18 of them trained on in 4 steps an epoch: a fifth would not be full."""
+    data = write_rows(tmp_path / "rows.jsonl", 22)
+    flags = (
+        "--split_dataset_ratio", "0.18", "--num_train_epochs", "3", "--logging_strategy", "epoch",
+        "--eval_steps", "2", "--eval_delay", "7", "--dataloader_drop_last", "true", "--save_strategy", "no",
+        "--full_determinism", "true", "--disable_tqdm", "true",
+    )  # fmt: skip
+    try:
+        assert run_command(sft_command(tiny_llama_dir, data, tmp_path / "out", *flags)) == 0
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    log = read_log(only_run(tmp_path / "out"))[:-1]
+    steps = {name: [r["global_step/max_steps"] for r in log if name in r] for name in ("loss", "eval_loss")}
+    assert steps == {"loss": ["1/12", "4/12", "8/12", "12/12"], "eval_loss": ["8/12", "10/12", "12/12"]}
+    capsys.readouterr()
+    flags = ("--dataloader_drop_last", "true", "--gradient_accumulation_steps", "8")
+    assert run_command(sft_command(tiny_llama_dir, data, tmp_path / "no", *flags)) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--dataloader_drop_last true leaves nothing: 22 rows or packs, and a step takes 32" in said
 
 
 def test_resuming_refuses_another_run(tiny_llama_dir, tmp_path, capsys):

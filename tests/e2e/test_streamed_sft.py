@@ -47,6 +47,8 @@ def test_a_stream_killed_and_resumed_is_the_unbroken_one(tiny_llama_dir, tmp_pat
     [
         ((), "--streaming true needs --max_steps"),
         (("--max_steps", "3", "--save_strategy", "epoch"), "--save_strategy epoch: with --streaming true"),
+        (("--max_steps", "3", "--logging_strategy", "epoch"), "--logging_strategy epoch: with --streaming"),
+        (("--max_steps", "3", "--dataloader_drop_last", "true"), "go with --dataloader_drop_last yet"),
         (
             ("--max_steps", "3", "--split_dataset_ratio", "0.1"),
             "--split_dataset_ratio needs all rows at hand",

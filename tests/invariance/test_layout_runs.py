@@ -1,6 +1,7 @@
 """Whole runs through the command line: sequence parallel, DeepSpeed, half precision; and what is refused."""
 
 import json
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def test_one_run_moves_through_every_layout(workers, tiny_qwen3_dir, tmp_path):
     for processes, flags in layouts:
         result = workers.run([*resume, *flags], processes)
         assert result.code == 0, result.stderr[-3000:]
+        assert "ccelerator" not in result.stdout + result.stderr  # DeepSpeed's account of its search for GPUs
         assert_same_curve(sliced, single)
         assert_same_weights(sliced, single, "model.safetensors")
 
@@ -105,6 +107,8 @@ def refuse(workers, model: Path, tmp_path: Path, flags: list[str], processes: in
         (["--fsdp", "fsdp2", "--deepspeed", "zero2"], "--fsdp and --deepspeed both slice the model"),
         (["--ddp_backend", "nccl"], "--ddp_backend nccl needs GPUs"),
         (["--activation_cpu_offload", "true"], "--activation_cpu_offload true needs a GPU"),
+        (["--tf32", "true"], "--tf32 true needs a GPU"),
+        (["--fsdp", "fsdp2", "--ddp_bucket_cap_mb", "9"], "--ddp_bucket_cap_mb has no effect with --fsdp"),
         (
             ["--sequence_parallel_size", "2", "--padding_free", "false"],
             "--padding_free false cannot be combined with --sequence_parallel_size 2",
@@ -135,6 +139,9 @@ def test_contradicting_deepspeed_configs_are_told(tmp_path, monkeypatch):
     from swift.engines.transformers.wrap import load_zero
 
     zero = load_zero()
+    logger = logging.getLogger("DeepSpeed")
+    records = [logger.makeRecord("", level, "", 0, "", (), None) for level in (30, 40)]
+    assert [bool(logger.filter(record)) for record in records] == [False, True]
     numbers = {"micro_batch": 2, "accumulation": 4, "data_world": 2, "clip": 1.0, "width": 64}
     settle = partial(zero.settle, compute="bfloat16", **numbers)
     stage = {"zero_optimization": {"stage": 2}}

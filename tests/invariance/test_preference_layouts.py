@@ -9,14 +9,16 @@ from test_layouts import assert_equal, build_engine, make_rows
 
 from swift.batch import Batch
 from swift.data.collate import collate
+from swift.engines.protocol import Sums
 from swift.engines.transformers.engine import TransformersEngine
 from swift.objectives.kto import Kto
-from swift.objectives.preference import Preference, match_ranks
+from swift.objectives.preference import Preference
 from swift.objectives.types import Objective
+from swift.train.scoring import Step, score_nothing, score_ranked
 
 LIKED = (1, 0, 0, 1, 1, 0, 1, 0)
 MPO = Preference(("sigmoid", "ipo", "sft"), (0.8, 0.2, 1.0), ld_alpha=0.5)
-RANKED = Preference(("aot_pair",))
+RANKED = Preference(("aot_pair", "aot"), (0.5, 0.5))
 SCORES = frozenset({"logps"})
 
 
@@ -32,11 +34,7 @@ def make_batches(engine: TransformersEngine, rows_each: int, objective: Objectiv
         for batch, stats in zip(batches, engine.forward(batches, SCORES), strict=True):
             batch.token["ref_logps"] = stats.logps
     if objective is RANKED:
-        scored = zip(engine.forward(batches, SCORES), batches, strict=True)
-        lists = [RANKED.score(stats, batch).ranked_values("aot_pair") for stats, batch in scored]
-        partners = match_ranks(torch.cat([a for a, _ in lists]), torch.cat([b for _, b in lists])).flatten()
-        for batch, column in zip(batches, partners.split([b.num_segments for b in batches]), strict=True):
-            batch.segment["aot_pair_partner"] = column
+        return score_ranked(score_nothing, RANKED, engine, Step(batches, [], Sums()))
     return batches
 
 

@@ -71,7 +71,8 @@ def test_full_training_on_two_processes_is_that_on_one(workers, tiny_qwen3_dir, 
     single = train(
         workers, data, tiny_qwen3_dir, tmp_path / "single", 1, *batch(8, 1), "--train_type", "full"
     )
-    ddp = train(workers, data, tiny_qwen3_dir, tmp_path / "ddp", 2, *batch(2, 2), "--train_type", "full")
+    small_buckets = ("--train_type", "full", "--ddp_bucket_cap_mb", "1")
+    ddp = train(workers, data, tiny_qwen3_dir, tmp_path / "ddp", 2, *batch(2, 2), *small_buckets)
     for_slices = ("--train_type", "full", "--fsdp", "fsdp2")
     fsdp = train(workers, data, tiny_qwen3_dir, tmp_path / "fsdp", 2, *batch(4, 1), *for_slices)
     for run in (ddp, fsdp):

@@ -66,20 +66,20 @@ def words(sample: Sample) -> list[str]:
 )
 def test_pairs(columns: dict, chosen: list[str], rejected: list[str]) -> None:
     pair = to_preference(row(**columns, score=[1, None], margin="0.5"))
-    assert (words(pair.chosen), words(pair.rejected), pair.margin) == (chosen, rejected, 0.5)
-    assert pair.chosen.extra == {"score": [1, None]} and pair.rejected.extra == {}
-    assert (pair.rejected.file, pair.rejected.line) == ("f.jsonl", 3)
+    better, worse = pair.samples
+    assert (words(better), words(worse), pair.values) == (chosen, rejected, (0.5,))
+    assert better.extra == {"score": [1, None]} and worse.extra == {}
+    assert (worse.file, worse.line) == ("f.jsonl", 3)
 
 
 def test_tools_of_a_pair() -> None:
     tools, others = [{"name": "f"}], [{"name": "g"}]
     pair = to_preference(row(prompt="q", chosen="a", rejected="b", tools=tools))
-    assert pair.chosen.tools == pair.rejected.tools == [{"type": "function", "function": {"name": "f"}}]
-    assert pair.margin is None and pair.chosen.extra == {}
+    assert [s.tools for s in pair.samples] == [[{"type": "function", "function": {"name": "f"}}]] * 2
+    assert pair.values == (0.0,) and pair.samples[0].extra == {}
     columns = {"messages": said("q", "a"), "rejected_messages": said("q", "b"), "tools": tools}
     pair = to_preference(row(**columns, rejected_tools=others))
-    assert pair.chosen.tools[0]["function"]["name"] == "f"
-    assert pair.rejected.tools[0]["function"]["name"] == "g"
+    assert [s.tools[0]["function"]["name"] for s in pair.samples] == ["f", "g"]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,8 @@ def test_refused_pairs(columns: dict, reason: str) -> None:
 def test_kto(label: Any, liked: bool) -> None:
     for columns in ({"messages": said("q", "a")}, {"prompt": "q", "completion": "a"}):
         found = to_kto(row(**columns, label=label, x=1))
-        assert (words(found.sample), found.label, found.sample.extra) == (["q", "a"], liked, {"x": 1})
+        (sample,) = found.samples
+        assert (words(sample), found.values, sample.extra) == (["q", "a"], (float(liked),), {"x": 1})
 
 
 @pytest.mark.parametrize(

@@ -47,12 +47,12 @@ def test_spec_syntax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sampling() -> None:
-    assert sample_indices(3, 7, seed=1, shuffle=False) == [0, 1, 2, 0, 1, 2, 0]
-    assert sample_indices(5, 2, seed=1, shuffle=False) == [0, 1]
+    assert sample_indices(range(3), count=7, seed=1, shuffle=False) == [0, 1, 2, 0, 1, 2, 0]
+    assert sample_indices(range(5), count=2, seed=1, shuffle=False) == [0, 1]
     # The numbers are frozen: a data set must not change under a run that is resumed years later.
-    assert sample_indices(10, 4, seed=42, shuffle=True) == [8, 1, 5, 0]
-    assert sample_indices(3, 7, seed=42, shuffle=True) == [0, 1, 2, 0, 1, 2, 0]
-    assert sorted(sample_indices(6, 6, seed=0, shuffle=True)) == list(range(6))
+    assert sample_indices(range(10), count=4, seed=42, shuffle=True) == [8, 1, 5, 0]
+    assert sample_indices(range(3), count=7, seed=42, shuffle=True) == [0, 1, 2, 0, 1, 2, 0]
+    assert sorted(sample_indices(range(6), count=6, seed=0, shuffle=True)) == list(range(6))
 
 
 def test_rows_of_any_shape_keep_their_place(tmp_path: Path) -> None:
@@ -204,10 +204,14 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     class Hub:
+        NAME = "the hub"
+
         @staticmethod
-        def load_hub_rows(*arguments: Any) -> list[Row]:
+        def load(*arguments: Any) -> list[dict[str, Any]]:
+            if arguments[1] == "gone":
+                raise OSError("404")
             asked.append(arguments)
-            return [Row({"a": arguments[1]}, "hub", 1)]
+            return [{"a": arguments[1]}]
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setitem(sys.modules, "swift.data.hub_hf", Hub)
@@ -217,6 +221,8 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         "s1",
     ]
     assert asked == [("owner/name", "s1", "t"), ("owner/name", "s2", "t")]
+    with pytest.raises(ConfigError, match=r"owner/name:gone: not found .* on the hub \(OSError: 404\)"):
+        load("owner/name:gone", use_hf=True)
 
 
 def test_columns_are_renamed_first(tmp_path: Path) -> None:

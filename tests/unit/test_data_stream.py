@@ -47,7 +47,7 @@ def stream_of(source: RowStream, *, position: Position | None = None, **options:
 
 
 def ids_of(item: Item | None) -> Any:
-    return item and [row.input_ids.tolist() for row in item]
+    return item and [row.sequences[0].input_ids.tolist() for row in item]
 
 
 def lines_of(source: RowStream, epoch: int = 0, skip: int = 0) -> list[int]:
@@ -134,7 +134,7 @@ def test_packs_of_a_stream_are_full(tmp_path: Path) -> None:
     source = source_of(write(tmp_path / "rows.jsonl", chats(3000, mean=4.0)))
     stream, fills = stream_of(source, capacity=1024), []
     while (item := stream.next_item()) is not None:
-        tokens = sum(len(row.input_ids) for row in item)
+        tokens = sum(row.num_tokens for row in item)
         assert tokens <= 1024
         fills.append(tokens / 1024)
     assert stream.read == 3000 and not stream.dropped

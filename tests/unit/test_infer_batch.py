@@ -10,6 +10,7 @@ from swift.config.model import ModelConfig
 from swift.config.option import ConfigError
 from swift.config.template import TemplateConfig
 from swift.data.formats import to_sample
+from swift.data.preference import PromptSample
 from swift.data.sources import open_rows
 from swift.infer import batch
 from swift.infer.batch import Rejects, Stats, answer_rows, load_questions, mend_last_line, report, result_row
@@ -28,7 +29,7 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def load(path: Path, **options) -> tuple[list[batch.Question], Rejects]:
+def load(path: Path, **options) -> tuple[list[PromptSample], Rejects]:
     return load_questions([str(path)], InferOptions(dataset_shuffle=False, **options), seed=3, columns={})
 
 
@@ -67,15 +68,16 @@ def questions_file(tmp_path) -> Path:
 
 def test_a_final_answer_becomes_the_label_and_is_not_shown_to_the_model(questions_file) -> None:
     questions, _ = load(questions_file)
-    assert [q.labels for q in questions] == ["A robot.", "Indeed.", None, None, None]
-    assert [q.messages[-1]["role"] for q in questions] == ["user"] * 5
-    assert [len(q.messages) for q in questions] == [1, 1, 2, 1, 1]
-    assert questions[2].place == f"{questions_file} line 3"
+    assert [q.label for q in questions] == ["A robot.", "Indeed.", None, None, None]
+    assert [q.sample.messages[-1]["role"] for q in questions] == ["user"] * 5
+    assert [len(q.sample.messages) for q in questions] == [1, 1, 2, 1, 1]
+    sample = questions[2].sample
+    assert (sample.file, sample.line) == (str(questions_file), 3)
 
 
 def test_rows_come_in_order_with_every_batch_size_and_window(engine, questions_file, tmp_path) -> None:
     questions, rejects = load(questions_file)
-    alone = [engine.generate([q.messages], GREEDY)[0].text for q in questions]
+    alone = [engine.generate([q.sample.messages], GREEDY)[0].text for q in questions]
     assert len(set(alone)) > 2
     for number, (size, window) in enumerate([(1, 1), (2, 2), (5, 1000), (3, -1)]):
         path = tmp_path / f"{number}.jsonl"
@@ -98,7 +100,7 @@ def test_result_rows_have_the_schema_and_train(engine, questions_file, tmp_path)
     again = [to_sample(row) for row in list(open_rows([str(path)], seed=0, shuffle=False, columns={}))]
     for question, sample, row in zip(questions, again, rows, strict=True):
         answer = {"role": "assistant", "content": row["response"]}
-        assert list(sample.messages) == [*question.messages, answer]
+        assert list(sample.messages) == [*question.sample.messages, answer]
 
 
 def test_answered_rows_can_be_answered_again(engine, questions_file, tmp_path) -> None:
@@ -208,8 +210,8 @@ def test_nothing_usable_is_an_error(tmp_path, notices) -> None:
 
 def test_a_sample_keeps_the_order_and_follows_the_seed(tmp_path) -> None:
     path = write_rows(tmp_path / "many.jsonl", [{"query": str(i)} for i in range(50)])
-    asked = [int(q.messages[0]["content"]) for q in load(path, val_dataset_sample=10)[0]]
-    again = [int(q.messages[0]["content"]) for q in load(path, val_dataset_sample=10)[0]]
+    asked = [int(q.sample.messages[0]["content"]) for q in load(path, val_dataset_sample=10)[0]]
+    again = [int(q.sample.messages[0]["content"]) for q in load(path, val_dataset_sample=10)[0]]
     assert asked == again == sorted(set(asked))
     assert len(asked) == 10
     assert asked != list(range(10))

@@ -32,6 +32,15 @@ def test_a_step_holds_the_same_rows_in_any_layout(micro, accumulation, world):
         assert sorted(rows_of(plan, step)) == sorted(rows_of(whole, step))
 
 
+def test_rows_that_do_not_fill_a_step_are_left_out():
+    plan = StepPlan(num_rows=13, micro_batch_size=2, accumulation=2, seed=7, drop_last=True)
+    assert plan.steps_per_epoch == 3 and plan.total_steps(2, -1) == 6
+    whole = StepPlan(num_rows=13, micro_batch_size=2, accumulation=2, seed=7)
+    for step in range(6):
+        expected = rows_of(whole, step + step // 3)
+        assert rows_of(plan, step).tolist() == expected.tolist() and len(expected) == 4
+
+
 def test_total_steps_from_epochs_and_max_steps():
     plan = StepPlan(num_rows=144, micro_batch_size=8, accumulation=1)
     assert plan.total_steps(2, -1) == 36

@@ -228,6 +228,29 @@ def test_the_tail_of_warmup_stable_decay_is_a_tenth() -> None:
     assert found[4:36] == [1.0] * 32 and found[36:] == pytest.approx([wave(i / 4) for i in range(4)])
 
 
+@pytest.mark.parametrize("name", ["linear", "cosine", "polynomial", "warmup_stable_decay"])
+def test_min_lr_is_where_a_decay_ends(name: str) -> None:
+    """Warm-up and peak stay; what the decay gives is squeezed between the peak and --min_lr."""
+    plain = rates(21, lr_scheduler_type=name, warmup_steps=4)
+    found = rates(21, lr_scheduler_type=name, warmup_steps=4, min_lr=0.1)
+    assert found[:5] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert found[5:] == pytest.approx([0.1 + 0.9 * rate for rate in plain[5:]])
+    assert min(found[4:]) > 0.1
+
+
+def test_min_lr_that_means_nothing() -> None:
+    for settings, message in (
+        ({"min_lr": 1e-3}, "--min_lr 0.001 is above --learning_rate 1e-05"),
+        (
+            {"min_lr": 1e-6, "lr_scheduler_type": "constant"},
+            "--min_lr has no effect with --lr_scheduler_type constant",
+        ),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            OptimConfig(**settings).check(train_type="full", slicer=None)
+        assert caught.value.message == message
+
+
 def test_constant_is_constant() -> None:
     assert rates(5, lr_scheduler_type="constant") == [1.0] * 5
 

@@ -64,7 +64,6 @@ def test_adapters_learn_on_weights_in_few_bits(bits: int, tiny_llama_dir: Path, 
 
 
 def test_what_the_flags_say() -> None:
-    assert build_quantization(QuantConfig(), torch.float32) is None
     config = build_quantization(QuantConfig(quant_method="bnb"), torch.bfloat16)
     assert config.load_in_4bit and config.bnb_4bit_compute_dtype == torch.bfloat16
     assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("nf4", True)

@@ -12,17 +12,15 @@ from swift.config.option import ConfigError
 from swift.engines.protocol import Snapshot, Sums
 from swift.engines.ranks import Ranks
 from swift.train.saving import (
-    MANIFEST,
     STATE,
     Saver,
     find_checkpoint,
-    find_damage,
     is_better,
     list_checkpoints,
     remove_partial,
-    write_manifest,
 )
 from swift.train.state import TrainState
+from swift.utils.files import MANIFEST, find_damage, write_manifest
 
 
 class FileEngine:

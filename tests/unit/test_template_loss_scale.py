@@ -110,6 +110,16 @@ REACT = "Thought: t\nAction: f\nAction Input: {}\nObservation: 3\nThought: ok\nF
             "a✿FUNCTION✿: f✿RESULT✿: r✿RETURN✿: x",
             [("a", 1.0), ("✿FUNCTION✿: f✿RESULT✿:", 2.0), ("✿RETURN✿: x" + END, 1.0)],
         ),
+        (
+            "alpha_umi",
+            "Thought: t\nNext: caller.",
+            [("Thought: t\n", 1.0), ("Next: caller.", 2.0), (END, 1.0)],
+        ),
+        (
+            "agentflan",
+            "Thought: t\nAction: f\nObservation: r",
+            [("Thought: t\nAction:", 1.0), (" f\n", 3.0), ("Observation:", 2.0), (END, 1.0)],
+        ),
         # What ends the turn is trained even where the words before it are not.
         ("react", "Observation: 3", [("Observation:", 2.0), (END, 1.0)]),
         ("react", "plain words", [("plain words" + END, 1.0)]),
@@ -117,6 +127,12 @@ REACT = "Thought: t\nAction: f\nAction Input: {}\nObservation: 3\nThought: ok\nF
 )
 def test_weights_of_agents(loss_scale: str, answer: str, expected: list) -> None:
     assert weighed(family_template("smollm2", loss_scale=loss_scale), chat("q", answer)) == expected
+
+
+def test_some_questions_weigh_their_whole_answer() -> None:
+    template = family_template("smollm2", loss_scale="agentflan")
+    chats = chat("What is the tool you want to use?", "Thought: f", "And now?", "Thought: f")
+    assert weighed(template, chats) == [("Thought: f", 3.0), (END, 1.0), ("Thought: f" + END, 1.0)]
 
 
 def test_chain_multiplies() -> None:
@@ -175,4 +191,4 @@ def test_names_that_do_not_exist(monkeypatch: pytest.MonkeyPatch, name: str, mes
         build_weights(name)
     assert caught.value.message == message
     if name.endswith("herms"):
-        assert caught.value.hint.startswith("did you mean hermes? known: all, default, hermes, ignore_empty")
+        assert caught.value.hint.startswith("did you mean hermes? known: agentflan, all, alpha_umi, default")

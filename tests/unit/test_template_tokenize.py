@@ -119,7 +119,6 @@ def test_all_tokens_of_one_character_have_the_same_label() -> None:
 
 
 def test_row_is_encoded_the_same_alone_and_in_a_batch() -> None:
-    """What all rows begin with is encoded once, here a system prompt and a question's beginning."""
     rows = [
         chat("Who 😀", "a b"),
         chat("Who are", "c", "d", "e"),
@@ -136,15 +135,7 @@ def test_row_is_encoded_the_same_alone_and_in_a_batch() -> None:
                 assert encoded.labels.tolist() == alone.labels.tolist()
 
 
-def test_opening_is_shared_only_where_the_tokenizer_can_be_cut() -> None:
-    template = jinja_template(None)
-    rows = [template.render(chat(words, "a", system="Be brief.")) for words in ("q1", "q2")]
-    opening = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>"
-    assert tokenize._common_opening(template, rows) == opening
-    assert tokenize._common_opening(template, rows[:1]) == ""
-
-
-def test_opening_is_not_shared_where_the_first_word_of_a_text_is_marked() -> None:
+def test_rows_are_encoded_whole_where_the_first_word_of_a_text_is_marked() -> None:
     """SentencePiece puts a space before the first word of a text, so that a text cannot be cut in two."""
     letters = {letter: i for i, letter in enumerate("▁abcdefghijklmnopqrstuvwxyz12", start=2)}
     backend = Tokenizer(models.BPE(vocab=letters | {"<s>": 0, "</s>": 1}, merges=[]))

@@ -38,16 +38,18 @@ class Command:
         return frozenset(common | words | {f"{self.program}:{word}" for word in words})
 
 
-SFT, RLHF, INFER, EXPORT, DATASET = (
-    f"swift.config.runs:{name}Run" for name in ("Sft", "Rlhf", "Infer", "Export", "Dataset")
+SFT, RLHF, INFER, EXPORT, DATASET, WEB_UI = (
+    f"swift.config.runs:{name}Run" for name in ("Sft", "Rlhf", "Infer", "Export", "Dataset", "WebUi")
 )
-MEGATRON, MEGATRON_EXPORT, WEB_UI = (
-    f"swift.cli.pending:{name}Run" for name in ("Megatron", "MegatronExport", "WebUi")
+MEGATRON_SFT, MEGATRON_RLHF, MEGATRON_EXPORT = (
+    f"swift.config.runs:Megatron{name}Run" for name in ("Sft", "Rlhf", "Export")
 )
 RUN_PT, RUN_SFT, RUN_RLHF = (f"swift.train.run:run_{name}" for name in ("pt", "sft", "rlhf"))
+PARALLEL = "swift.train.run_megatron"
 RUN_INFER = "swift.infer.run:run_infer"
 RUN_EXPORT = "swift.export.run:run_export"
-WHOLE, ALL_TOKENS, LAST_ROUND = ("train_type", "full"), ("loss_scale", "all"), ("loss_scale", "last_round")
+RUN_CONVERT = "swift.export.megatron:run_export_megatron"
+ALL_TOKENS, LAST_ROUND = ("loss_scale", "all"), ("loss_scale", "last_round")
 PLAIN_TEXT = (ALL_TOKENS, ("use_chat_template", False))
 
 COMMANDS = (
@@ -84,12 +86,38 @@ COMMANDS = (
     Command(
         "swift", "merge-lora", EXPORT, RUN_EXPORT, "export --merge_lora true", False, (("merge_lora", True),)
     ),
-    Command("megatron", "pt", MEGATRON, None, "continue pre-training in parallel", True, (WHOLE, ALL_TOKENS)),
-    Command("megatron", "sft", MEGATRON, None, "fine-tune in parallel", True, (WHOLE,)),
     Command(
-        "megatron", "rlhf", MEGATRON, None, "preferences and rewards in parallel", True, (WHOLE, LAST_ROUND)
+        "megatron",
+        "pt",
+        MEGATRON_SFT,
+        f"{PARALLEL}:run_pt",
+        "continue pre-training in parallel",
+        True,
+        PLAIN_TEXT,
+        can_spread=True,
     ),
-    Command("megatron", "export", MEGATRON_EXPORT, None, "convert weights in parallel", True),
+    Command(
+        "megatron", "sft", MEGATRON_SFT, f"{PARALLEL}:run_sft", "fine-tune in parallel", True, can_spread=True
+    ),
+    Command(
+        "megatron",
+        "rlhf",
+        MEGATRON_RLHF,
+        f"{PARALLEL}:run_rlhf",
+        "preferences in parallel: DPO, KTO",
+        True,
+        (LAST_ROUND,),
+        can_spread=True,
+    ),
+    Command(
+        "megatron",
+        "export",
+        MEGATRON_EXPORT,
+        RUN_CONVERT,
+        "convert weights in parallel",
+        True,
+        can_spread=True,
+    ),
 )
 
 

@@ -7,7 +7,8 @@ Columns of the table, separated by tabs:
   type     kind of value, see values.py; an alias has none, it takes the kind of its target
   default  value that counts as not given, beside none and false
   note     alias: the target, then OLD=NEW for values that are spelled differently; else the reason
-A field of a command's config is supported there, whatever the table says.
+A field of a command's config is supported there, whatever the table says. Rows for megatron alone overrule
+that: its configs are those of swift with a few groups more, and its engine cannot do all that they offer.
 """
 
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ class Fate:
     kind: str
     default: str
     note: str
+
+    @property
+    def overrules(self) -> bool:
+        """Whether it counts although the command's config has such a field."""
+        return all(token.partition(":")[0] == "megatron" for token in self.scope)
 
     @property
     def target(self) -> str:

@@ -45,9 +45,11 @@ class Resolved:
 @cache
 def knobs_of(command: Command) -> dict[str, Knob]:
     """The supported flags; a name that two groups share is one flag."""
+    fates = fates_of(command)
     knobs: dict[str, Knob] = {}
     for knob in iterate_knobs(load(command.config)):
-        knobs.setdefault(knob.name, knob)
+        if knob.name not in fates or not fates[knob.name].overrules:
+            knobs.setdefault(knob.name, knob)
     return knobs
 
 
@@ -129,7 +131,8 @@ def _follow_alias(
     row = fates.get(item.name)
     if item.name in knobs or row is None or row.fate != "alias":
         return item
-    _note(resolved, f"{item.where} is --{row.target} here")
+    if resolved.command.program == "swift":  # Megatron has two names for most things, both of them right
+        _note(resolved, f"{item.where} is --{row.target} here")
     words, respelled = item.words, row.respelled
     if "true" in respelled:
         words = (to_word(parse_value(item.where, "bool", words)),)

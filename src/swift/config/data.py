@@ -65,7 +65,6 @@ class DataConfig:
     model_author: tuple[str, ...] = option((), help="author that the model learns: one, or zh and en")
 
     def check(self) -> None:
-        """Raises ConfigError where these flags contradict each other."""
         if self.interleave_prob and len(self.interleave_prob) != len(self.dataset):
             raise ConfigError(
                 f"--interleave_prob has {len(self.interleave_prob)} values for {len(self.dataset)} datasets",

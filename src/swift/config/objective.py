@@ -122,7 +122,9 @@ class RlhfConfig:
     precompute_ref_log_probs: bool = option(
         False, help="run the reference once over all rows before training, then free it"
     )
-    sync_ref_model: bool = option(False, help="let the reference follow the trained model")
+    sync_ref_model: bool = option(
+        False, help="let the reference follow the trained model (--train_type full); checkpoints keep both"
+    )
     ref_model_sync_steps: int = option(
         512, help="steps between two updates of the reference", unit="steps", range=(1, None)
     )
@@ -137,7 +139,6 @@ class RlhfConfig:
 
     @property
     def beta_value(self) -> float:
-        """`beta`, or the method's own."""
         default = 2.0 if self.rlhf_type == "simpo" else 0.1
         return default if self.beta is None else self.beta
 
@@ -147,7 +148,6 @@ class RlhfConfig:
         return self.rlhf_type == "kto" or (self.rlhf_type == "dpo" and not self.reference_free)
 
     def check(self) -> None:
-        """Raises ConfigError where flags contradict each other."""
         if self.rlhf_type in NOT_YET:
             return
         self._check_losses()

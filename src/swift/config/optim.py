@@ -47,6 +47,7 @@ class OptimConfig:
     lr_scheduler_kwargs: dict[str, Any] = option(
         {}, help='settings of that shape as JSON, such as {"min_lr": 1e-6}'
     )
+    min_lr: float = option(0.0, help="where the decay ends, instead of at 0", range=(0, None))
     warmup_ratio: float = option(0.0, help="share of the steps that warm up", range=(0, 1))
     warmup_steps: float = option(
         0,
@@ -69,6 +70,12 @@ class OptimConfig:
     def name(self) -> str:
         """The optimizer that counts: one of OPTIMIZERS, or a plugin's."""
         return self.optim if self.optimizer in (None, "lorap") else str(self.optimizer)
+
+    def peak(self, train_type: str) -> float:
+        """--learning_rate, or the default of the kind of training."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 1e-4 if train_type == "lora" else 1e-5
 
     def check(self, *, train_type: str, slicer: str | None) -> None:
         """Raises ConfigError where an optimizer cannot work as asked."""
@@ -96,6 +103,13 @@ class OptimConfig:
             )
         if self.lr_scheduler_kwargs and self.lr_scheduler_type in LEVEL:
             raise ConfigError(f"--lr_scheduler_kwargs: {self.lr_scheduler_type} has no settings")
+        if self.min_lr and (self.lr_scheduler_type in LEVEL or "min_lr" in self.lr_scheduler_type):
+            raise ConfigError(
+                f"--min_lr has no effect with --lr_scheduler_type {self.lr_scheduler_type}",
+                hint="leave it out, or say cosine or linear",
+            )
+        if self.min_lr > self.peak(train_type):
+            raise ConfigError(f"--min_lr {self.min_lr:g} is above --learning_rate {self.peak(train_type):g}")
         if self.optimizer == "lorap" and self.lorap_lr_ratio is None:
             raise ConfigError("--optimizer lorap needs --lorap_lr_ratio", hint="16 is the usual ratio")
         if self.lorap_lr_ratio is not None and train_type == "full":

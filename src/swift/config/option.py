@@ -10,7 +10,9 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, Field
-from typing import Any
+from typing import Any, TypeVar
+
+Group = TypeVar("Group")
 
 
 class ConfigError(ValueError):
@@ -76,18 +78,7 @@ def iterate_knobs(config_class: type) -> Iterator[Knob]:
         if dataclasses.is_dataclass(kind):
             yield from (dataclasses.replace(k, group=field.name) for k in iterate_knobs(kind))
             continue
-        m = field.metadata
-        yield Knob(
-            field.name,
-            "",
-            config_class,
-            kind,
-            default_of(field),
-            m["help"],
-            m["unit"],
-            m["choices"],
-            m["range"],
-        )
+        yield Knob(field.name, "", config_class, kind, default_of(field), **field.metadata)
 
 
 def build(config_class: type, values: dict[str, Any]) -> Any:
@@ -141,3 +132,16 @@ def flatten(config: Any) -> dict[str, Any]:
         else:
             flat[field.name] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def fill_defaults(
+    group: Group, saved: dict[str, Any], names: tuple[str, ...]
+) -> tuple[Group, dict[str, Any]]:
+    """The config group with saved values where it has its defaults, and those values by flag."""
+    defaults = {field.name: default_of(field) for field in dataclasses.fields(group)}  # type: ignore[arg-type]
+    taken = {
+        name: saved[name]
+        for name in names
+        if getattr(group, name) == defaults[name] and saved.get(name) not in (None, defaults[name])
+    }
+    return dataclasses.replace(group, **taken), taken  # type: ignore[type-var]

@@ -27,6 +27,9 @@ class ParallelConfig:
     ddp_find_unused_parameters: bool = option(
         False, help="let DDP look for weights that a step did not use: slower, for models that skip some"
     )
+    ddp_bucket_cap_mb: int | None = option(
+        None, help="gradients that DDP sends at once; none = torch's 25", unit="MiB", range=(1, None)
+    )
     ddp_timeout: int = option(
         1800, help="longest wait of one process for the others", unit="seconds", range=(1, None)
     )
@@ -44,11 +47,9 @@ class ParallelConfig:
         return "--fsdp" if self.fsdp else None
 
     def check(self) -> None:
-        """Raises ConfigError where flags contradict each other."""
         if self.fsdp and self.deepspeed:
             raise ConfigError("--fsdp and --deepspeed both slice the model", hint="leave one of them out")
-        if self.ddp_find_unused_parameters and (self.fsdp or self.deepspeed):
-            other = "fsdp" if self.fsdp else "deepspeed"
-            raise ConfigError(
-                f"--ddp_find_unused_parameters has no effect with --{other}", hint="leave one of them out"
-            )
+        for name in ("ddp_find_unused_parameters", "ddp_bucket_cap_mb"):
+            if getattr(self, name) and (self.fsdp or self.deepspeed):
+                other = "fsdp" if self.fsdp else "deepspeed"
+                raise ConfigError(f"--{name} has no effect with --{other}", hint="leave one of them out")

@@ -1,10 +1,12 @@
 """Run configs: what one command needs, composed from the groups, and the checks that span groups."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from swift.config.data import DataConfig
 from swift.config.dataset import DatasetOptions
 from swift.config.generation import ExportOptions, GenerationConfig, InferOptions
+from swift.config.layout import LayoutConfig
+from swift.config.megatron import MegatronConfig, MegatronScheduleConfig, MegatronTunerConfig
 from swift.config.model import ModelConfig
 from swift.config.objective import RlhfConfig
 from swift.config.optim import OptimConfig
@@ -33,6 +35,11 @@ class TrainRun:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+
+    @property
+    def eval_limit(self) -> int | None:
+        """Rows that an evaluation looks at; None = all."""
+        return None
 
     @property
     def data_seed(self) -> int:
@@ -105,6 +112,7 @@ class TrainRun:
         for flag, value in (
             ("--save_strategy", self.schedule.save_strategy),
             ("--eval_strategy", self.schedule.eval_strategy),
+            ("--logging_strategy", self.schedule.logging_strategy),
         ):
             if value == "epoch":
                 raise ConfigError(
@@ -157,12 +165,122 @@ class RlhfRun(TrainRun):
                 f"{self.rlhf.rlhf_type} takes for its reference",
                 hint="leave --init_weights out",
             )
+        if self.rlhf.sync_ref_model and (self.tuner.train_type != "full" or self.parallel.zero):
+            clash = "--deepspeed" if self.parallel.zero else f"--train_type {self.tuner.train_type}"
+            raise ConfigError(
+                f"--sync_ref_model true cannot be combined with {clash}: it mixes all weights into a copy",
+                hint="--train_type full, on several GPUs with --fsdp fsdp2",
+            )
         if self.rlhf.ref_model and self.tuner.train_type != "full":
             raise ConfigError(
                 f"--ref_model has no use with --train_type {self.tuner.train_type}: "
                 "the reference is the model without its adapters",
                 hint="leave --ref_model out",
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MegatronSftRun(SftRun):
+    """`megatron sft` and `megatron pt`."""
+
+    tuner: MegatronTunerConfig = field(default_factory=MegatronTunerConfig)
+    schedule: MegatronScheduleConfig = field(default_factory=MegatronScheduleConfig)
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
+
+    @property
+    def resumes(self) -> str | None:
+        """The checkpoint or run that goes on."""
+        return _resumed(self)
+
+    @property
+    def eval_limit(self) -> int | None:
+        """Rows that an evaluation looks at; None = all."""
+        return _eval_limit(self.megatron)
+
+    def check(self) -> None:
+        """Raises ConfigError where flags contradict each other or one is missing."""
+        _check_megatron(self)
+
+    def check_complete(self) -> None:
+        """`check` for a run whose values are all known."""
+        SftRun.check_complete(self)
+        self.megatron.check()
+        _check_project(self.output)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MegatronRlhfRun(RlhfRun):
+    """`megatron rlhf`."""
+
+    tuner: MegatronTunerConfig = field(default_factory=MegatronTunerConfig)
+    schedule: MegatronScheduleConfig = field(default_factory=MegatronScheduleConfig)
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
+
+    @property
+    def resumes(self) -> str | None:
+        """The checkpoint or run that goes on."""
+        return _resumed(self)
+
+    @property
+    def eval_limit(self) -> int | None:
+        """Rows that an evaluation looks at; None = all."""
+        return _eval_limit(self.megatron)
+
+    def check(self) -> None:
+        """Raises ConfigError where flags contradict each other or one is missing."""
+        _check_megatron(self)
+
+    def check_complete(self) -> None:
+        """`check` for a run whose values are all known."""
+        RlhfRun.check_complete(self)
+        self.megatron.check()
+        _check_project(self.output)
+        if self.rlhf.rlhf_type == "rm":
+            raise ConfigError("--rlhf_type rm is not there yet in parallel", hint="use swift rlhf")
+
+
+MegatronRun = MegatronSftRun | MegatronRlhfRun
+
+
+def _resumed(run: MegatronRun) -> str | None:
+    """--resume_from_checkpoint; with --finetune false what is loaded, adapters rather than their base."""
+    loaded = next(iter(run.tuner.adapters), run.megatron.mcore_model)
+    return run.schedule.resume_from_checkpoint or (None if run.megatron.finetune else loaded)
+
+
+def _check_megatron(run: MegatronRun) -> None:
+    """What can be checked before checkpoints are looked at. --mcore_model names its model by itself."""
+    if not run.megatron.finetune and not _resumed(run):
+        raise ConfigError(
+            "--finetune false goes on with a run, and none is named", hint="name it with --mcore_model"
+        )
+    if run.resumes:
+        return
+    if run.tuner.train_type == "lora":
+        if run.megatron.transformer_impl == "transformer_engine":
+            raise ConfigError(
+                "--transformer_impl transformer_engine does not go with --train_type lora yet",
+                hint="leave it out: adapters stand beside layers of PyTorch's kernels",
+            )
+        if not run.megatron.save_safetensors:
+            raise ConfigError(
+                "--save_safetensors false has no effect with --train_type lora: adapters are small files",
+                hint="leave it out",
+            )
+    named = run.model.model or run.megatron.mcore_model
+    replace(run, model=replace(run.model, model=named)).check_complete()
+
+
+def _eval_limit(megatron: MegatronConfig) -> int | None:
+    return None if megatron.eval_iters < 0 else megatron.eval_iters * megatron.global_batch_size
+
+
+def _check_project(output: OutputConfig) -> None:
+    """A project is a name in trackers, which earlier versions also switched on."""
+    if output.project and not {"wandb", "swanlab", "mlflow", "all"} & set(output.report_to):
+        raise ConfigError(
+            f"--project {output.project} has no tracker to be a project of", hint="add --report_to wandb"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,8 +319,7 @@ class ExportRun:
 
     def check(self) -> None:
         """Raises ConfigError where flags contradict each other or one is missing."""
-        if self.export.merge_lora and self.export.to_cached_dataset:
-            raise ConfigError("--merge_lora and --to_cached_dataset are two exports", hint="do one at a time")
+        self.export.check(self.model.model)
         if self.export.to_cached_dataset:
             if not self.model.model or not self.data.dataset:
                 raise ConfigError("--to_cached_dataset needs --model and --dataset")
@@ -214,14 +331,31 @@ class ExportRun:
             self.data.check()
             self.template.check()
             return
-        if not self.export.merge_lora:
-            raise ConfigError(
-                "nothing to export", hint="say what: --merge_lora true or --to_cached_dataset true"
-            )
-        if not self.export.adapters:
-            raise ConfigError(
-                "--merge_lora needs --adapters", hint="name a checkpoint directory with adapters"
-            )
+
+    @property
+    def megatron(self) -> LayoutConfig:
+        """Degrees of a conversion: one process does all of it."""
+        return LayoutConfig()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MegatronExportRun:
+    """`megatron export`: conversion by several processes."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    export: ExportOptions = field(default_factory=ExportOptions)
+    megatron: LayoutConfig = field(default_factory=LayoutConfig)
+
+    def check(self) -> None:
+        """Raises ConfigError where flags contradict each other or one is missing."""
+        self.export.check(self.model.model)
+        if not self.export.converts:
+            raise ConfigError("megatron export converts weights", hint="add --to_mcore true or --to_hf true")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WebUiRun:
+    """`swift web-ui`: a page without flags."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -39,14 +39,26 @@ class ScheduleConfig:
     padding_free: bool | None = option(
         None, help="rows as one flat sequence without padding; none = wherever the model allows it"
     )
-    logging_steps: int = option(
-        5, help="steps between lines of the log (the first step is always logged)", range=(1, None)
+    dataloader_drop_last: bool = option(
+        False, help="leave out the last step of an epoch where it has fewer rows than the others"
     )
+    full_determinism: bool = option(
+        False, help="only kernels that give the same bits every time: slower, for GPU runs that are compared"
+    )
+    tf32: bool = option(False, help="products of float32 matrices in TF32: faster, less exact (GPU training)")
+    logging_strategy: str = option(
+        "steps", help="when to log; the first and the last step always are, unless 'no'", choices=STRATEGIES
+    )
+    logging_steps: int = option(5, help="steps between lines of the log", range=(1, None))
+    disable_tqdm: bool = option(False, help="show no progress bar")
     eval_strategy: str | None = option(
         None, help="when to evaluate; none = as --save_strategy", choices=STRATEGIES
     )
     eval_steps: float | None = option(
         None, help="steps between evaluations, or a share of all; none = --save_steps"
+    )
+    eval_delay: float = option(
+        0.0, help="no evaluation before this step (with --eval_strategy epoch: epoch)", range=(0, None)
     )
     eval_on_start: bool = option(False, help="evaluate once before the first step")
     early_stop_interval: int | None = option(
@@ -78,7 +90,6 @@ class ScheduleConfig:
 
     @property
     def lower_is_better(self) -> bool:
-        """Whether it is better when it is lower."""
         if self.greater_is_better is not None:
             return not self.greater_is_better
         return self.metric_for_best_model.endswith("loss")

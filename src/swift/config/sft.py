@@ -27,7 +27,6 @@ class SftConfig:
     )
 
     def check(self, *, learns_text: bool = True) -> None:
-        """Raises ConfigError where these flags contradict each other or the task."""
         for field in () if learns_text else fields(self):
             if field.name != "neftune_noise_alpha" and getattr(self, field.name) != field.default:
                 raise ConfigError(f"--{field.name} has no effect without --task_type causal_lm")

@@ -10,7 +10,8 @@ TASK_LOSSES: dict[str, tuple[str, ...]] = {
     "embedding": ("cosine_similarity", "contrastive", "online_contrastive", "infonce"),
     "reranker": ("pointwise_reranker", "listwise_reranker"),
 }
-PROBLEMS = ("single_label_classification", "regression")
+MULTI_LABEL = "multi_label_classification"
+PROBLEMS = ("single_label_classification", "regression", MULTI_LABEL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +24,9 @@ class TaskConfig:
     )
     num_labels: int | None = option(None, help="classes of seq_cls; 1 = a number", range=(1, None))
     problem_type: str | None = option(
-        None, help="kind of --task_type seq_cls; none = regression with one label", choices=PROBLEMS
+        None,
+        help="kind of --task_type seq_cls; none = one class a row, a number with one label",
+        choices=PROBLEMS,
     )
     loss_type: str | None = option(
         None,
@@ -38,11 +41,9 @@ class TaskConfig:
 
     @property
     def problem(self) -> str:
-        """The kind of a classification."""
         return self.problem_type or PROBLEMS[self.num_labels == 1]
 
     def check(self) -> None:
-        """Raises ConfigError where flags contradict each other."""
         if self.task_type == "seq_cls" and self.num_labels is None:
             raise ConfigError("--task_type seq_cls needs --num_labels", hint="how many classes the rows have")
         for name in ("num_labels", "problem_type"):

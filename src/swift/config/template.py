@@ -26,7 +26,7 @@ class TemplateConfig:
     loss_scale: str = option(
         "default",
         help="which tokens are trained, and how strongly: default, last_round or all, and with + "
-        "ignore_empty_think, hermes, react, qwen or a plugin's own",
+        "ignore_empty_think, hermes, react, qwen, alpha_umi, agentflan or a plugin's own",
     )
     is_binary_loss_scale: bool = option(
         False, help="train every token that has a weight above 0 with weight 1"
@@ -43,7 +43,6 @@ class TemplateConfig:
     response_prefix: str | None = option(None, help="text that every generated answer starts with")
 
     def check(self) -> None:
-        """Raises ConfigError where these flags contradict each other."""
         if self.truncation_strategy == "split" and self.use_chat_template:
             raise ConfigError(
                 "--truncation_strategy split would cut conversations apart: it is for plain text",

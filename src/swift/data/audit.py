@@ -102,7 +102,7 @@ def _check_copies(dataset: EncodedDataset) -> str | None:
     if len(copies) < max(1, MANY_COPIES * len(dataset)):
         return None
     later, first = next(iter(copies.items()))
-    where = f"{_place(dataset, later)} is {_place(dataset, first)}"
+    where = f"{place(*dataset.places[later])} is {place(*dataset.places[first])}"
     return f"{len(copies):,} of {len(dataset):,} rows are exact copies of another row (first: {where})"
 
 
@@ -130,7 +130,7 @@ def _check_ends(dataset: EncodedDataset, answers: Answers) -> str | None:
     unended = find_unended(answers)
     if not len(unended):
         return None
-    where = _place(dataset, int(unended[0]))
+    where = place(*dataset.places[int(unended[0])])
     return (
         f"{len(unended):,} of {len(dataset):,} rows do not end with a trained end-of-turn token "
         f"(first: {where}); the model does not learn to stop there"
@@ -140,7 +140,3 @@ def _check_ends(dataset: EncodedDataset, answers: Answers) -> str | None:
 def find_unended(answers: Answers) -> np.ndarray:
     """Rows whose last answer does not teach the model to stop."""
     return answers.rows[answers.is_last & ~answers.ended]
-
-
-def _place(dataset: EncodedDataset, index: int) -> str:
-    return place(*dataset.places[index])

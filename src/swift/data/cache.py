@@ -40,13 +40,12 @@ from swift.data.encode import (
 from swift.data.rows import Rows
 from swift.data.shapes import SHAPES
 from swift.template.chat import ChatTemplate
-from swift.template.tokenize import IGNORED, Encoded, fast_backend
+from swift.template.tokenize import Encoded, fast_backend
 from swift.utils import env
 from swift.utils.files import write_json
 from swift.utils.log import say
 
 ENTRY, PARTS, VALUES = "entry.json", "parts.npy", "values.npy"
-_BLOCK = 1 << 22  # bytes read at once
 # What an encoded row is a function of, besides the rows and the tokenizer.
 _NOT_FOR_TRAINING = ("response_prefix", "max_length")
 
@@ -107,8 +106,9 @@ def digest_tokenizer(template: ChatTemplate) -> str:
 def _digest_code(plugins: Sequence[str]) -> str:
     """sha256 of the code that makes tokens out of rows, ours and the users': no number to forget to raise."""
     digest = hashlib.sha256()
-    for package in ("swift.data", "swift.template"):
-        files = [file for file in resources.files(package).iterdir() if file.name.endswith(".py")]
+    template = resources.files("swift.template")
+    for folder in (resources.files("swift.data"), template, template / "texts"):
+        files = [file for file in folder.iterdir() if file.name.endswith((".py", ".txt", ".jinja"))]
         for file in sorted(files, key=lambda file: file.name):
             digest.update(hashlib.sha256(file.read_bytes()).digest())
     for plugin in plugins:
@@ -168,7 +168,7 @@ class _Writer:
         self._parts: list[np.ndarray] = []
         self._values: list[np.ndarray] = []
         self._files: dict[str, int] = {}
-        self._tokens = self._trained = 0
+        self._tokens = 0
 
     def add(self, chunk: Chunk) -> Chunk:
         """Writes the rows of a chunk, and passes it on."""
@@ -189,7 +189,6 @@ class _Writer:
         if chunk.values:
             self._values.append(np.array(chunk.values, dtype=np.float32))
         self._tokens += size
-        self._trained += int(np.count_nonzero(flat.labels != IGNORED))
         return chunk
 
     def finish(self, about: dict[str, Any]) -> None:
@@ -201,20 +200,23 @@ class _Writer:
         np.save(self._directory / "rows.npy", rows)
         parts = np.concatenate([np.pad(p, ((0, 0), (0, width - p.shape[1]))) for p in self._parts])
         values = np.concatenate(self._values)
-        beside = [parts] if width > 1 else []
         if width > 1:
             np.save(self._directory / PARTS, parts)
         if values.shape[1]:
             np.save(self._directory / VALUES, values)
-            beside += list(values.T)
+        files, weighted = list(self._files), self._scale is not None
+        columns = dict(enumerate(values.T))
+        written = EncodedDataset(
+            _map_tokens(self._directory, weighted=weighted), parts, _Places(files, rows), values=columns
+        )
         known = {
             **about,
             "rows": len(rows),
-            "tokens": self._tokens,
-            "trained": self._trained,
-            "weighted": self._scale is not None,
-            "files": list(self._files),
-            "fingerprint": _fingerprint(self._directory, rows[:, 0], beside),
+            "tokens": written.num_tokens,
+            "trained": written.num_trained,
+            "weighted": weighted,
+            "files": files,
+            "fingerprint": written.fingerprint,
         }
         write_json(self._directory / ENTRY, known)
         if self._entry.exists():
@@ -225,23 +227,14 @@ class _Writer:
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
-def _fingerprint(directory: Path, lengths: np.ndarray, beside: Sequence[np.ndarray]) -> str:
-    """As EncodedDataset.fingerprint, without mapping the files."""
-    digest = hashlib.sha256()
+def _map_tokens(directory: Path, *, weighted: bool) -> Encoded:
+    """The tokens of an entry, as they are in its files."""
 
-    def add(name: str) -> None:
-        with (directory / name).open("rb") as handle:
-            while block := handle.read(_BLOCK):
-                digest.update(block)
+    def mapped(name: str, kind: Any) -> np.ndarray:
+        return np.memmap(directory / f"{name}.bin", kind, "r")
 
-    add("ids.bin")
-    add("labels.bin")
-    digest.update(np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)]).data)
-    if (directory / "loss_scale.bin").exists():
-        add("loss_scale.bin")
-    for array in beside:
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
+    scale = mapped("loss_scale", np.float32) if weighted else None
+    return Encoded(mapped("ids", np.int32), mapped("labels", np.int32), scale)
 
 
 class _Places(Sequence[Place]):
@@ -251,9 +244,7 @@ class _Places(Sequence[Place]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Place:  # type: ignore[override]
         return self._files[int(self._rows[index, 2])], int(self._rows[index, 3])
 
 
@@ -264,14 +255,12 @@ def open_entry(
     try:
         about = json.loads((entry / ENTRY).read_text(encoding="utf-8"))
         table = np.load(entry / "rows.npy")
-        count = about["tokens"]
-        names = ("ids", "labels", "loss_scale") if about["weighted"] else ("ids", "labels")
-        if table.shape != (about["rows"], 4) or table[:, 0].sum() != count:
+        flat = _map_tokens(entry, weighted=about["weighted"])
+        sizes = {len(array) for array in (flat.input_ids, flat.labels, flat.loss_scale) if array is not None}
+        if table.shape != (about["rows"], 4) or sizes != {about["tokens"]} or sizes != {table[:, 0].sum()}:
             return None
         parts = np.load(entry / PARTS) if (entry / PARTS).exists() else table[:, :1]
         values = name_values(shape, np.load(entry / VALUES)) if SHAPES[shape].values else {}
-        if any((entry / f"{name}.bin").stat().st_size != 4 * count for name in names):
-            return None
         report = EncodeReport(
             about["total"],
             about["kept"],
@@ -280,9 +269,6 @@ def open_entry(
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    kinds = (np.int32, np.int32, np.float32)
-    arrays = [np.memmap(entry / f"{name}.bin", kind, "r") for name, kind in zip(names, kinds, strict=False)]
-    flat = Encoded(arrays[0], arrays[1], arrays[2] if len(arrays) > 2 else None)
     samples = () if rows is None else Samples(rows, table[:, 1], shape)
     places = _Places(about["files"], table)
     dataset = EncodedDataset(

@@ -27,7 +27,8 @@ def collate_rows(dataset: EncodedDataset, indices: Sequence[int] | np.ndarray) -
         spans.append((end - int(dataset.lengths[index]), end))
     chosen = np.asarray(indices, dtype=np.int64)
     segment = {
-        name: torch.from_numpy(np.repeat(values[chosen], counts)) for name, values in dataset.values.items()
+        name: torch.from_numpy(np.repeat(values[chosen], counts, axis=0))
+        for name, values in dataset.values.items()
     }
     for name, by_place in dataset.by_place:
         numbers = [by_place[min(i, len(by_place) - 1)] for count in counts for i in range(count)]
@@ -70,7 +71,6 @@ def mismatch_rows(
 
 
 def _mismatch(prompt: Encoded, answer: Encoded) -> Encoded:
-    """The prompt of one row with the answer of another."""
     trained = [int(np.argmax(row.labels != IGNORED)) for row in (prompt, answer)]
     head, tail = prompt.cut(0, trained[0]), answer.cut(trained[1], len(answer.labels))
     return Encoded(

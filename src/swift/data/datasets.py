@@ -27,22 +27,18 @@ _EMPTY_THINK = "<think>\n\n</think>\n\n"
 # Subsets of self-cognition: what follows the question, what precedes the answer.
 _STYLES = {"default": ("", ""), "qwen3": (" /no_think", _EMPTY_THINK), "empty_think": ("", _EMPTY_THINK)}
 
-_PACKAGED = {
+PACKAGED = {
     "swift/self-cognition": (_SELF_COGNITION, tuple(_STYLES)),
     "modelscope/self-cognition": (_SELF_COGNITION, tuple(_STYLES)),
     "swift/general": ("general.jsonl", ("default",)),
 }
 
 
-def is_packaged(dataset_id: str) -> bool:
-    return dataset_id in _PACKAGED
-
-
 def load_packaged(
     dataset_id: str, subsets: Sequence[str], *, model_name: Sequence[str], model_author: Sequence[str]
 ) -> list[Row]:
     """Rows of the named subsets, one after another; no subset means "default"."""
-    asset, known = _PACKAGED[dataset_id]
+    asset, known = PACKAGED[dataset_id]
     names = known if tuple(subsets) == ("all",) else tuple(subsets) or known[:1]
     for name in names:
         if name not in known:
@@ -108,7 +104,8 @@ class DatasetMeta:
         """Where to read: a `path`, or `dataset_id` and `subsets` of the `hub`."""
         if self.dataset_path is not None:
             return {"path": Path(self.dataset_path).expanduser()}
-        known = {part.name or part.subset: part.subset for part in map(_subset, self.subsets)}
+        parts = [SubsetDataset(p, p) if isinstance(p, str) else p for p in self.subsets]
+        known = {part.name or part.subset: part.subset for part in parts}
         wanted = tuple(known) if tuple(subsets) == ("all",) else tuple(subsets) or tuple(known)[:1]
         for name in wanted:
             if name not in known:
@@ -116,10 +113,10 @@ class DatasetMeta:
                     f"dataset {self.names[0]} has no subset {name}", hint=f"known: {', '.join(known)}, all"
                 )
         # "default" is what hubs call the only part of a data set without parts.
-        parts = tuple(known[name] for name in wanted if known[name] != "default")
+        subsets = tuple(known[name] for name in wanted if known[name] != "default")
         on_hf = self.hf_dataset_id is not None and (use_hf or self.ms_dataset_id is None)
         dataset_id = self.hf_dataset_id if on_hf else self.ms_dataset_id
-        return {"dataset_id": dataset_id, "subsets": parts, "hub": "hf" if on_hf else "ms"}
+        return {"dataset_id": dataset_id, "subsets": subsets, "hub": "hf" if on_hf else "ms"}
 
     def preprocess(self, rows: Iterable[Row]) -> list[Row]:
         """The rows as the preprocessor makes them; says how many it left out."""
@@ -211,7 +208,3 @@ def _read_subset(part: Any) -> str | SubsetDataset:
     if not isinstance(part, str):
         raise ConfigError("a subset is a name, or an object with name and subset")
     return part
-
-
-def _subset(part: str | SubsetDataset) -> SubsetDataset:
-    return SubsetDataset(part, part) if isinstance(part, str) else part

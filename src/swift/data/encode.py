@@ -27,8 +27,8 @@ from swift.config.option import ConfigError
 from swift.config.template import TemplateConfig
 from swift.data.formats import PREFERENCE_DATA
 from swift.data.rows import InMemory, Line, Rows, parse_row
-from swift.data.shapes import SHAPES, Example
-from swift.data.types import Row, RowError, Sample, place
+from swift.data.shapes import SHAPES
+from swift.data.types import Example, Row, RowError, Sample, place
 from swift.template.chat import ChatTemplate
 from swift.template.tokenize import IGNORED, Encoded, Rejected, cut_pieces, encode_chats
 from swift.utils.log import console
@@ -50,9 +50,7 @@ class Samples(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._kept)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         return self._read(self._rows[int(self._kept[index])]).samples[0]
 
 
@@ -125,8 +123,6 @@ def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """What became of the rows."""
-
     total: int
     kept: int
     dropped: dict[str, list[Place]] = field(default_factory=dict)  # reason -> place of each
@@ -177,7 +173,7 @@ def encode_rows(
     kept = np.array([number for chunk in chunks for number in chunk.kept], dtype=np.int64)
     parts = pad_parts([part for chunk in chunks for part in chunk.parts])
     places = [place for chunk in chunks for place in chunk.places]
-    flat = _concatenate([chunk.flat for chunk in chunks])
+    flat = concatenate([chunk.flat for chunk in chunks])
     values = name_values(shape, [row for chunk in chunks for row in chunk.values])
     return EncodedDataset(
         flat, parts, places, values=values, shape=shape, samples=Samples(table, kept, shape)
@@ -242,7 +238,7 @@ class Encoder:
             )
         )
         parts: list[Encoded] = []
-        chunk = Chunk(_concatenate([]), [], [], [], [], [])
+        chunk = Chunk(concatenate([]), [], [], [], [], [])
         for number, (item, outcome) in enumerate(zip(items, outcomes, strict=True), start=first):
             where = (item.file, item.line)
             found = [next(encoded) for _ in outcome.samples] if isinstance(outcome, Example) else [outcome]
@@ -263,7 +259,7 @@ class Encoder:
                 )
             else:
                 chunk.dropped.append((where, rejected))
-        return replace(chunk, flat=_concatenate(parts))
+        return replace(chunk, flat=concatenate(parts))
 
 
 def encode_chunks(encoder: Encoder, rows: Rows, num_proc: int) -> Iterator[Chunk]:
@@ -333,7 +329,8 @@ def _run_encoder(first: int, items: Sequence[Row | Line]) -> Chunk:
     return _encoders[0].encode(first, items)
 
 
-def _concatenate(parts: list[Encoded]) -> Encoded:
+def concatenate(parts: list[Encoded]) -> Encoded:
+    """Sequences one after another."""
     empty = np.empty(0, dtype=np.int32)
     ids = np.concatenate([empty, *(part.input_ids for part in parts)])
     labels = np.concatenate([empty, *(part.labels for part in parts)])

@@ -5,64 +5,21 @@ The global order of rows depends on neither the number of processes nor the micr
 
 from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
+
+import numpy as np
 
 from swift.batch import Batch
-from swift.data.collate import collate, collate_rows, mismatch_rows
+from swift.data.collate import collate_rows, mismatch_rows
 from swift.data.encode import EncodedDataset
 from swift.data.loader import StepPlan
-from swift.data.stream import EncodedStream, Item
+from swift.data.stream import EncodedStream, Item, gather_rows
 from swift.utils.log import say
-
-
-class Feed(Protocol):
-    """Batches of one step after another. Steps count from 0."""
-
-    @property
-    def steps_per_epoch(self) -> int | None:
-        """None = nobody knows."""
-        ...
-
-    def batches(self, step: int, data_rank: int, /) -> list[Batch]:
-        """The micro-batches of one rank."""
-        ...
-
-    def mismatched(self, step: int, data_rank: int, /) -> list[Batch]:
-        """The same micro-batches with answers to other prompts of the step."""
-        ...
-
-    def epoch(self, step: int, /) -> float:
-        """Passes over the rows before this step."""
-        ...
-
-    def rows_until(self, step: int, /) -> float:
-        """Rows in all steps before this one."""
-        ...
-
-    def progress(self) -> dict[str, int]:
-        """More for a line of the log."""
-        ...
-
-    def describe(self) -> str:
-        """The rows, for the summary of the run."""
-        ...
-
-    def position(self) -> dict[str, Any] | None:
-        """What a checkpoint has to keep besides the step."""
-        ...
-
-    def identity(self) -> dict[str, Any]:
-        """What must be the same where a run goes on, and on every rank."""
-        ...
-
-    def close(self) -> None:
-        """Once, after the last step."""
-        ...
 
 
 @dataclass(frozen=True)
 class StoredFeed:
-    """Encoded rows in the order of a plan."""
+    """Encoded rows in the order of a plan. Steps count from 0."""
 
     rows: EncodedDataset
     plan: StepPlan
@@ -72,27 +29,35 @@ class StoredFeed:
         return self.plan.steps_per_epoch
 
     def batches(self, step: int, data_rank: int, /) -> list[Batch]:
+        """The micro-batches of one rank."""
         return [collate_rows(self.rows, numbers) for numbers in self.plan.micro_batches(step, data_rank)]
 
     def mismatched(self, step: int, data_rank: int, /) -> list[Batch]:
+        """The same micro-batches with answers to other prompts of the step."""
         return mismatch_rows(self.rows, self.plan.micro_batches(step, data_rank), self.plan.step_rows(step))
 
     def epoch(self, step: int, /) -> float:
+        """Passes over the rows before this step."""
         return step / self.plan.steps_per_epoch
 
     def rows_until(self, step: int, /) -> float:
+        """Rows in all steps before this one."""
         return step * len(self.rows) / self.plan.steps_per_epoch
 
     def progress(self) -> dict[str, int]:
+        """More for a line of the log."""
         return {}
 
     def describe(self) -> str:
+        """The rows, for the summary of the run."""
         return describe_lengths(self.rows)
 
     def position(self) -> None:
+        """What a checkpoint has to keep besides the step."""
         return None
 
     def identity(self) -> dict[str, Any]:
+        """What must be the same where a run goes on, and on every rank."""
         return {
             "rows": len(self.rows),
             "rows_per_step": self.plan.items_per_step,
@@ -102,13 +67,13 @@ class StoredFeed:
         }
 
     def close(self) -> None:
-        pass
+        """Once, after the last step."""
 
 
 class StreamFeed:
-    """Items of a stream as they come. Steps are asked for in order, each once."""
+    """Items of a stream as they come: as StoredFeed, but steps are asked for in order, each once."""
 
-    steps_per_epoch = None
+    steps_per_epoch = None  # nobody knows
 
     def __init__(
         self,
@@ -123,6 +88,7 @@ class StreamFeed:
         self.micro_batch_size, self.accumulation = micro_batch_size, accumulation
         self.data_world = data_world
         self._next_step = first_step
+        self._step_rows: tuple[EncodedDataset, list[np.ndarray]]  # of the last step, and its micro-batches
 
     @property
     def items_per_step(self) -> int:
@@ -138,11 +104,16 @@ class StreamFeed:
                 items.append(item)
             elif items:
                 break  # the last step of a pass is smaller, as without streaming
-        mine, size = items[data_rank :: self.data_world], self.micro_batch_size
-        return [collate(list(chain.from_iterable(mine[i : i + size]))) for i in range(0, len(mine), size)]
+        rows = gather_rows(list(chain.from_iterable(items)), self.stream.shape)
+        numbers = np.split(np.arange(len(rows)), np.cumsum([len(item) for item in items])[:-1])
+        mine, size = numbers[data_rank :: self.data_world], self.micro_batch_size
+        chosen = [np.concatenate(mine[i : i + size]) for i in range(0, len(mine), size)]
+        self._step_rows = rows, chosen
+        return [collate_rows(rows, one) for one in chosen]
 
     def mismatched(self, _step: int, _data_rank: int, /) -> list[Batch]:
-        raise AssertionError("methods that want them do not train on streams")
+        rows, chosen = self._step_rows
+        return mismatch_rows(rows, chosen, np.arange(len(rows)))
 
     def epoch(self, _step: int, /) -> float:
         return float(self.stream.position.epoch)
@@ -166,6 +137,9 @@ class StreamFeed:
     def close(self) -> None:
         say(f"stream: {self.describe()}")
         self.stream.close()
+
+
+Feed = StoredFeed | StreamFeed
 
 
 def describe_lengths(rows: EncodedDataset) -> str:

@@ -1,18 +1,11 @@
 """Data sets from ModelScope. Loaded only when one is named: `modelscope` is an extra."""
 
+from typing import Any
+
 from modelscope.msdatasets import MsDataset
 
-from swift.config.option import ConfigError
-from swift.data.types import Row
+NAME = "ModelScope"
 
 
-def load_hub_rows(dataset_id: str, subset: str | None, token: str | None) -> list[Row]:
-    """Rows of the split `train`."""
-    name = dataset_id if subset is None else f"{dataset_id}:{subset}"
-    try:
-        table = MsDataset.load(dataset_id, subset_name=subset or "default", split="train", token=token)
-    except Exception as error:  # whatever the network and the hub raise
-        raise ConfigError(
-            f"dataset {name}: not found as a file or on ModelScope ({type(error).__name__}: {error})"
-        ) from error
-    return [Row(dict(columns), name, number) for number, columns in enumerate(table, start=1)]
+def load(dataset_id: str, subset: str | None, token: str | None) -> Any:
+    return MsDataset.load(dataset_id, subset_name=subset or "default", split="train", token=token)

@@ -39,6 +39,7 @@ class StepPlan:
     seed: int = 42
     shuffle: bool = True
     packs: Packs | None = None
+    drop_last: bool = False
 
     @property
     def num_items(self) -> int:
@@ -50,7 +51,9 @@ class StepPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """The last step of an epoch may be smaller: no item is left out."""
+        """The last step of an epoch may be smaller: no item is left out, unless `drop_last`."""
+        if self.drop_last:
+            return self.num_items // self.items_per_step
         return math.ceil(self.num_items / self.items_per_step)
 
     def total_steps(self, epochs: float, max_steps: int) -> int:

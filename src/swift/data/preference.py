@@ -11,28 +11,11 @@ from typing import Any
 
 from swift.data.formats import SYSTEM, Columns, to_sample
 from swift.data.messages import parse_json, parse_messages
-from swift.data.types import Row, RowError, Sample, parse_number
+from swift.data.types import Example, Row, RowError, Sample, parse_number
 from swift.template.types import Message
 
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
 _REPLACED = ("messages", "conversation", "conversations", "query", "response")  # beside chosen: copies of it
-
-
-@dataclass(frozen=True, slots=True)
-class PreferenceSample:
-    """Two conversations, of which `chosen` ends better; its `extra` is the row's."""
-
-    chosen: Sample
-    rejected: Sample
-    margin: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class KtoSample:
-    """A conversation whose end is liked or not."""
-
-    sample: Sample
-    label: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +25,20 @@ class PromptSample:
     sample: Sample
     answer: Message | None
 
+    @property
+    def label(self) -> str | None:
+        """The words of that answer."""
+        return None if self.answer is None else self.answer["content"]
 
-def to_preference(row: Row) -> PreferenceSample:
-    """A pair from {messages, rejected_response | rejected_messages} or {[prompt], chosen, rejected}."""
+
+def to_preference(row: Row) -> Example:
+    """Chosen and rejected, of which the chosen one keeps the row's other columns, and the margin or 0.
+
+    From {messages, rejected_response | rejected_messages} or {[prompt], chosen, rejected}.
+    """
     columns = _columns_of(row)
     given = columns.take(("margin",))
-    margin = None if given in (None, "") else parse_number(given, "margin")
+    margin = 0.0 if given in (None, "") else parse_number(given, "margin")
     rejected_tools = columns.take(("rejected_tools",))
     if columns.has("chosen") or columns.has("rejected"):
         chosen, rejected = _from_pair(columns, row)
@@ -60,11 +51,11 @@ def to_preference(row: Row) -> PreferenceSample:
             raise RowError(f"{name} does not end with an assistant message")
     if chosen.messages == rejected.messages:
         raise RowError("chosen and rejected are the same")
-    return PreferenceSample(chosen, rejected, margin)
+    return Example((chosen, rejected), (margin,))
 
 
-def to_kto(row: Row) -> KtoSample:
-    """A conversation and its column `label`."""
+def to_kto(row: Row) -> Example:
+    """A conversation and its column `label`: 1 where its end is liked, else 0."""
     columns = _columns_of(row)
     label = columns.take(("label",))
     word = str(label).lower()
@@ -73,7 +64,7 @@ def to_kto(row: Row) -> KtoSample:
     sample = to_sample(_with_columns(row, columns.rest()))
     if sample.messages[-1]["role"] != "assistant":
         raise RowError("no assistant message at the end")
-    return KtoSample(sample, word in _TRUE)
+    return Example((sample,), (float(word in _TRUE),))
 
 
 def to_prompt(row: Row) -> PromptSample:

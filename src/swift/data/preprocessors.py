@@ -14,12 +14,15 @@ class RowPreprocessor:
     """A row to a row, or to None where it is not wanted. `columns` renames {old: new} first."""
 
     groups: tuple[tuple[str, ...], ...] = ()  # names of one thing; the first one is what `preprocess` sees
+    spoken: tuple[str, ...] = ()  # columns that become messages
 
     def __init__(self, *, columns: dict[str, str] | None = None) -> None:
         self.columns = columns or {}
 
     def preprocess(self, row: dict[str, Any]) -> dict[str, Any] | None:
-        raise NotImplementedError
+        if not self.spoken:
+            raise NotImplementedError
+        return _with_messages(row, self.spoken)
 
     def prepare(self, row: dict[str, Any]) -> dict[str, Any]:
         """A copy of the row with its columns renamed and in canonical names."""
@@ -43,29 +46,26 @@ class ResponsePreprocessor(RowPreprocessor):
     """Columns query and response, with history and system where there are any, become messages."""
 
     groups = (SYSTEM, QUERY, RESPONSE)
-
-    def preprocess(self, row: dict[str, Any]) -> dict[str, Any] | None:
-        return _with_messages(row, ("system", "history", "query", "response"))
+    spoken = ("system", "history", "query", "response")
 
 
 class AlpacaPreprocessor(RowPreprocessor):
     """Columns instruction, input and output become messages."""
 
     groups = (SYSTEM,)
-
-    def preprocess(self, row: dict[str, Any]) -> dict[str, Any] | None:
-        return _with_messages(row, ("system", "history", "instruction", "input", "output"))
+    spoken = ("system", "history", "instruction", "input", "output")
 
 
 class MessagesPreprocessor(RowPreprocessor):
     """A column with a list of messages, in any spelling."""
 
     groups = (SYSTEM, MESSAGES)
+    spoken = ("system", "messages")
 
     def preprocess(self, row: dict[str, Any]) -> dict[str, Any] | None:
         if "messages" not in row:
             raise RowError("no column with a list of messages")
-        return _with_messages(row, ("system", "messages"))
+        return super().preprocess(row)
 
 
 class AutoPreprocessor(RowPreprocessor):

@@ -1,6 +1,6 @@
 """Reads files of rows.
 
-Owns: JSON Lines, JSON, CSV, text and folders of them, every row with its place in the file. There is no
+Owns: lines of JSON, JSON, CSV, text and folders of them, every row with its place in the file. There is no
 schema: rows of one file may have any shapes. Not here: Parquet (parquet.py, needs pyarrow), which rows are
 taken (sources.py), what they mean (formats.py).
 """
@@ -20,17 +20,6 @@ from swift.utils.log import say
 _HELD_OUT = ("test", "val", "dev", "eval")
 
 
-def read_path(path: Path, *, keep_broken: bool = False) -> list[Row]:
-    """All rows of a file or folder. Raises ConfigError where there are none or one cannot be read.
-
-    With `keep_broken` a line of JSON Lines that is no row becomes one without columns and with a problem.
-    """
-    rows = [row for file in list_files(path) for row in read_file(file, keep_broken)]
-    if not rows:
-        raise ConfigError(f"{path}: no rows in it")
-    return rows
-
-
 def import_extra(module: str, *, needs: str, extra: str, purpose: str) -> Any:
     """A module of ours that stands on an optional package; ConfigError says what to install."""
     try:
@@ -46,20 +35,20 @@ def import_extra(module: str, *, needs: str, extra: str, purpose: str) -> Any:
 def list_files(path: Path) -> list[Path]:
     """The files of a folder, or the one file. Raises ConfigError for kinds that cannot be read."""
     if not path.is_dir():
-        if path.suffix.lower() not in _READERS:
+        if path.suffix.lower() not in _KINDS:
             kind = path.suffix or "a file without suffix"
-            raise ConfigError(f"{path}: cannot read {kind}", hint=f"known: {', '.join(_READERS)}")
+            raise ConfigError(f"{path}: cannot read {kind}", hint=f"known: {', '.join(_KINDS)}")
         return [path]
     files = sorted(
         file
         for file in path.rglob("*")
-        if file.suffix.lower() in _READERS
+        if file.suffix.lower() in _KINDS
         and file.suffix.lower() != ".txt"  # a README as a rule
         and not file.stem.startswith("dataset_info")
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
     if not files:
-        raise ConfigError(f"{path}: no {', '.join(s for s in _READERS if s != '.txt')} file in this folder")
+        raise ConfigError(f"{path}: no {', '.join(s for s in _KINDS if s != '.txt')} file in this folder")
     if any(file.stem.startswith("train") for file in files):
         # A copy of a hub's data set: its other splits are not for training.
         left_out = [file for file in files if file.stem.startswith(_HELD_OUT)]
@@ -69,37 +58,16 @@ def list_files(path: Path) -> list[Path]:
     return files
 
 
-def read_file(path: Path, keep_broken: bool = False) -> Iterator[Row]:
-    reader = _READERS[path.suffix.lower()]
+def read_file(path: Path) -> Iterator[Row]:
+    """The rows of a file that is not JSON Lines, each with its place."""
     try:
-        yield from _read_jsonl(path, keep_broken) if reader is _read_jsonl else reader(path)
+        yield from _READERS[path.suffix.lower()](path)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
 
 
-def is_json_lines(path: Path) -> bool:
-    return _READERS[path.suffix.lower()] is _read_jsonl
-
-
-def _read_jsonl(path: Path, keep_broken: bool = False) -> Iterator[Row]:
-    file = str(path)
-    with path.open("rb") as handle:
-        for number, line in enumerate(handle, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            line = line.strip()
-            if not line:
-                continue
-            try:
-                yield read_line(line, file, number)
-            except ConfigError as error:
-                if not keep_broken:
-                    raise
-                reason = error.message.removeprefix(f"{place(file, number)}: ")
-                yield Row({}, file, number, problem=reason.partition(" (")[0])
-
-
 def read_line(line: bytes, file: str, number: int) -> Row:
+    """A line of JSON Lines."""
     try:
         value = json.loads(line)
     except UnicodeDecodeError as error:
@@ -199,10 +167,11 @@ def _broken_json(file: str, line: int, error: ValueError) -> ConfigError:
     return ConfigError(f"{place(file, line)}: not valid JSON ({reason})")
 
 
+JSON_LINES = ".jsonl"
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
     ".txt": _read_txt,
 }
+_KINDS = (JSON_LINES, *_READERS)

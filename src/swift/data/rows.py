@@ -12,16 +12,18 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any
 
 import numpy as np
 
 from swift.config.option import ConfigError
-from swift.data.reading import is_json_lines, list_files, read_file, read_line
-from swift.data.types import Row
+from swift.data.reading import JSON_LINES, list_files, read_file, read_line
+from swift.data.types import Row, place
+from swift.utils.files import file_sha256
 
-_BLOCK = 1 << 20  # bytes read at once
+_BLOCK = 1 << 20  # bytes of each end of a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +33,6 @@ class Line:
     text: bytes
     file: str
     line: int
-
-
-class Part(Protocol):
-    """Rows of one origin."""
-
-    @property
-    def digest(self) -> str: ...
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Row | Line: ...
-    def stream(self) -> Iterator[Row | Line]:
-        """Every row, read anew and not kept."""
-        ...
 
 
 class JsonLines:
@@ -84,6 +74,7 @@ class JsonLines:
         return Line(text.removeprefix(b"\xef\xbb\xbf") if start == 0 else text, str(self.path), number)
 
     def stream(self) -> Iterator[Line]:
+        """Every row, read anew and not kept."""
         file = str(self.path)
         with _opened(self.path) as handle:
             for number, text in enumerate(handle, start=1):
@@ -108,11 +99,7 @@ class OtherFile:
 
     @cached_property
     def digest(self) -> str:
-        digest = hashlib.sha256()
-        with _opened(self.path) as handle:
-            while block := handle.read(_BLOCK):
-                digest.update(block)
-        return digest.hexdigest()
+        return file_sha256(self.path)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -137,6 +124,9 @@ class InMemory(list[Row]):
 
     def stream(self) -> Iterator[Row]:
         return iter(self)
+
+
+Part = JsonLines | OtherFile | InMemory  # rows of one origin
 
 
 class Rows(Sequence[Row]):
@@ -173,10 +163,6 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> "list[Row]": ...
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [parse_row(item, self.columns) for item in self.unparsed(index)]
@@ -234,7 +220,7 @@ def mark_ends(part: Part) -> str:
 def open_path(path: Path) -> Rows:
     """The rows of a file or folder. Raises ConfigError where it is missing or of a kind that is not known."""
     files = list_files(path)
-    parts = [JsonLines(file) if is_json_lines(file) else OtherFile(file) for file in files]
+    parts = [JsonLines(f) if f.suffix.lower() == JSON_LINES else OtherFile(f) for f in files]
     for file in files:
         _opened(file).close()
 
@@ -245,6 +231,25 @@ def open_path(path: Path) -> Rows:
         return np.arange(count)
 
     return Rows(parts, choose=choose)
+
+
+def read_path(path: Path, *, keep_broken: bool) -> list[Row]:
+    """All rows of a file or folder, at once.
+
+    With `keep_broken` a line of JSON Lines that is no row becomes one without columns and with a problem.
+    """
+    rows: list[Row] = []
+    for item in chain.from_iterable(part.stream() for part in open_path(path).parts):
+        try:
+            rows.append(parse_row(item, {}))
+        except ConfigError as error:
+            if not keep_broken:
+                raise
+            reason = error.message.removeprefix(f"{place(item.file, item.line)}: ")
+            rows.append(Row({}, item.file, item.line, problem=reason.partition(" (")[0]))
+    if not rows:
+        raise ConfigError(f"{path}: no rows in it")
+    return rows
 
 
 def join_rows(

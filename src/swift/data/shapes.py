@@ -10,16 +10,8 @@ from typing import Any
 from swift.data.formats import to_sample
 from swift.data.messages import parse_messages
 from swift.data.preference import to_kto, to_preference
-from swift.data.types import Row, RowError, Sample, parse_number
+from swift.data.types import Example, Row, RowError, Sample, parse_number
 from swift.template.types import Message
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A row as it is trained on: conversations that stay together, and numbers that go with them."""
-
-    samples: tuple[Sample, ...]
-    values: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +22,6 @@ class Shape:
     values: tuple[str, ...] = ()  # names of an example's numbers
     # Name -> number of the first sequence, of the second, ...; the last one counts for all after it.
     by_place: tuple[tuple[str, tuple[float, ...]], ...] = ()
-
-
-def _read_chat(row: Row) -> Example:
-    return Example((to_sample(row),))
-
-
-def _read_pair(row: Row) -> Example:
-    pair = to_preference(row)
-    return Example((pair.chosen, pair.rejected), (pair.margin or 0.0,))
-
-
-def _read_kto(row: Row) -> Example:
-    liked = to_kto(row)
-    return Example((liked.sample,), (float(liked.label),))
 
 
 def _read_labelled(row: Row) -> Example:
@@ -96,9 +74,10 @@ def _as_messages(value: Any, role: str) -> list[Message]:
 
 _PARTNERS = ("positive_messages", "negative_messages")
 SHAPES: dict[str, Shape] = {
-    "chat": Shape(_read_chat),
-    "pair": Shape(_read_pair, ("margin",)),  # chosen, rejected
-    "kto": Shape(_read_kto, ("label",)),  # 1 = liked
+    "chat": Shape(lambda row: Example((to_sample(row),))),
+    "pair": Shape(to_preference, ("margin",)),  # chosen, rejected
+    "kto": Shape(to_kto, ("label",)),  # 1 = liked
+    "classes": Shape(lambda row: Example((to_sample(row),))),  # several at once, see classes.py
     "labelled": Shape(_read_labelled, ("label",)),  # a class or a number
     "alike": Shape(_read_alike, ("label",)),  # two texts
     "anchors": Shape(_read_anchors, by_place=(("role", (0, 1, 2)),)),  # anchor, positive, negatives

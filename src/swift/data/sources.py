@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,9 +18,9 @@ import numpy as np
 
 from swift.config.data import DataConfig
 from swift.config.option import ConfigError
-from swift.data.datasets import find_registered, is_packaged, load_packaged
-from swift.data.reading import import_extra, read_path
-from swift.data.rows import InMemory, Rows, join_rows, open_path
+from swift.data.datasets import PACKAGED, find_registered, load_packaged
+from swift.data.reading import import_extra
+from swift.data.rows import InMemory, Rows, join_rows, open_path, read_path
 from swift.data.types import Row
 from swift.utils import env
 
@@ -83,7 +83,7 @@ def open_rows(
             text, names=(model_name, model_author), use_hf=use_hf, token=token, keep_broken=keep_broken
         )
         if count is not None:
-            choice = partial(_choose, count=count, seed=seed, shuffle=shuffle)
+            choice = partial(sample_indices, count=count, seed=seed, shuffle=shuffle)
             rows = rows.take(choice, ["take", count, seed, shuffle])
         opened.append(rows)
     if mix:
@@ -100,28 +100,18 @@ def open_sets(
     """Training rows and evaluation rows, as a run names them; none where it names none, or streams them."""
     if not data.dataset:
         return None, None
-    options: dict[str, Any] = {
-        "seed": seed,
-        "columns": data.columns,
-        "model_name": data.model_name,
-        "model_author": data.model_author,
-        "use_hf": use_hf,
-        "token": token,
-    }
-    if data.streaming:
-        if data.val_dataset:
-            return None, open_rows(data.val_dataset, shuffle=data.val_dataset_shuffle, **options)
-        return None, None
-    rows = open_rows(
-        data.dataset,
-        shuffle=data.dataset_shuffle,
-        mix=data.interleave_prob,
-        stop_mixing=data.stopping_strategy,
-        **options,
-    )
+    open_these = partial(
+        open_rows, seed=seed, columns=data.columns, model_name=data.model_name,
+        model_author=data.model_author, use_hf=use_hf, token=token,
+    )  # fmt: skip
+    held_out = None
     if data.val_dataset:
-        return rows, open_rows(data.val_dataset, shuffle=data.val_dataset_shuffle, **options)
-    return split_rows(rows, data.split_dataset_ratio, seed)
+        held_out = open_these(data.val_dataset, shuffle=data.val_dataset_shuffle)
+    if data.streaming:
+        return None, held_out
+    mixing = {"mix": data.interleave_prob, "stop_mixing": data.stopping_strategy}
+    rows = open_these(data.dataset, shuffle=data.dataset_shuffle, **mixing)
+    return split_rows(rows, data.split_dataset_ratio, seed) if held_out is None else (rows, held_out)
 
 
 def open_spec(
@@ -142,48 +132,50 @@ def open_spec(
         return open_path(spec.path), spec.count
     if spec.path is not None:
         found = read_path(spec.path, keep_broken=keep_broken)
-    elif spec.hub is None and is_packaged(spec.dataset_id):
+    elif spec.hub is None and spec.dataset_id in PACKAGED:
         found = load_packaged(spec.dataset_id, spec.subsets, model_name=names[0], model_author=names[1])
     else:
         found = _load_from_hub(text, spec, use_hf=use_hf, token=token)
     return Rows([InMemory(found if registered is None else registered.preprocess(found))]), spec.count
 
 
-def _choose(rows: Rows, count: int, seed: int, shuffle: bool) -> list[int]:
-    return sample_indices(len(rows), count, seed=seed, shuffle=shuffle)
-
-
 def mix_tables(lengths: Sequence[int], *, weights: Sequence[float], seed: int, stop: str) -> np.ndarray:
-    """Numbers of the rows of tables, counted through: each row from a table drawn by the weights.
+    """Numbers of the rows of tables, counted through, in the order of `mix_streams`."""
+    ends = np.cumsum(lengths).tolist()
+    openers = [partial(iter, range(end - length, end)) for length, end in zip(lengths, ends, strict=True)]
+    return np.fromiter(mix_streams(openers, weights=weights, seed=seed, stop=stop), dtype=np.int64)
+
+
+def mix_streams(
+    openers: Sequence[Callable[[], Iterator[Any]]], *, weights: Sequence[float], seed: int, stop: str
+) -> Iterator[Any]:
+    """Each row from a table drawn by the weights.
 
     Ends with the last row of the first table that is used up ("first_exhausted"), or once every table has
     been ("all_exhausted"); until then a table that is used up begins again.
     """
     draw, shares = np.random.RandomState(seed), np.cumsum(weights)[:-1] / np.sum(weights)
-    tables = np.empty(0, dtype=np.int64)
-    while True:
-        more = np.searchsorted(shares, draw.random_sample(max(1000, sum(lengths))), side="right")
-        tables = np.concatenate([tables, more])
-        places = [np.flatnonzero(tables == number) for number in range(len(lengths))]
-        ends = [
-            int(place[length - 1]) + 1 if len(place) >= length else len(tables)
-            for place, length in zip(places, lengths, strict=True)
-        ]
-        end = max(ends) if stop == "all_exhausted" else min(ends)
-        if end < len(tables):
-            break
-    starts = np.cumsum([0, *lengths])
-    order = np.empty(len(tables), dtype=np.int64)
-    for place, start, length in zip(places, starts, lengths, strict=False):
-        order[place] = start + np.arange(len(place)) % length
-    return order[:end]
+    tables = [opener() for opener in openers]
+    following = [next(table, None) for table in tables]
+    used_up: set[int] = set()
+    while all(row is not None for row in following):
+        for i in np.searchsorted(shares, draw.random_sample(1000), side="right").tolist():
+            yield following[i]
+            following[i] = next(tables[i], None)
+            if following[i] is None:
+                used_up.add(i)
+                if stop == "first_exhausted" or len(used_up) == len(openers):
+                    return
+                tables[i] = openers[i]()
+                following[i] = next(tables[i], None)
 
 
-def sample_indices(length: int, count: int, *, seed: int, shuffle: bool) -> list[int]:
+def sample_indices(rows: Sized, *, count: int, seed: int, shuffle: bool) -> list[int]:
     """Which rows #count takes: the whole set as often as it fits, in order, then a share of it.
 
     RandomState is frozen by NumPy's compatibility policy: its numbers never change between versions.
     """
+    length = len(rows)
     order = np.random.RandomState(seed).permutation(length).tolist() if shuffle else list(range(length))
     if count <= length:
         return order[:count]
@@ -236,10 +228,22 @@ def _load_from_hub(text: str, spec: Spec, *, use_hf: bool, token: str | None) ->
     purpose = f"dataset {text}: no such file, and taking it from {'HuggingFace' if on_hf else 'ModelScope'}"
     hub = import_extra(module, needs=needs, extra="hub", purpose=purpose)
     subsets = spec.subsets or (None,)
-    rows = [row for subset in subsets for row in hub.load_hub_rows(spec.dataset_id, subset, token)]
+    rows = [row for subset in subsets for row in _load_subset(hub, spec.dataset_id, subset, token)]
     if not rows:
         raise ConfigError(f"dataset {text}: no rows in it")
     return rows
+
+
+def _load_subset(hub: Any, dataset_id: str, subset: str | None, token: str | None) -> list[Row]:
+    """Rows of the split `train`. `hub` is one of our hub_*.py."""
+    name = dataset_id if subset is None else f"{dataset_id}:{subset}"
+    try:
+        table = hub.load(dataset_id, subset, token)
+    except Exception as error:  # whatever the network and the hub raise
+        raise ConfigError(
+            f"dataset {name}: not found as a file or on {hub.NAME} ({type(error).__name__}: {error})"
+        ) from error
+    return [Row(dict(columns), name, number) for number, columns in enumerate(table, start=1)]
 
 
 def _looks_like_hub_id(name: str) -> bool:

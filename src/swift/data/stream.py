@@ -13,7 +13,7 @@ encoded.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain, islice
@@ -23,10 +23,19 @@ import numpy as np
 
 from swift.config.data import DataConfig
 from swift.config.option import ConfigError
-from swift.data.encode import Chunk, Encoder, open_workers, run_ahead
+from swift.data.encode import (
+    Chunk,
+    EncodedDataset,
+    Encoder,
+    concatenate,
+    name_values,
+    open_workers,
+    pad_parts,
+    run_ahead,
+)
 from swift.data.pack import pack_lengths
 from swift.data.rows import Line, Part, mark_ends, parse_row
-from swift.data.sources import open_spec
+from swift.data.sources import mix_streams, open_spec
 from swift.data.types import Row, place
 from swift.template.tokenize import Encoded
 from swift.utils.log import warn
@@ -34,7 +43,28 @@ from swift.utils.log import warn
 WINDOW = 128  # packs whose rows are chosen together: on average half a pack of a window stays empty
 _CHUNK = 128  # rows handed to the tokenizer, or to a worker process, at once
 
-Item = list[Encoded]  # one row, or the rows of a pack
+
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """One row by itself."""
+
+    sequences: list[Encoded]
+    values: tuple[float, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(sequence.input_ids) for sequence in self.sequences)
+
+
+def gather_rows(rows: Sequence[EncodedRow], shape: str) -> EncodedDataset:
+    """These rows as a data set in memory. Where they were read is not known any more."""
+    flat = concatenate([sequence for row in rows for sequence in row.sequences])
+    parts = pad_parts([[len(sequence.input_ids) for sequence in row.sequences] for row in rows])
+    values = name_values(shape, [row.values for row in rows])
+    return EncodedDataset(flat, parts, [("", 0)] * len(rows), values=values, shape=shape)
+
+
+Item = list[EncodedRow]  # one row, or the rows of a pack
 
 
 @dataclass(frozen=True)
@@ -88,26 +118,6 @@ def _read_table(parts: Sequence[Part], count: int | None) -> Iterator[Row | Line
     return islice(chain.from_iterable(part.stream() for part in parts), count)
 
 
-def mix_streams(
-    openers: Sequence[Callable[[], Iterator[Any]]], *, weights: Sequence[float], seed: int, stop: str
-) -> Iterator[Any]:
-    """Rows in the order of `mix_tables`, from tables of which nobody knows the length."""
-    draw, shares = np.random.RandomState(seed), np.cumsum(weights)[:-1] / np.sum(weights)
-    tables = [opener() for opener in openers]
-    following = [next(table, None) for table in tables]
-    used_up: set[int] = set()
-    while all(row is not None for row in following):
-        for i in np.searchsorted(shares, draw.random_sample(1000), side="right").tolist():
-            yield following[i]
-            following[i] = next(tables[i], None)
-            if following[i] is None:
-                used_up.add(i)
-                if stop == "first_exhausted" or len(used_up) == len(openers):
-                    return
-                tables[i] = openers[i]()
-                following[i] = next(tables[i], None)
-
-
 def shuffle_stream(rows: Iterator[Any], size: int, *, seed: int, epoch: int) -> Iterator[Any]:
     """Each row is drawn from `size` of them, then the next one read takes its place.
 
@@ -152,6 +162,7 @@ class EncodedStream:
         self.position = position or Position()
         self.dropped: Counter[str] = Counter()  # with those of the block
         self.read = 0
+        self.shape = encoder.shape
         self._source = source
         self._encoder = replace(encoder, columns=source.columns)
         self._capacity = capacity
@@ -235,7 +246,7 @@ class EncodedStream:
         rows = [row for chunk in chunks for row in _split(chunk)]
         if self._capacity is None or not rows:
             return [[row] for row in rows]
-        packs = pack_lengths(np.array([len(row.input_ids) for row in rows]), self._capacity)
+        packs = pack_lengths(np.array([row.num_tokens for row in rows]), self._capacity)
         return [[rows[i] for i in packs[number]] for number in range(len(packs))]
 
 
@@ -243,7 +254,11 @@ def _rows_in(chunks: Sequence[Chunk]) -> int:
     return sum(len(chunk.kept) + len(chunk.dropped) for chunk in chunks)
 
 
-def _split(chunk: Chunk) -> list[Encoded]:
-    lengths = [length for (length,) in chunk.parts]
-    ends = np.cumsum(lengths, dtype=np.int64).tolist()
-    return [chunk.flat.cut(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+def _split(chunk: Chunk) -> list[EncodedRow]:
+    rows, end = [], 0
+    for lengths, values in zip(chunk.parts, chunk.values, strict=True):
+        ends = [end + sum(lengths[: i + 1]) for i in range(len(lengths))]
+        cuts = [chunk.flat.cut(last - length, last) for last, length in zip(ends, lengths, strict=True)]
+        rows.append(EncodedRow(cuts, values))
+        end = ends[-1]
+    return rows

@@ -30,6 +30,14 @@ class Sample:
     line: int
 
 
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A row as it is trained on: conversations that stay together, and numbers that go with them."""
+
+    samples: tuple[Sample, ...]
+    values: tuple[float, ...] = ()
+
+
 class RowError(ValueError):
     """A row that cannot be understood; the message is a short reason, the same for the same fault."""
 

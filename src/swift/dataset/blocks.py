@@ -27,6 +27,12 @@ class Table:
     rows: list[tuple[str, ...]]
     note: str = ""
 
+    @property
+    def is_numeric(self) -> list[bool]:
+        """Whether a column holds numbers alone."""
+        columns = zip(*self.rows, strict=True)
+        return [all(w.replace(",", "").replace(".", "").isdecimal() for w in column) for column in columns]
+
 
 @dataclass(frozen=True)
 class Bars:

@@ -21,21 +21,22 @@ FORWARDED = {
     "MASTER_ADDR": "--master_addr",
     "MASTER_PORT": "--master_port",
 }
+MODULES = {"swift": "swift", "megatron": "swift.cli.megatron"}  # behind `python -m`, by command
 SHUTDOWN_SECONDS = "600"  # from passing on SIGTERM to SIGKILL
 
 
-def launch_on_gpus(module: str, argv: Sequence[str]) -> int | None:
+def launch_on_gpus(program: str, argv: Sequence[str]) -> int | None:
     """`launch` with one process for each GPU that torch sees; None where that would be one."""
     count = torch.cuda.device_count()
     if count < 2:
         return None
     say(f"training on all {count} GPUs, each with rows of its own; NPROC_PER_NODE takes fewer")
     env.set_defaults({"NPROC_PER_NODE": str(count)})
-    return launch(module, argv)
+    return launch(program, argv)
 
 
-def launch(module: str, argv: Sequence[str]) -> int:
-    """`python -m module argv...` in every process of this node; the exit code of the first that failed."""
+def launch(program: str, argv: Sequence[str]) -> int:
+    """`program argv...` in every process of this node; the exit code of the first that failed."""
     options = [f"{flag}={value}" for name, flag in FORWARDED.items() if (value := env.read(name))]
     if not env.read("MASTER_PORT") and env.read("NNODES", "1") == "1":
         options.append("--standalone")  # a free port, so that two jobs on one machine do not meet
@@ -43,7 +44,7 @@ def launch(module: str, argv: Sequence[str]) -> int:
     env.set_defaults({"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SHUTDOWN_SECONDS})
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        run(parse_args([*options, "-m", module, *argv]))
+        run(parse_args([*options, "-m", MODULES[program], *argv]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode != 2:  # 2 is a mistake that the process itself has told in words

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel, get_scheduler
 
 from swift.config.optim import OptimConfig
@@ -63,7 +63,6 @@ class Together(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step of every part."""
         assert closure is None, "no optimizer here evaluates the loss again"
         for part in self.parts:
             part.step()
@@ -169,7 +168,7 @@ def build_scheduler(optimizer: Optimizer, config: OptimConfig, total_steps: int)
         # A tenth of the steps decays unless the flag says otherwise. Source: arXiv:2404.06395, section 4.
         settings.setdefault("num_decay_steps", math.ceil(0.1 * total_steps))
     try:
-        return get_scheduler(
+        scheduler = get_scheduler(
             config.lr_scheduler_type,
             optimizer,
             num_warmup_steps=warmup,
@@ -178,6 +177,16 @@ def build_scheduler(optimizer: Optimizer, config: OptimConfig, total_steps: int)
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"--lr_scheduler_kwargs {json.dumps(settings)}: {error}") from error
+    if config.min_lr:
+        assert isinstance(scheduler, LambdaLR)
+        share = config.min_lr / scheduler.base_lrs[0]
+        scheduler.lr_lambdas = [raise_floor(rule, share, warmup) for rule in scheduler.lr_lambdas]
+    return scheduler
+
+
+def raise_floor(rule: Callable[[int], float], share: float, warmup: int) -> Callable[[int], float]:
+    """A decay that ends at `share` of the peak instead of at 0; the warm-up stays as it is."""
+    return lambda step: rule(step) if step < warmup else share + (1 - share) * rule(step)
 
 
 def check_optim(config: OptimConfig) -> None:

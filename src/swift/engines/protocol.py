@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
 from swift.batch import Batch
 from swift.objectives.types import Objective, TokenStats
 
@@ -42,10 +45,14 @@ class StepInfo:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one rank has to write. `write` gives its files, exchanges nothing and may run beside training."""
+    """What one rank has to write. `write` gives its files, exchanges nothing and may run beside training.
+
+    `finish` is called on rank 0 alone, when the files of all ranks are there.
+    """
 
     bytes: int
     write: Callable[[], list[Path]]
+    finish: Callable[[], None] | None = None
 
 
 class Engine(Protocol):
@@ -53,6 +60,10 @@ class Engine(Protocol):
 
     data_rank: int
     data_world: int
+    dtype: torch.dtype  # of the weights
+    device: torch.device
+    flat: bool  # whether batches have no padding
+    num_parameters: tuple[int, int]  # trained and all, of the whole model
 
     def forward(self, batches: Sequence[Batch], needs: frozenset[str]) -> list[TokenStats]:
         """Stats without gradients, one for each batch."""
@@ -70,8 +81,20 @@ class Engine(Protocol):
         """Clips, steps, advances the schedule and clears the gradients."""
         ...
 
+    def gather(self, values: Tensor) -> tuple[Tensor, int]:
+        """[N, ...] rows of every data rank, which may give differently many, and where its own begin."""
+        ...
+
     def reference(self) -> AbstractContextManager[None]:
         """Inside it `forward` answers as the model did before training."""
+        ...
+
+    def drop_reference(self) -> None:
+        """Frees what only `reference` needs: nothing will ask for it any more."""
+        ...
+
+    def mix_reference(self, share: float) -> None:
+        """From now on the reference is `share` of the model as it is and the rest what it was."""
         ...
 
     def save(self, path: Path, *, resumable: bool) -> Snapshot:

@@ -30,22 +30,21 @@ class Flags:
 class Ranks:
     """This process among the others. Methods are called by all of them, in the same order, but for `flag`.
 
-    `sequence_size` neighbours share their rows, each with a slice of the tokens; they are one data rank.
+    Ranks that share their rows, and split the tokens or the model among them, are one data rank. `speakers`
+    are those whose numbers count: one for each data rank, in their order.
     """
 
     rank: int = 0
     world: int = 1
-    sequence_size: int = 1
+    data_rank: int = 0
+    speakers: tuple[int, ...] = (0,)
+    sequence_size: int = 1  # neighbours that share the tokens of a row
     sequence_group: dist.ProcessGroup | None = None
     flags: Flags = field(default_factory=Flags, compare=False)
 
     @property
-    def data_rank(self) -> int:
-        return self.rank // self.sequence_size
-
-    @property
     def data_world(self) -> int:
-        return self.world // self.sequence_size
+        return len(self.speakers)
 
     @property
     def is_main(self) -> bool:
@@ -82,7 +81,7 @@ class Ranks:
         rows = [part.tolist() for part in parts]
         for row in rows:
             self.flags.agreed |= int(row.pop())
-        return rows[:: self.sequence_size]
+        return [rows[speaker] for speaker in self.speakers]
 
     def collect(self, value: Value) -> list[Value]:
         """The value of every rank, by rank; anything that can be pickled."""
@@ -124,7 +123,8 @@ def join_ranks(
         backends = f"cpu:gloo,cuda:{backend or 'nccl'}" if device.type == "cuda" else "gloo"
         dist.init_process_group(backends, timeout=timedelta(seconds=timeout_seconds))
     group = dist.new_subgroups(sequence_size)[0] if sequence_size > 1 else None
-    return Ranks(rank, world, sequence_size, group), device
+    speakers = tuple(range(0, world, sequence_size))
+    return Ranks(rank, world, rank // sequence_size, speakers, sequence_size, group), device
 
 
 def leave_ranks() -> None:

@@ -28,8 +28,6 @@ ROUNDING = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2}
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How far two lists of logits are apart."""
-
     mean: float  # absolute difference
     largest: float  # absolute difference
     scale: float  # largest absolute logit of the reference

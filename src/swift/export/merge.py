@@ -195,17 +195,20 @@ def check_written(plan: MergePlan, staging: Path, reference: Reference) -> bool:
     return found.equal
 
 
-def place(staging: Path, output: Path, *, exist_ok: bool) -> None:
+def place(staging: Path, output: Path, *, exist_ok: bool, last: str = CONFIG) -> None:
     """Gives the checked directory its name; into an existing one the files are moved one by one.
 
-    Files of the user's stay. config.json goes first and comes last, so that a model half old and half new is
-    never taken for a whole one.
+    Files of the user's stay. `last`, without which nobody takes the directory for a model, goes first and
+    comes last, so that a model half old and half new is never taken for a whole one.
     """
     if not (exist_ok and output.is_dir()):
         staging.rename(output)  # fails, rather than overwriting, where the name was taken meanwhile
         return
-    (output / CONFIG).unlink(missing_ok=True)
-    for old in [*weight_files(output), *(output / name for name in INDEX_FILES)]:
-        old.unlink(missing_ok=True)
-    for file in sorted(staging.iterdir(), key=lambda f: f.name == CONFIG):
+    (output / last).unlink(missing_ok=True)
+    if last == CONFIG:
+        for old in [*weight_files(output), *(output / name for name in INDEX_FILES)]:
+            old.unlink(missing_ok=True)
+    for file in sorted(staging.iterdir(), key=lambda f: f.name == last):
+        if file.is_dir():
+            shutil.rmtree(output / file.name, ignore_errors=True)
         file.replace(output / file.name)

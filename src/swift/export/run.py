@@ -16,6 +16,7 @@ from swift.models.adapters import adapter_base, load_run_args
 from swift.models.directory import ADAPTER_CONFIG, read_json
 from swift.models.hub import resolve_adapter, resolve_model
 from swift.models.load import pick_device
+from swift.plugins.registry import load_object
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 PREFIXES = ("", "K", "M", "G", "T")
@@ -24,6 +25,9 @@ PREFIXES = ("", "K", "M", "G", "T")
 def run_export(run: ExportRun) -> int:
     """The whole command; the exit code says whether the result is what it should be."""
     run.check()
+    if run.export.converts:
+        converted: int = load_object("swift.export.megatron:run_export_megatron")(run)
+        return converted
     if run.export.to_cached_dataset:
         return export_encoded(run)
     return merge_adapter(plan_merge(run))

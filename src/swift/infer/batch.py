@@ -13,26 +13,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from swift.config.generation import GenerationConfig, InferOptions
 from swift.config.option import ConfigError
-from swift.data.formats import to_sample
+from swift.data.preference import PromptSample, to_prompt
 from swift.data.sources import open_rows
-from swift.data.types import Row, RowError, Sample, place
+from swift.data.types import RowError, place
 from swift.infer.engine import Completion, Prompt, PromptTooLong, TransformersInferEngine
-from swift.template.types import Message, RenderError
+from swift.template.types import RenderError
 from swift.utils.files import append_jsonl
 from swift.utils.log import console, say, warn
 
 PLACES_SHOWN = 5  # rows named for each reason why rows cannot be used
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    messages: list[Message]  # without the answer that the row came with
-    labels: str | None  # that answer
-    sample: Sample
-
-    @property
-    def place(self) -> str:
-        return place(self.sample.file, self.sample.line)
 
 
 @dataclass(slots=True)
@@ -56,8 +45,6 @@ class Rejects:
 
 @dataclass(slots=True)
 class Stats:
-    """What a run has done so far."""
-
     started: float = field(default_factory=time.perf_counter)
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
@@ -99,7 +86,7 @@ def load_questions(
     seed: int,
     columns: dict[str, Any],
     **names_and_hub: Any,
-) -> tuple[list[Question], Rejects]:
+) -> tuple[list[PromptSample], Rejects]:
     """The rows to answer, `names_and_hub` as open_rows takes them. Raises ConfigError when there is none."""
     opened = open_rows(specs, seed=seed, shuffle=options.dataset_shuffle, columns=columns, **names_and_hub)
     rows = list(opened)
@@ -110,7 +97,7 @@ def load_questions(
     questions = []
     for row in rows:
         try:
-            questions.append(read_question(row))
+            questions.append(to_prompt(row))
         except RowError as error:
             rejects.add(str(error), place(row.file, row.line))
     if not questions:
@@ -119,20 +106,9 @@ def load_questions(
     return questions, rejects
 
 
-def read_question(row: Row) -> Question:
-    """A final assistant message is the expected answer and not part of the prompt. Raises RowError."""
-    sample = to_sample(row)
-    messages, labels = list(sample.messages), None
-    if messages and messages[-1]["role"] == "assistant":
-        labels = messages.pop().get("content")
-    if not any(message["role"] != "system" for message in messages):
-        raise RowError("no question")
-    return Question(messages, labels, sample)
-
-
 def answer_rows(
     engine: TransformersInferEngine,
-    questions: Sequence[Question],
+    questions: Sequence[PromptSample],
     rejects: Rejects,
     *,
     options: InferOptions,
@@ -165,7 +141,7 @@ def answer_rows(
                     batch_size=options.max_batch_size,
                 ):
                     answers[i] = answer
-                    stats.add(answer, usable[i][0].labels)
+                    stats.add(answer, usable[i][0].label)
                     progress.update(task, advance=1, rate=stats.describe_rates())
             finally:  # an interrupted window keeps the answers that it has
                 append_jsonl(
@@ -177,26 +153,28 @@ def answer_rows(
 
 
 def encode_questions(
-    engine: TransformersInferEngine, questions: Sequence[Question], rejects: Rejects
-) -> list[tuple[Question, Prompt]]:
+    engine: TransformersInferEngine, questions: Sequence[PromptSample], rejects: Rejects
+) -> list[tuple[PromptSample, Prompt]]:
     """The questions that can be asked, as tokens; the others are counted in `rejects`."""
     usable = []
     for question in questions:
+        asked = question.sample
         try:
-            prompt = engine.encode(question.messages, tools=question.sample.tools)
+            prompt = engine.encode(asked.messages, tools=asked.tools)
         except PromptTooLong:
-            rejects.add(f"longer than the context of {engine.context} tokens", question.place)
+            reason = f"longer than the context of {engine.context} tokens"
+            rejects.add(reason, place(asked.file, asked.line))
         except RenderError as error:
-            rejects.add(str(error), question.place)
+            rejects.add(str(error), place(asked.file, asked.line))
         else:
             usable.append((question, prompt))
     return usable
 
 
-def result_row(question: Question, response: str) -> dict[str, Any]:
+def result_row(question: PromptSample, response: str) -> dict[str, Any]:
     """A line of the result file, which is a line of training data: the answer is the last message."""
-    messages = [*question.messages, {"role": "assistant", "content": response}]
-    row = {"response": response, "labels": question.labels, "logprobs": None, "messages": messages}
+    messages = [*question.sample.messages, {"role": "assistant", "content": response}]
+    row = {"response": response, "labels": question.label, "logprobs": None, "messages": messages}
     tools = {"tools": question.sample.tools} if question.sample.tools else {}
     return row | tools | {name: value for name, value in question.sample.extra.items() if name not in row}
 
@@ -220,7 +198,6 @@ def mend_last_line(path: Path) -> None:
 
 
 def report(stats: Stats, rejects: Rejects, *, metric: str | None, result_path: Path) -> None:
-    """The closing lines of a run."""
     rejects.report()
     if stats.num_cut:
         say(f"{stats.num_cut} of {stats.num_samples} answers were cut by --max_new_tokens or the context")

@@ -22,6 +22,7 @@ BANNER = (
     "Input `reset-system` to reset the system and clear the history.",
     "Input `clear` to clear the history.",
 )
+COMMANDS = ("clear", "reset-system", "default-system", "multi-line", "single-line", "exit", "quit")
 RULE = "-" * 50
 END_OF_ENTRY = "#"  # closes an entry in multi-line mode
 TOOL = "tool:"  # an entry that starts so is a tool's answer
@@ -49,13 +50,6 @@ class Chat:
         self.num_answers = 0
         self.multi_line = False
         self.wants_system = False  # the next entry is a system prompt
-        self.commands: dict[str, Callable[[], None]] = {
-            "clear": self._clear,
-            "reset-system": self._reset_system,
-            "default-system": self._default_system,
-            "multi-line": self._multi_line,
-            "single-line": self._single_line,
-        }
 
     def run(self) -> None:
         """Until `exit`, `quit`, the end of the input, or Ctrl-C at the prompt."""
@@ -70,15 +64,12 @@ class Chat:
             command = entry.strip().lower()
             if command in ("exit", "quit"):
                 return
-            if command in self.commands:
-                self.commands[command]()
+            if command in COMMANDS:
+                self._obey(command)
             elif self.wants_system:
-                self._set_system(entry)
+                self._set_system(entry, "system prompt set")
             elif command:
                 self._answer(entry)
-
-    def _is_command(self, line: str) -> bool:
-        return line.strip().lower() in (*self.commands, "exit", "quit")
 
     def _read_entry(self) -> str:
         """One line, or in multi-line mode all lines up to one that ends with `#`.
@@ -87,7 +78,7 @@ class Chat:
         """
         mode = ("M" if self.multi_line else "") + ("S" if self.wants_system else "")
         line = self.read(f"<<<[{mode}] " if mode else "<<< ")
-        if not self.multi_line or self._is_command(line):
+        if not self.multi_line or line.strip().lower() in COMMANDS:
             return line
         lines: list[str] = []
         while not line.rstrip().endswith(END_OF_ENTRY):
@@ -97,33 +88,26 @@ class Chat:
             except EOFError:
                 if not any(text.strip() for text in lines):
                     raise
-                return "\n".join(
-                    lines
-                )  # the end of a piped file ends the entry; the next read ends the session
+                return "\n".join(lines)  # the end of a piped file; the next read ends the session
         return "\n".join([*lines, line.rstrip().removesuffix(END_OF_ENTRY)])
 
-    def _clear(self) -> None:
-        self.messages = []
-        say("history cleared")
+    def _obey(self, command: str) -> None:
+        if command == "clear":
+            self.messages = []
+            say("history cleared")
+        elif command == "reset-system":
+            self.wants_system = True
+            say("The next input is the new system prompt; `default-system` restores the first one.")
+        elif command == "default-system":
+            self._set_system(None, "default system prompt restored")
+        else:
+            self.multi_line = command == "multi-line"
+            if self.multi_line:
+                say("End the input with a line that ends with `#`; `single-line` switches back.")
 
-    def _reset_system(self) -> None:
-        self.wants_system = True
-        say("The next input is the new system prompt; `default-system` restores the first one.")
-
-    def _default_system(self) -> None:
-        self.system, self.messages, self.wants_system = None, [], False
-        say("default system prompt restored, history cleared")
-
-    def _set_system(self, text: str) -> None:
+    def _set_system(self, text: str | None, done: str) -> None:
         self.system, self.messages, self.wants_system = text, [], False
-        say("system prompt set, history cleared")
-
-    def _multi_line(self) -> None:
-        self.multi_line = True
-        say("End the input with a line that ends with `#`; `single-line` switches back.")
-
-    def _single_line(self) -> None:
-        self.multi_line = False
+        say(f"{done}, history cleared")
 
     def _write(self, text: str) -> None:
         self.output.write(text)

@@ -176,7 +176,6 @@ class TransformersInferEngine:
             worker.join()
 
     def _room(self, prompt: Prompt, sampling: GenerationConfig) -> int:
-        """Tokens that an answer may have."""
         left = self.context - len(prompt.token_ids)
         return min(left, sampling.max_new_tokens or left)
 

@@ -5,11 +5,11 @@ import importlib
 import io
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from swift.config.option import ConfigError, default_of
+from swift.config.option import ConfigError, fill_defaults
 from swift.config.runs import InferRun
 from swift.data.datasets import use_plugins
 from swift.data.sources import open_rows
@@ -17,25 +17,15 @@ from swift.infer.batch import answer_rows, load_questions, mend_last_line, repor
 from swift.infer.chat import Chat
 from swift.infer.engine import TransformersInferEngine
 from swift.infer.scoring import TextScorer
-from swift.models.adapters import adapter_base, load_run_args
+from swift.models.adapters import TAKEN, adapter_base, load_run_args
 from swift.models.heads import count_labels
 from swift.models.hub import resolve_adapter, resolve_model
 from swift.template.loss_scale import build_weights
 from swift.utils.log import say, warn
 
-Group = TypeVar("Group")
-
-# What a checkpoint's args.json settles, by group. Lengths and loss settings belong to training alone.
-TAKEN = {
-    "model": ("model", "model_revision", "use_hf", "torch_dtype"),
-    "template": ("system", "enable_thinking", "response_prefix", "agent_template", "use_chat_template"),
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What is loaded."""
-
     run: InferRun  # with what the checkpoint's args.json adds
     model: Path
     adapter: Path | None
@@ -97,7 +87,8 @@ def score_texts(source: Source, labels: int, specs: tuple[str, ...], columns: di
     chosen = list(rows)[: run.infer.val_dataset_sample]
     path = Path(run.infer.result_path) if run.infer.result_path else default_result_path(source)
     open_result_file(path)
-    scorer = TextScorer.load(source.model, source.adapter, labels, run)
+    problem = source.saved.get("problem_type")
+    scorer = TextScorer.load(source.model, source.adapter, labels, problem, run)
     count = scorer.score_rows(chosen, path, batch_size=run.infer.max_batch_size, strict=run.infer.strict)
     say(f"{count} scores: {path}")
     return 0
@@ -140,19 +131,6 @@ def take_saved(run: InferRun, saved: dict[str, Any]) -> InferRun:
     if taken:
         say("from the checkpoint: " + ", ".join(f"{name} {value!r}" for name, value in taken.items()))
     return replace(run, model=model, template=template)
-
-
-def fill_defaults(
-    group: Group, saved: dict[str, Any], names: tuple[str, ...]
-) -> tuple[Group, dict[str, Any]]:
-    """The config group with saved values where it has its defaults, and those values by flag."""
-    defaults = {field.name: default_of(field) for field in fields(group)}  # type: ignore[arg-type]
-    taken = {
-        name: saved[name]
-        for name in names
-        if getattr(group, name) == defaults[name] and saved.get(name) not in (None, defaults[name])
-    }
-    return replace(group, **taken), taken  # type: ignore[type-var]
 
 
 def dataset_specs(source: Source) -> tuple[tuple[str, ...], dict[str, Any]]:

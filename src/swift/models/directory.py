@@ -42,7 +42,7 @@ def missing_adapter_file(path: Path) -> str | None:
     return None if any((path / name).is_file() for name in ADAPTER_WEIGHTS) else ADAPTER_WEIGHTS[0]
 
 
-def check_model_directory(path: Path, flag: str = "--model") -> None:
+def check_model_directory(path: Path) -> None:
     """Raises ConfigError unless `path` holds a config and all weights."""
     missing = missing_model_file(path)
     if missing is None:
@@ -50,10 +50,10 @@ def check_model_directory(path: Path, flag: str = "--model") -> None:
     hint = hint_checkpoints(path)
     if (path / ADAPTER_CONFIG).is_file():
         hint = f"it holds adapters: pass --adapters {path}"
-    raise ConfigError(f"{flag} {path} has no {missing}", hint=hint)
+    raise ConfigError(f"--model {path} has no {missing}", hint=hint)
 
 
-def check_adapter_directory(path: Path, flag: str = "--adapters") -> None:
+def check_adapter_directory(path: Path) -> None:
     """Raises ConfigError unless `path` holds adapters with their config."""
     missing = missing_adapter_file(path)
     if missing is None:
@@ -61,7 +61,7 @@ def check_adapter_directory(path: Path, flag: str = "--adapters") -> None:
     hint = hint_checkpoints(path)
     if missing_model_file(path) is None:
         hint = f"it holds a whole model: pass --model {path}"
-    raise ConfigError(f"{flag} {path} has no {missing}", hint=hint)
+    raise ConfigError(f"--adapters {path} has no {missing}", hint=hint)
 
 
 def hint_checkpoints(path: Path) -> str | None:

@@ -1,20 +1,22 @@
 """GGUF -> a plain transformers directory: safetensors, config, tokenizer, chat template.
 
-Owns: the Llama architecture with SmolLM's byte-level BPE tokenizer, written with numpy and json alone, one
-tensor in memory at a time. transformers' own GGUF reader is not used: it is slow, its tokenizer splits white
-space before digits differently from the published one, and its models cannot be saved.
+Owns: the Llama architecture with SmolLM's byte-level BPE tokenizer. transformers' own GGUF reader takes a
+minute, splits white space before digits unlike the published tokenizer, and its models cannot be saved.
 """
 
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 
-from swift.models.gguf import GgufError, GgufFile
+from swift.models.gguf import GgufFile
 
 # Part of a GGUF tensor name -> module of transformers' Llama layer.
 LAYER_MODULES = {
@@ -28,14 +30,12 @@ LAYER_MODULES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+HEADS = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}
 OUTER_TENSORS = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
 }
-CONTROL_TOKEN, USER_TOKEN = 3, 4  # of tokenizer.ggml.token_type
-WRITTEN_DTYPES = {"bfloat16": ("BF16", 2), "float32": ("F32", 4)}  # name in safetensors, bytes of a value
-VALUES_AT_ONCE = 1 << 20  # rounded and written together
+CONTROL_TOKEN = 3  # of tokenizer.ggml.token_type
 LAST_WRITTEN = "config.json"
 
 
@@ -44,23 +44,21 @@ def convert(source: Path, target: Path, *, dtype: str = "bfloat16") -> None:
 
     Another process that finishes first wins: its directory stays.
     """
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        write_directory(GgufFile(source), temporary, dtype)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as work:
+        made = Path(work) / "model"
+        made.mkdir()
+        write_directory(GgufFile(source), made, dtype)
         try:
-            temporary.rename(target)
+            made.rename(target)
         except OSError:
             if not (target / LAST_WRITTEN).is_file():
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_directory(gguf: GgufFile, directory: Path, dtype: str) -> None:
-    architecture = gguf.metadata.get("general.architecture")
-    if architecture != "llama":
-        raise GgufError(f"{gguf.path}: architecture {architecture} is not supported, only llama")
-    write_weights(gguf, directory / "model.safetensors", dtype)
+    read = (read_weight(gguf, name) for name in gguf.tensors)
+    weights = {name: values.to(getattr(torch, dtype)) for name, values in read}
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
     documents = {
         "tokenizer.json": tokenizer_json(gguf.metadata),
         "tokenizer_config.json": tokenizer_config(gguf.metadata),
@@ -73,50 +71,20 @@ def write_directory(gguf: GgufFile, directory: Path, dtype: str) -> None:
     # A cache may be shared by several users, whatever the umask and mkdtemp's private mode.
     for file in directory.iterdir():
         file.chmod(0o644)
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
     directory.chmod(0o755)
 
 
-def write_weights(gguf: GgufFile, path: Path, dtype: str) -> None:
-    """A safetensors file, tensor by tensor: size of the header (u64), header as JSON, then the values."""
-    code, width = WRITTEN_DTYPES[dtype]
-    names = {transformers_name(name): name for name in gguf.tensors}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in sorted(names):
-        shape = gguf.tensors[names[name]].shape
-        start, end = end, end + int(np.prod(shape)) * width
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    with path.open("wb") as handle:
-        handle.write(len(head).to_bytes(8, "little") + head)
-        for name in sorted(names):
-            values = read_for_transformers(gguf, names[name]).reshape(-1)
-            for first in range(0, len(values), VALUES_AT_ONCE):
-                part = values[first : first + VALUES_AT_ONCE]
-                handle.write(round_to_bfloat16(part) if dtype == "bfloat16" else part)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def transformers_name(name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
-    if name in OUTER_TENSORS:
-        return OUTER_TENSORS[name]
-    parts = name.split(".")
-    if len(parts) != 4 or parts[0] != "blk" or parts[2] not in LAYER_MODULES:
-        raise GgufError(f"tensor {name} belongs to no Llama layer")
-    return f"model.layers.{parts[1]}.{LAYER_MODULES[parts[2]]}.{parts[3]}"
-
-
-def read_for_transformers(gguf: GgufFile, name: str) -> np.ndarray:
-    """The tensor in the row order of transformers."""
+def read_weight(gguf: GgufFile, name: str) -> tuple[str, torch.Tensor]:
+    """`blk.3.attn_q.weight` as `model.layers.3.self_attn.q_proj.weight`, in the row order of transformers."""
     values = gguf.read(name)
-    heads = {"attn_q": "head_count", "attn_k": "head_count_kv"}
-    for part, key in heads.items():
-        if f".{part}." in name:
-            return join_rotary_halves(values, gguf.metadata[f"llama.attention.{key}"])
-    return values
+    if name in OUTER_TENSORS:
+        return OUTER_TENSORS[name], torch.from_numpy(values)
+    _, layer, part, kind = name.split(".")
+    if part in HEADS:
+        values = join_rotary_halves(values, gguf.metadata[HEADS[part]])
+    return f"model.layers.{layer}.{LAYER_MODULES[part]}.{kind}", torch.from_numpy(values)
 
 
 def join_rotary_halves(weight: np.ndarray, num_heads: int) -> np.ndarray:
@@ -130,12 +98,6 @@ def join_rotary_halves(weight: np.ndarray, num_heads: int) -> np.ndarray:
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(weight.shape)
 
 
-def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """float32 -> the bits of bfloat16 as uint16, to nearest and ties to even; weights are finite."""
-    bits = values.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
-
-
 def special_ids(metadata: dict[str, Any]) -> dict[str, int]:
     """Token ids of begin, end and padding, as config.json names them."""
     names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
@@ -144,7 +106,6 @@ def special_ids(metadata: dict[str, Any]) -> dict[str, int]:
 
 
 def model_config(gguf: GgufFile, dtype: str) -> dict[str, Any]:
-    """config.json of LlamaForCausalLM."""
     metadata = gguf.metadata
     llama = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
     num_heads = llama["attention.head_count"]
@@ -167,7 +128,7 @@ def model_config(gguf: GgufFile, dtype: str) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": "output.weight" not in gguf.tensors,
+        "tie_word_embeddings": True,
         "torch_dtype": dtype,
         "use_cache": True,
         **special_ids(metadata),
@@ -179,45 +140,18 @@ def tokenizer_json(metadata: dict[str, Any]) -> dict[str, Any]:
 
     Merges are therefore strings ("a b") and not pairs.
     """
-    found = (metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
-    if found != ("gpt2", "smollm"):
-        raise GgufError(f"tokenizer {found[0]}/{found[1]} is not supported, only gpt2/smollm")
-    tokens = metadata["tokenizer.ggml.tokens"]
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    added = [
-        {"id": index, "content": token, **plain, "special": kind == CONTROL_TOKEN}
-        for index, (token, kind) in enumerate(zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True))
-        if kind in (CONTROL_TOKEN, USER_TOKEN)
-    ]
-    offsets = {"trim_offsets": True, "use_regex": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Digits", "individual_digits": True},
-                {"type": "ByteLevel", "add_prefix_space": False, **offsets},
-            ],
-        },
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, **offsets},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {token: index for index, token in enumerate(tokens)},
-            "merges": metadata["tokenizer.ggml.merges"],
-        },
-    }
+    tokens, merges = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.merges"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(BPE(vocab, [tuple(merge.split(" ")) for merge in merges]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = metadata["tokenizer.ggml.token_type"]
+    tokenizer.add_special_tokens([t for t, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN])
+    document = json.loads(tokenizer.to_str())
+    document["model"]["merges"] = merges
+    return document
 
 
 def tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from swift.config.option import ConfigError
 from swift.config.quant import QuantConfig
 from swift.models.directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
-from swift.models.load import load_weights
+from swift.models.load import load_model
 
 HEAD = "score"  # the name of the head in every decoder of transformers
 SUFFIX = "ForSequenceClassification"
@@ -40,20 +40,23 @@ def load_scoring_model(
     attention: str | None,
     device: torch.device,
     seed: int | None,
+    problem: str | None = None,
     quant: QuantConfig | None = None,
 ) -> PreTrainedModel:
     """The model with a head of `num_labels` outputs, in HF's format for sequence classification.
 
     `seed`: of the weights of a new head; none = the checkpoint must have one. Raises ConfigError otherwise.
+    `problem`: what its outputs are, for config.json; none = what is there.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed or 0)
-        model = load_weights(
-            AutoModelForSequenceClassification, path,
-            dtype=dtype, attention=attention, device=device, quant=quant, num_labels=num_labels,
+        model = load_model(
+            path, auto_class=AutoModelForSequenceClassification, num_labels=num_labels,
+            dtype=dtype, attention=attention, device=device, quant=quant,
             may_lack=() if seed is None else (f"{HEAD}.weight",),
         )  # fmt: skip
     if not isinstance(getattr(model, HEAD, None), torch.nn.Linear):
         raise ConfigError(f"{type(model).__name__} has no layer called {HEAD}", hint="take another model")
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.config.problem_type = problem or model.config.problem_type
     return model

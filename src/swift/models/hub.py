@@ -41,19 +41,14 @@ def resolve_model(
     model: str, *, use_hf: bool = False, revision: str | None = None, token: str | None = None
 ) -> Path:
     """The directory of a model with config and weights; downloads only what is nowhere on this machine."""
-    local = find_directory(model, "--model")
-    if local:
-        check_model_directory(local)
-        return local
+    path = find_directory(model, "--model")
     use_hf = use_hf or env.is_on("USE_HF")
-    if model.lower() == SMOLLM2.name:
+    if path is None and model.lower() == SMOLLM2.name:
         return resolve_packaged(SMOLLM2)
-    cached = find_cached(model, use_hf, revision, "config.json", missing_model_file)
-    if cached:
-        return cached
-    if model.lower() == SMOLLM2.hub_id.lower() and not revision:
+    path = path or find_cached(model, use_hf, revision, "config.json", missing_model_file)
+    if path is None and model.lower() == SMOLLM2.hub_id.lower() and not revision:
         return resolve_original_or_copy(model, use_hf, token)
-    path = download("--model", model, use_hf=use_hf, revision=revision, token=token)
+    path = path or download("--model", model, use_hf=use_hf, revision=revision, token=token)
     check_model_directory(path)
     return path
 
@@ -61,16 +56,10 @@ def resolve_model(
 def resolve_adapter(
     adapter: str, *, use_hf: bool = False, revision: str | None = None, token: str | None = None
 ) -> Path:
-    """The directory of a checkpoint with adapters."""
-    local = find_directory(adapter, "--adapters")
-    if local:
-        check_adapter_directory(local)
-        return local
+    path = find_directory(adapter, "--adapters")
     use_hf = use_hf or env.is_on("USE_HF")
-    cached = find_cached(adapter, use_hf, revision, ADAPTER_CONFIG, missing_adapter_file)
-    if cached:
-        return cached
-    path = download("--adapters", adapter, use_hf=use_hf, revision=revision, token=token)
+    path = path or find_cached(adapter, use_hf, revision, ADAPTER_CONFIG, missing_adapter_file)
+    path = path or download("--adapters", adapter, use_hf=use_hf, revision=revision, token=token)
     check_adapter_directory(path)
     return path
 

@@ -87,28 +87,15 @@ def load_model(
     attention: str | None,
     device: torch.device,
     quant: QuantConfig | None = None,
-) -> PreTrainedModel:
-    """The language model in evaluation mode on `device`; its linear layers in few bits where `quant` says so.
-
-    dtype: None = config.json's on a GPU, float32 on a CPU. attention: a name of `--attn_impl`, or any other
-    that is registered with transformers; None = transformers' choice.
-    """
-    loading = {"dtype": dtype, "attention": attention, "device": device, "quant": quant}
-    return load_weights(AutoModelForCausalLM, path, **loading)
-
-
-def load_weights(
-    auto_class: Any,
-    path: Path,
-    *,
-    dtype: str | None,
-    attention: str | None,
-    device: torch.device,
-    quant: QuantConfig | None = None,
+    auto_class: Any = AutoModelForCausalLM,
     may_lack: tuple[str, ...] = (),
     **config_changes: Any,
 ) -> PreTrainedModel:
-    """As `load_model`, of any of transformers' auto classes. `may_lack`: tensors that may start anew."""
+    """The model in evaluation mode on `device`; its linear layers in few bits where `quant` says so.
+
+    dtype: None = config.json's on a GPU, float32 on a CPU. attention: a name of `--attn_impl`, or any other
+    that is registered with transformers; None = transformers' choice. may_lack: tensors that may start anew.
+    """
     silence_transformers()
     check_model_directory(path)
     by_device = torch.float32 if device.type == "cpu" else "auto"
@@ -173,7 +160,6 @@ def context_length(model_or_config: PreTrainedModel | PretrainedConfig) -> int |
 
 
 def load_config(path: Path) -> PretrainedConfig:
-    """config.json of a model directory."""
     silence_transformers()
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)

@@ -6,10 +6,8 @@ from transformers import BitsAndBytesConfig
 from swift.config.quant import QuantConfig
 
 
-def build_quantization(config: QuantConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """None = weights as they are. `dtype`: of the rest of the model, and of products unless the flag says."""
-    if config.quant_method is None:
-        return None
+def build_quantization(config: QuantConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """`dtype`: of the rest of the model, and of products unless the flag says."""
     if config.quant_bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     named = config.bnb_4bit_compute_dtype

@@ -37,9 +37,8 @@ def choose_targets(model: PreTrainedModel, config: TunerConfig) -> Targets:
     if config.target_regex is not None:
         modules = config.target_regex
         if not any(re.fullmatch(modules, name) for name, _ in model.named_modules()):
-            raise ConfigError(
-                f"--target_regex {modules} matches no module", hint=f"a whole name is {an_example(model)}"
-            )
+            known = next((n for n, module in model.named_modules() if isinstance(module, nn.Linear)), "")
+            raise ConfigError(f"--target_regex {modules} matches no module", hint=f"a whole name is {known}")
     else:
         check_names(model, [name for name in config.target_modules if not name.startswith("all-")])
         modules = [name for name in config.target_modules if not name.startswith("all-")]
@@ -93,7 +92,6 @@ def linear_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:
 
 
 def short(name: str) -> str:
-    """The last two parts of a name."""
     return ".".join(name.split(".")[-2:])
 
 
@@ -116,7 +114,6 @@ def expand_whole(model: nn.Module, names: tuple[str, ...]) -> list[str]:
 
 
 def check_names(model: nn.Module, names: list[str], *, flag: str = "--target_modules") -> None:
-    """ConfigError for a name that no module of the model has."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     shown = sorted({name.rpartition(".")[2] for name in linear})[:NAMES_SHOWN]
     hint = f"linear layers of this model: {', '.join(shown)}"
@@ -136,18 +133,12 @@ def check_tied(model: PreTrainedModel, targets: Targets) -> None:
         return
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     for name, module in model.named_modules():
-        if module in ends and is_target(name, targets.modules):
+        if isinstance(targets.modules, str):
+            is_target = re.fullmatch(targets.modules, name) is not None
+        else:
+            is_target = any(name == end or name.endswith(f".{end}") for end in targets.modules)
+        if module in ends and is_target:
             raise ConfigError(
                 f"--target_modules: {name} of this model is both embedding and output layer",
                 hint=f"train it whole instead: --modules_to_save {name.rpartition('.')[2]}",
             )
-
-
-def is_target(name: str, modules: str | list[str]) -> bool:
-    if isinstance(modules, str):
-        return re.fullmatch(modules, name) is not None
-    return any(name == end or name.endswith(f".{end}") for end in modules)
-
-
-def an_example(model: nn.Module) -> str:
-    return next((name for name, module in model.named_modules() if isinstance(module, nn.Linear)), "")

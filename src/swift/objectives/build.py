@@ -41,10 +41,6 @@ def _build_cpo(config: RlhfConfig) -> Preference:
     )
 
 
-def _build_orpo(config: RlhfConfig) -> Preference:
-    return Preference(loss_type=("orpo",), beta=config.beta_value, rpo_alpha=1.0, reference_free=True)
-
-
 def _build_kto(config: RlhfConfig) -> Kto:
     return Kto(
         loss_type=config.losses[0],
@@ -54,15 +50,11 @@ def _build_kto(config: RlhfConfig) -> Kto:
     )
 
 
-def _build_reward(config: RlhfConfig) -> Reward:
-    return Reward(center=config.center_rewards_coefficient or 0.0)
-
-
 BUILDERS: dict[str, Callable[[RlhfConfig], Objective]] = {
     "dpo": _build_dpo,
     "cpo": _build_cpo,
     "simpo": _build_cpo,
-    "orpo": _build_orpo,
+    "orpo": lambda c: Preference(("orpo",), beta=c.beta_value, rpo_alpha=1.0, reference_free=True),
     "kto": _build_kto,
-    "rm": _build_reward,
+    "rm": lambda config: Reward(center=config.center_rewards_coefficient or 0.0),
 }

@@ -51,7 +51,6 @@ class Classification:
 
     @property
     def is_one_class(self) -> bool:
-        """Whether a label is the number of a class."""
         return self.problem_type == "single_label_classification"
 
     def units(self, batch: Batch) -> dict[str, int]:

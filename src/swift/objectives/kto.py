@@ -20,7 +20,8 @@ class Kto:
     """KTO, arXiv:2402.01306 eq. 7, and APO-zero for single answers, arXiv:2408.06266 eq. 7.
 
     With "apo_zero_unpaired" the baseline is 0 instead of the estimated distance. Averaged over all answers:
-    a weight of 2 doubles the pull of its kind and leaves the other's alone.
+    a weight of 2 doubles the pull of its kind and leaves the other's alone. The metric `rewards/accuracies`
+    is the share of answers on their side of the baseline.
     """
 
     loss_type: str = "kto"
@@ -45,7 +46,10 @@ class Kto:
         margin_S = (2 * liked_S - 1) * (rewards_S - self.beta * kl_S)
         weight_S = liked_S * self.desirable_weight + (1 - liked_S) * self.undesirable_weight
         loss = (weight_S * torch.sigmoid(-margin_S)).sum()
-        metrics = {"kl": weighted(kl_S, torch.ones_like(kl_S))} if self.loss_type == "kto" else {}
+        ones_S = torch.ones_like(kl_S)
+        metrics = {"rewards/accuracies": weighted(margin_S > 0, ones_S)}
+        if self.loss_type == "kto":
+            metrics["kl"] = weighted(kl_S, ones_S)
         for name, of_S in (("chosen", liked_S), ("rejected", 1 - liked_S)):
             metrics[f"rewards/{name}"] = weighted(rewards_S, of_S)
             metrics[f"logps/{name}"] = weighted(logps_S, of_S)

@@ -90,11 +90,7 @@ class Preference:
     f_alpha_divergence_coef: float = 1.0
 
     needs: ClassVar[frozenset[str]] = frozenset({"logps", "logits_mean"})
-
-    @property
-    def couples_rows(self) -> bool:
-        """True with a loss of RANKED, unless the caller fills its column (see `match_ranks`)."""
-        return not RANKED.isdisjoint(self.loss_type)
+    couples_rows: ClassVar[bool] = False  # train/scoring.py fills the columns of RANKED
 
     @property
     def likelihood_weight(self) -> float:
@@ -272,7 +268,7 @@ def _ranked(name: str) -> "Rule":
     def rule(pairs: Pairs, c: Preference) -> Tensor:
         """AOT, arXiv:2406.05882: the i-th smallest of one list against the i-th smallest of the other.
 
-        Without the column `<name>_partner` ranks are those within the micro-batch. A pair's gradient flows
+        Without the column `<name>_partner` ranks are those within the batch. A pair's gradient flows
         through its own two values, each against its partner held fixed: summed over all pairs that is the
         gradient of the loss of the sorted lists.
         """

@@ -45,6 +45,7 @@ class StepEvent:
 class EvalEvent:
     step: int
     row: dict[str, Any]
+    samples: tuple[dict[str, Any], ...] = ()  # some held-out answers as text, with their rewards
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,7 @@ from functools import partial
 from typing import Any
 
 from swift.template.jinja import Renderer
-from swift.template.specs import (
-    GLM_TOOLS,
-    HERMES_TOOLS,
-    LLAMA_TOOLS,
-    QWEN_CODER_TOOLS,
-    REACT_EN,
-    REACT_ZH,
-)
+from swift.template.specs import read_spec
 from swift.template.types import Message, RenderError
 
 Call = tuple[str, Any]  # name, arguments
@@ -206,9 +199,9 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _told(text: str, tools: list[Any]) -> str:
+def _told(spec: str, tools: list[Any]) -> str:
     """What is told about tools, with their descriptions, a line each."""
-    return text.replace("@TOOLS@", "\n".join(map(_json, tools)))
+    return read_spec(spec).replace("@TOOLS@", "\n".join(map(_json, tools)))
 
 
 def _text_values(arguments: Any) -> dict[str, str]:
@@ -260,7 +253,7 @@ _GLM = _Tagged("<tool_call>{0}\n{1}</tool_call>", "<arg_key>{0}</arg_key>\n<arg_
 
 def _llama_tools(tools: list[Any]) -> str:
     told = "\n\n".join(json.dumps(tool, ensure_ascii=False, indent=4) for tool in tools)
-    return LLAMA_TOOLS.replace("@TOOLS@", told)
+    return read_spec("llama3.txt").replace("@TOOLS@", told)
 
 
 def _llama_calls(calls: list[Call]) -> str:
@@ -279,14 +272,14 @@ def _read_json(text: str, before: re.Pattern[str]) -> Iterator[tuple[re.Match[st
         yield match, value
 
 
-def _react_tools(instructions: str, tools: list[Any]) -> str:
+def _react_tools(spec: str, tools: list[Any]) -> str:
     functions = [tool["function"] for tool in tools]
     told = "\n\n".join(
         f"{f['name']}: {f.get('description', '')} Parameters: {_json(f.get('parameters', {}))}"
         for f in functions
     )
     names = ",".join(f["name"] for f in functions)
-    return instructions.replace("@TOOLS@", told).replace("@NAMES@", names)
+    return read_spec(spec).replace("@TOOLS@", told).replace("@NAMES@", names)
 
 
 def _react_calls(calls: list[Call]) -> str:
@@ -298,14 +291,18 @@ def _parse_react(text: str) -> list[Call]:
 
 
 FORMATS = {
-    "hermes": AgentFormat(partial(_told, HERMES_TOOLS), _hermes_calls, _parse_hermes),
+    "hermes": AgentFormat(partial(_told, "hermes.txt"), _hermes_calls, _parse_hermes),
     "qwen3_coder": AgentFormat(
-        partial(_told, QWEN_CODER_TOOLS), _QWEN_CODER.write, _QWEN_CODER.read, typed=False
+        partial(_told, "qwen3_coder.txt"), _QWEN_CODER.write, _QWEN_CODER.read, typed=False
     ),
-    "glm4_5": AgentFormat(partial(_told, GLM_TOOLS), _GLM.write, _GLM.read, typed=False),
+    "glm4_5": AgentFormat(partial(_told, "glm4_5.txt"), _GLM.write, _GLM.read, typed=False),
     "llama3": AgentFormat(
         _llama_tools, _llama_calls, _parse_llama, response="{}", response_role="tool", tools_in="user"
     ),
-    "react_en": AgentFormat(partial(_react_tools, REACT_EN), _react_calls, _parse_react, continues=True),
-    "react_zh": AgentFormat(partial(_react_tools, REACT_ZH), _react_calls, _parse_react, continues=True),
+    "react_en": AgentFormat(
+        partial(_react_tools, "react_en.txt"), _react_calls, _parse_react, continues=True
+    ),
+    "react_zh": AgentFormat(
+        partial(_react_tools, "react_zh.txt"), _react_calls, _parse_react, continues=True
+    ),
 }

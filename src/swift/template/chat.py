@@ -43,8 +43,8 @@ class ChatTemplate:
         specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         specials |= {tokenizer.eos_token} if tokenizer.eos_token else set()
         self._shape = learn_shape(self._renderer, specials, tokenizer.eos_token)
-        self.special = self._shape.special  # matches any special token
-        self.stop_token_ids = self._find_stop_tokens()
+        ends = filter(None, (self._shape.end_of_turn, tokenizer.eos_token))
+        self.stop_token_ids = tuple(dict.fromkeys(map(tokenizer.convert_tokens_to_ids, ends)))
         self._weights = build_weights(config.loss_scale, binary=config.is_binary_loss_scale)
         self._agent, self._calls = choose_agent(self._renderer, config.agent_template)
 
@@ -85,11 +85,6 @@ class ChatTemplate:
                 words = "\n\n".join(part for part in (system["content"], first["content"]) if part)
                 prepared = [{**first, "content": words}, *rest]
         return prepared
-
-    def _find_stop_tokens(self) -> tuple[int, ...]:
-        ends = (self._shape.end_of_turn, self.tokenizer.eos_token)
-        ids = [self.tokenizer.convert_tokens_to_ids(token) for token in ends if token]
-        return tuple(dict.fromkeys(ids))
 
 
 def _read_system(system: str | None) -> str | None:

@@ -25,10 +25,6 @@ _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 RENDER_DATE = date(2024, 7, 26)
 
 
-def _fixed_date(pattern: str) -> str:
-    return RENDER_DATE.strftime(pattern)
-
-
 _DICT_METHODS = frozenset(dir(dict))
 # Attributes that the sandbox allows after a long look, and that are read for every message.
 _HARMLESS = {
@@ -59,13 +55,8 @@ def _compile(source: str) -> Template:
         extensions=[type(extension) for extension in theirs.extensions.values()],
     )
     ours.filters.update(theirs.filters)
-    ours.globals.update(theirs.globals, strftime_now=_fixed_date)
+    ours.globals.update(theirs.globals, strftime_now=RENDER_DATE.strftime)
     return ours.from_string(source)
-
-
-@lru_cache
-def _find_markers(source: str) -> bool:
-    return _MARKERS.search(source) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +68,7 @@ class Renderer:
 
     @property
     def has_markers(self) -> bool:
-        return _find_markers(self.source)
+        return _MARKERS.search(self.source) is not None
 
     def text(
         self,

@@ -26,20 +26,32 @@ _PATTERNS = {
     "hermes": (re.compile(r"(?s)<tool_call>.+?</tool_call>"), 2.0),
 }
 # Weights of a keyword, and of what follows it up to the next one.
+_REACT = {
+    "Action:": (2.0, 2.0),
+    "Action Input:": (2.0, 2.0),
+    "Thought:": (1.0, 1.0),
+    "Final Answer:": (1.0, 1.0),
+    "Observation:": (2.0, 0.0),
+}
+_CALLS = ("Name:", "Action:", "ACTION:", "Tool:", "Command", "Arguments:", "action input", "ACTION_INPUT:")
 _KEYWORDS = {
-    "react": {
-        "Action:": (2.0, 2.0),
-        "Action Input:": (2.0, 2.0),
-        "Thought:": (1.0, 1.0),
-        "Final Answer:": (1.0, 1.0),
-        "Observation:": (2.0, 0.0),
-    },
+    "react": _REACT,
+    "alpha_umi": {**_REACT, "Next:": (2.0, 2.0)},  # a typing error keeps Next: at 1 in ms-swift 3.7
+    "agentflan": {**_REACT, **dict.fromkeys((*_CALLS, "Action Input:"), (1.0, 3.0))},
     "qwen": {
         "✿FUNCTION✿:": (2.0, 2.0),
         "✿ARGS✿:": (2.0, 2.0),
         "✿RETURN✿:": (1.0, 1.0),
         "✿RESULT✿:": (2.0, 0.0),
     },
+}
+
+# Words of a question whose whole answer has a weight of its own.
+_QUESTIONS = {
+    "agentflan": (
+        ("What is the tool you want to use", "What are the required parameter names", "What is the value of"),
+        3.0,
+    )
 }
 
 _Pieces = list[tuple[str, float]]  # texts that follow each other, with their weights
@@ -152,6 +164,9 @@ def _build_own(name: str) -> LossScale:
 
 def _pieces(name: str, own: LossScale | None, words: str, query: str) -> _Pieces:
     if own is None:
+        asked, weight = _QUESTIONS.get(name, ((), 1.0))
+        if any(question in query for question in asked):
+            return [(words, weight)]
         return _by_pattern(name, words) if name in _PATTERNS else _by_keyword(name, words)
     try:
         texts, weights = own.get_loss_scale(words, query=query)

@@ -15,14 +15,9 @@ from swift.template.jinja import Renderer
 from swift.template.types import Message, RenderError
 
 # Words that no template treats specially and no special token contains.
-_SYSTEM, _USER, _ANSWER, _USER_2, _ANSWER_2, _REASON = (
-    "zqsystem",
-    "zquser",
-    "zqanswer",
-    "zqmore",
-    "zqend",
-    "zqreason",
-)
+_SYSTEM, _USER, _ANSWER, _USER_2, _ANSWER_2 = "zqsystem", "zquser", "zqanswer", "zqmore", "zqend"
+_SAID_BY = {_SYSTEM: "system", _USER: "user", _USER_2: "user"}
+_REASON = "zqreason"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +42,7 @@ class Shape:
     eos: str | None
     header: str  # what stands between a user's turn and an answer: "<|im_start|>assistant\n"
     closing: str  # what stands after the last answer: "<|im_end|>\n"
-    end_of_turn: (
-        str | None
-    )  # the first special token in `closing`; none = the template ends answers with nothing
+    end_of_turn: str | None  # the first special token in `closing`; none = answers end with nothing
     folds_system: bool  # no system messages here: their text goes before the first user's
     keeps_reasoning: bool  # shows <think>...</think> of the last answer
     joints: Joints | None  # none = the template is not a plain row of turns
@@ -73,9 +66,9 @@ def learn_shape(renderer: Renderer, special_tokens: Iterable[str], eos: str | No
     """Renders a few made-up conversations. Raises ConfigError where the plainest one fails."""
     special = re.compile("|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))) or "(?!)")
     try:
-        single = renderer.text([_user(_USER), _assistant(_ANSWER)])
-        double = renderer.text([_user(_USER), _assistant(_ANSWER), _user(_USER_2)])
-        lone = renderer.text([_user(_USER)])
+        single = renderer.text(_chat(_USER, _ANSWER))
+        double = renderer.text(_chat(_USER, _ANSWER, _USER_2))
+        lone = renderer.text(_chat(_USER))
     except RenderError as error:
         raise ConfigError(
             f"the model's chat template fails on a plain question and answer: {error}"
@@ -93,18 +86,17 @@ def learn_shape(renderer: Renderer, special_tokens: Iterable[str], eos: str | No
         header=header,
         closing=closing,
         end_of_turn=match.group() if match else None,
-        folds_system=_SYSTEM not in _try(renderer, [_system(_SYSTEM), _user(_USER)]),
-        keeps_reasoning=_REASON
-        in _try(renderer, [_user(_USER), _assistant(f"<think>\n{_REASON}\n</think>\n\nyes")]),
+        folds_system=_SYSTEM not in _try(renderer, _chat(_SYSTEM, _USER)),
+        keeps_reasoning=_REASON in _try(renderer, _chat(_USER, f"<think>\n{_REASON}\n</think>\n\nyes")),
         joints=_learn_joints(renderer, closing),
     )
 
 
 def _learn_joints(renderer: Renderer, closing: str) -> Joints | None:
-    chat = [_user(_USER), _assistant(_ANSWER), _user(_USER_2), _assistant(_ANSWER_2)]
-    plain = _cut(_try(renderer, chat), _USER, _ANSWER, _USER_2, _ANSWER_2)
-    with_system = _cut(_try(renderer, [_system(_SYSTEM), *chat]), _SYSTEM, _USER, _ANSWER, _USER_2, _ANSWER_2)
-    prompt = _cut(_try(renderer, [_user(_USER)], add_generation_prompt=True), _USER)
+    words = (_USER, _ANSWER, _USER_2, _ANSWER_2)
+    plain = _cut(_try(renderer, _chat(*words)), *words)
+    with_system = _cut(_try(renderer, _chat(_SYSTEM, *words)), _SYSTEM, *words)
+    prompt = _cut(_try(renderer, _chat(_USER), add_generation_prompt=True), _USER)
     if plain is None or with_system is None or prompt is None:
         return None
     opening, to_answer, to_user, to_last_answer, end = plain
@@ -141,13 +133,5 @@ def _try(renderer: Renderer, messages: list[Message], *, add_generation_prompt: 
         return ""
 
 
-def _system(text: str) -> Message:
-    return {"role": "system", "content": text}
-
-
-def _user(text: str) -> Message:
-    return {"role": "user", "content": text}
-
-
-def _assistant(text: str) -> Message:
-    return {"role": "assistant", "content": text}
+def _chat(*words: str) -> list[Message]:
+    return [{"role": _SAID_BY.get(text, "assistant"), "content": text} for text in words]

@@ -65,7 +65,7 @@ def encode_chats(
     ]
     good = [row for row in rendered if isinstance(row, Rendered)]
     memory = _word_memory(template, backend)
-    placed = iter(_place(template, good) if memory is None else _place_by_words(memory, good))
+    placed = iter(_place(backend, good) if memory is None else _place_by_words(memory, good))
     return [
         _label(row, *next(placed), max_length, truncation_strategy) if isinstance(row, Rendered) else row
         for row in rendered
@@ -84,23 +84,13 @@ def _word_memory(template: ChatTemplate, backend: Any) -> WordMemory | None:
     return _memories[template]
 
 
-def _place(template: ChatTemplate, rows: Sequence[Rendered]) -> list[_Placed]:
-    """Every row is encoded whole."""
-    backend = fast_backend(template)
-    opening = _common_opening(template, rows)
-    texts = [row.text[len(opening) :] for row in rows]
+def _place(backend: Any, rows: Sequence[Rendered]) -> list[_Placed]:
     # The template writes the special tokens, bos included: the tokenizer adds none.
-    lead = backend.encode(opening, add_special_tokens=False).ids
+    encodings = backend.encode_batch([row.text for row in rows], add_special_tokens=False)
     placed = []
-    for row, text, encoding in zip(
-        rows, texts, backend.encode_batch(texts, add_special_tokens=False), strict=True
-    ):
-        ranges = [
-            token_range(encoding, text, span.start - len(opening), span.end - len(opening))
-            for span in row.spans
-        ]
-        ids = np.array(lead + encoding.ids, dtype=np.int32)
-        placed.append((ids, [(len(lead) + first, len(lead) + last) for first, last in ranges]))
+    for row, encoding in zip(rows, encodings, strict=True):
+        ranges = [token_range(encoding, row.text, span.start, span.end) for span in row.spans]
+        placed.append((np.array(encoding.ids, dtype=np.int32), ranges))
     return placed
 
 
@@ -112,36 +102,6 @@ def _place_by_words(memory: WordMemory, rows: Sequence[Rendered]) -> list[_Place
         pairs = zip(tokens[::2], tokens[1::2], strict=True)
         placed.append((ids, [(first, max(first, last)) for first, last in pairs]))
     return placed
-
-
-def _common_opening(template: ChatTemplate, rows: Sequence[Rendered]) -> str:
-    """What all rows begin with (a system prompt), up to a special token after which the text can be cut."""
-    if len(rows) < 2:
-        return ""
-    texts = [row.text for row in rows]
-    first, last = min(texts), max(texts)
-    end = min(row.spans[0].start for row in rows)  # nothing is trained in the opening
-    same = next((i for i, (a, b) in enumerate(zip(first[:end], last, strict=False)) if a != b), end)
-    matches = list(template.special.finditer(first, 0, min(same, len(last))))
-    if not matches or not _splits_cleanly(template, matches[-1].group()):
-        return ""
-    return first[: matches[-1].end()]
-
-
-_FIRST_WORDS = ("a", " a", "  a", "\na", "1", ".", "你", "😀", "")
-
-
-def _splits_cleanly(template: ChatTemplate, token: str) -> bool:
-    """Whether text after this special token is encoded as if it stood alone.
-
-    It is not where a token swallows the space after it, or where a text's first word gets a mark of its own.
-    """
-    backend = template.tokenizer.backend_tokenizer
-
-    def encode(text: str) -> list[int]:
-        return backend.encode(text, add_special_tokens=False).ids
-
-    return all(encode(token + text) == encode(token) + encode(text) for text in _FIRST_WORDS)
 
 
 def fast_backend(template: ChatTemplate) -> Any:

@@ -6,6 +6,7 @@ trained (loss_scale.py).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from swift.template.jinja import Renderer
@@ -31,17 +32,14 @@ def find_turns(
     _check_tools(messages, tools, text)
     if turns is None and not tools:
         turns = _turns_from_joints(shape, messages, text)
+    chat = _Chat(renderer, shape, messages, tools, text)
     if turns is None:
-        places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        turns = [_locate(renderer, shape, messages, tools, text, i) for i in places]
+        turns = [chat.locate(i) for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns or messages[-1]["role"] != "assistant":
         return text, turns
-    if (
-        not shape.keeps_reasoning
-        and "</think>" in messages[-1]["content"]
-        and "tool_calls" not in messages[-1]
-    ):
-        text, turns[-1] = _restore_reasoning(renderer, shape, messages, tools, text, turns[-1])
+    last = messages[-1]
+    if not shape.keeps_reasoning and "</think>" in last["content"] and "tool_calls" not in last:
+        text, turns[-1] = chat.restore_reasoning(turns[-1])
     if shape.end_of_turn is None and shape.eos:
         start, end = turns[-1]
         text = text[:end] + shape.eos
@@ -96,95 +94,81 @@ def _turns_from_joints(shape: Shape, messages: Sequence[Message], text: str) -> 
     return turns if "".join(pieces) == text else None
 
 
-def _locate(
-    renderer: Renderer, shape: Shape, messages: Sequence[Message], tools: list[Any] | None, text: str, i: int
-) -> Turn:
-    """The turn of message i: by rendering up to it if that is a prefix of `text`, else by a marked copy."""
-    start = _prefix_length(renderer, messages[:i], tools, text, add_generation_prompt=True)
-    end = _prefix_length(renderer, messages[: i + 1], tools, text)
-    if end is not None:
-        if text.endswith(shape.closing, 0, end):
-            end = shape.closed(end - len(shape.closing), shape.closing)
+@dataclass(frozen=True, slots=True)
+class _Chat:
+    """A conversation and its text."""
+
+    renderer: Renderer
+    shape: Shape
+    messages: Sequence[Message]
+    tools: list[Any] | None
+    text: str
+
+    def locate(self, i: int) -> Turn:
+        """The turn of message i: by rendering up to it if that gives a prefix, else by a marked copy."""
+        closing = self.shape.closing
+        start = self._prefix_length(self.messages[:i], self.text, add_generation_prompt=True)
+        end = self._prefix_length(self.messages[: i + 1], self.text)
+        if end is not None:
+            ends_here = self.text.endswith(closing, 0, end)
+            end = self.shape.closed(end - len(closing), closing) if ends_here else None
+        if start is None or end is None:
+            marked_start, marked_end = self._locate_by_mark(i)
+            start = marked_start if start is None else start
+            end = marked_end if end is None else end
+        if start > end:
+            raise RenderError("the place of an answer in the rendered text is not clear")
+        return start, end
+
+    def restore_reasoning(self, turn: Turn) -> tuple[str, Turn]:
+        """The last answer with its <think> part, which templates for inference drop (DeepSeek-R1-Distill).
+
+        The model is asked to continue after the prompt, so prompt, answer and end of turn are what it has to
+        learn.
+        """
+        (start, end), size = turn, len(self.shape.end_of_turn or "")
+        words = self.messages[-1]["content"].strip()
+        text = self.text[:start] + words + self.text[end - size :]
+        prompt = self._prefix_length(self.messages[:-1], text, add_generation_prompt=True)
+        return text, (start if prompt is None else prompt, start + len(words) + size)
+
+    def _prefix_length(
+        self, messages: Sequence[Message], text: str, *, add_generation_prompt: bool = False
+    ) -> int | None:
+        try:
+            prefix = self.renderer.text(messages, self.tools, add_generation_prompt=add_generation_prompt)
+        except RenderError:  # some templates refuse a conversation that ends here
+            return None
+        return len(prefix) if text.startswith(prefix) else None
+
+    def _locate_by_mark(self, i: int) -> Turn:
+        """The turn of message i, by rendering it with a mark in its place.
+
+        What stands before and after the mark must be the same in both texts. The answer starts after the last
+        header before the mark, because templates also add to or take from the beginning of an answer (Qwen3's
+        thinking).
+        """
+        message, shape, text = self.messages[i], self.shape, self.text
+        calls = message.get("tool_calls")
+        if calls:
+            *before_it, call = calls
+            marked_call = {**call, "function": {**call["function"], "name": _MARK}}
+            replaced = {**message, "tool_calls": [*before_it, marked_call]}
         else:
-            end = None
-    if start is None or end is None:
-        marked_start, marked_end = _locate_by_mark(renderer, shape, messages, tools, text, i)
-        start = marked_start if start is None else start
-        end = marked_end if end is None else end
-    if start > end:
-        raise RenderError("the place of an answer in the rendered text is not clear")
-    return start, end
-
-
-def _prefix_length(
-    renderer: Renderer,
-    messages: Sequence[Message],
-    tools: list[Any] | None,
-    text: str,
-    *,
-    add_generation_prompt: bool = False,
-) -> int | None:
-    try:
-        prefix = renderer.text(messages, tools, add_generation_prompt=add_generation_prompt)
-    except RenderError:  # some templates refuse a conversation that ends here
-        return None
-    return len(prefix) if text.startswith(prefix) else None
-
-
-def _locate_by_mark(
-    renderer: Renderer, shape: Shape, messages: Sequence[Message], tools: list[Any] | None, text: str, i: int
-) -> Turn:
-    """The turn of message i, by rendering it with a mark in its place.
-
-    What stands before and after the mark must be the same in both texts. The answer starts after the last
-    header before the mark, because templates also add to or take from the beginning of an answer (Qwen3's
-    thinking).
-    """
-    message = messages[i]
-    calls = message.get("tool_calls")
-    if calls:
-        function = calls[-1]["function"]
-        replaced = {
-            **message,
-            "tool_calls": [*calls[:-1], {**calls[-1], "function": {**function, "name": _MARK}}],
-        }
-    else:
-        replaced = {**message, "content": _MARK}
-    marked = renderer.text([*messages[:i], replaced, *messages[i + 1 :]], tools)
-    before, found, after = marked.partition(_MARK)
-    if not found or _MARK in after:
-        raise RenderError("the chat template leaves out a turn of the assistant")
-    header = before.rfind(shape.header)
-    start, words_end = header + len(shape.header), len(text) - len(after)
-    if header < 0 or words_end < start or not text.endswith(after) or text[:start] != marked[:start]:
-        raise RenderError("the place of an answer in the rendered text is not clear")
-    if not calls:
-        return start, shape.closed(words_end, after)
-    # Other special tokens may stand inside a tool call, so here only the turn's own end counts.
-    end = text.find(shape.end_of_turn, words_end) if shape.end_of_turn else -1
-    return start, end + len(shape.end_of_turn or "") if end >= 0 else words_end
-
-
-def _restore_reasoning(
-    renderer: Renderer,
-    shape: Shape,
-    messages: Sequence[Message],
-    tools: list[Any] | None,
-    text: str,
-    turn: Turn,
-) -> tuple[str, Turn]:
-    """The last answer with its <think> part, which templates made for inference drop (DeepSeek-R1-Distill).
-
-    The model is asked to continue after the prompt, so prompt, answer and end of turn are what it has to
-    learn.
-    """
-    start, end = turn
-    words = messages[-1]["content"].strip()
-    tail = text[end - len(shape.end_of_turn or "") :]
-    text = text[:start] + words + tail
-    end = start + len(words) + len(shape.end_of_turn or "")
-    prompt = _prefix_length(renderer, messages[:-1], tools, text, add_generation_prompt=True)
-    return text, (start if prompt is None else prompt, end)
+            replaced = {**message, "content": _MARK}
+        marked = self.renderer.text([*self.messages[:i], replaced, *self.messages[i + 1 :]], self.tools)
+        before, found, after = marked.partition(_MARK)
+        if not found or _MARK in after:
+            raise RenderError("the chat template leaves out a turn of the assistant")
+        header = before.rfind(shape.header)
+        start, words_end = header + len(shape.header), len(text) - len(after)
+        if header < 0 or words_end < start or not text.endswith(after) or text[:start] != marked[:start]:
+            raise RenderError("the place of an answer in the rendered text is not clear")
+        if not calls:
+            return start, shape.closed(words_end, after)
+        # Other special tokens may stand inside a tool call, so here only the turn's own end counts.
+        end = text.find(shape.end_of_turn, words_end) if shape.end_of_turn else -1
+        return start, end + len(shape.end_of_turn or "") if end >= 0 else words_end
 
 
 def _check_tools(messages: Sequence[Message], tools: list[Any] | None, text: str) -> None:

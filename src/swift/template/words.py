@@ -63,9 +63,9 @@ class WordMemory:
         found: list[int] = []
         characters, size, wanted = 0, 0, iter(places)  # before this part; size in bytes
         place = next(wanted, -1)
-        split = _split_plain if text.isascii() and not any(gap in text for gap in _GAPS) else _BORDER.split
+        is_plain = text.isascii() and not any(gap in text for gap in _GAPS)
         for part in filter(None, self._cuts.split(text)):
-            words = split(part)  # all but the first follow a space
+            words = part.split(" ") if is_plain else _BORDER.split(part)  # all but the first follow a space
             encoded = self._look_up(words)
             while characters <= place < characters + len(part):
                 number, before = _word_at(words, place - characters)
@@ -86,10 +86,10 @@ class WordMemory:
             following = iter(words)
             return [self._first[next(following)], *map(self._after.__getitem__, following)]
         except KeyError:
-            first = {words[0]} - self._first.keys()
-            after = set(words[1:]) - self._after.keys()
-        for known, new, space in ((self._first, first, ""), (self._after, after, " ")):
-            missing = list(new)
+            pass
+        # Not `set - keys()`, which goes through all that is known.
+        for known, needed, space in ((self._first, words[:1], ""), (self._after, words[1:], " ")):
+            missing = [word for word in dict.fromkeys(needed) if word not in known]
             encodings = self._backend.encode_batch_fast(
                 [space + word for word in missing], add_special_tokens=False
             )
@@ -105,10 +105,6 @@ class WordMemory:
             encoding = self._backend.encode(text, add_special_tokens=False)
             self._inside[text, place, count] = count(encoding, text, place)
         return self._inside[text, place, count]
-
-
-def _split_plain(text: str) -> list[str]:
-    return text.split(" ")
 
 
 def _word_at(words: list[str], place: int) -> tuple[int, int]:

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import enable_full_determinism
 
 from swift.config.option import ConfigError
 from swift.config.runs import SftRun, TrainRun
 from swift.engines.ranks import Ranks
+from swift.engines.transformers.checkpoint import REFERENCE
 from swift.engines.transformers.engine import TransformersEngine
 from swift.engines.transformers.forward import check_sequence_parallel
 from swift.engines.transformers.wrap import Wrapper, load_zero, wrap
@@ -48,9 +50,14 @@ def build_engine(
     """Seeds everything, loads the weights, adds adapters. Each rank draws dropout of its own."""
     check_sequence_parallel(ready.model_config, ranks.sequence_size)
     wrapper = choose_wrapper(run, ranks, accumulation, ready.model_config.get_text_config().hidden_size)
-    if run.schedule.activation_cpu_offload and device.type != "cuda":
-        raise ConfigError("--activation_cpu_offload true needs a GPU to take activations from")
+    for flag in ("activation_cpu_offload", "tf32"):
+        if getattr(run.schedule, flag) and device.type != "cuda":
+            raise ConfigError(f"--{flag} true needs a GPU", hint="leave it out")
+    if run.schedule.tf32:
+        torch.set_float32_matmul_precision("high")
     seed_everything(run.schedule.seed + ranks.rank)
+    if run.schedule.full_determinism:
+        enable_full_determinism(run.schedule.seed + ranks.rank)
     loading = {
         "dtype": run.model.torch_dtype,
         "attention": run.model.attn_impl,
@@ -61,22 +68,21 @@ def build_engine(
         model = load_model(ready.model_path, **loading)
     else:
         model = load_scoring_model(
-            ready.model_path, ready.tokenizer, num_labels=method.num_labels, seed=run.schedule.seed, **loading
-        )
+            ready.model_path, ready.tokenizer, num_labels=method.num_labels, seed=run.schedule.seed,
+            problem=run.task.problem_type if isinstance(run, SftRun) else None, **loading,
+        )  # fmt: skip
     model = choose_weights(model, run, resumption)
     frozen = None
     if method.needs_reference and (run.tuner.train_type == "full" or ready.reference_adapter):
-        frozen = load_model(ready.reference_path or ready.model_path, **loading)
-        if ready.reference_adapter:
+        kept = resumption.checkpoint / REFERENCE if resumption and method.mix_every else None
+        frozen = load_model(kept or ready.reference_path or ready.model_path, **loading)
+        if ready.reference_adapter and not kept:
             frozen = merge(load_adapter(frozen, ready.reference_adapter, trainable=False))
-    learning_rate = run.optim.learning_rate
-    if learning_rate is None:
-        learning_rate = 1e-4 if run.tuner.train_type == "lora" else 1e-5
     checkpointing = run.schedule.gradient_checkpointing
     return TransformersEngine(
         model,
         run.optim,
-        learning_rate=learning_rate,
+        learning_rate=run.optim.peak(run.tuner.train_type),
         total_steps=total_steps,
         flat=run.schedule.padding_free,
         own_attention=(
@@ -91,6 +97,7 @@ def build_engine(
         wrapper=wrapper,
         resume_from=resumption.checkpoint if resumption else None,
         frozen=frozen,
+        frozen_moves=method.mix_every is not None,
     )
 
 
@@ -174,4 +181,4 @@ def build_callbacks(
     if run.output.profiled:
         callbacks.append(Profiler(directory / "profile", run.output.profiled))
     pictures = [] if run.output.report_to == ("none",) else [Plotter(directory)]
-    return [*callbacks, *pictures, Screen()]
+    return [*callbacks, *pictures, Screen(bar=not schedule.disable_tqdm)]

@@ -29,7 +29,7 @@ def format_row(row: dict[str, Any]) -> str:
 class Screen(Callback):
     """One line for each logged step, above a progress bar where there is a terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, bar: bool = True) -> None:
         self.progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -38,7 +38,7 @@ class Screen(Callback):
             TimeRemainingColumn(),
             console=console(),
             transient=True,
-            disable=not console().is_terminal,
+            disable=not (bar and console().is_terminal),
         )
         self.task: TaskID | None = None
 

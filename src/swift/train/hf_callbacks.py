@@ -56,8 +56,6 @@ def find_callbacks(names: Sequence[str]) -> list[Callback | TrainerCallback]:
 
 
 class HfCallbacks(Callback):
-    """All of them, with one `state`."""
-
     def __init__(self, callbacks: Sequence[TrainerCallback], flags: dict[str, Any]) -> None:
         self.callbacks, self.args = callbacks, SimpleNamespace(**flags)
         self.state, self.control = TrainerState(), TrainerControl()

@@ -6,13 +6,14 @@ from functools import partial
 from swift.config.objective import LOSSES, NOT_YET, RlhfConfig
 from swift.config.option import ConfigError
 from swift.config.sft import SftConfig
-from swift.config.task import TaskConfig
+from swift.config.task import MULTI_LABEL, TaskConfig
 from swift.objectives.build import build_objective
 from swift.objectives.classification import Classification
 from swift.objectives.embedding import EmbeddingPairs, InfoNce, ListwiseReranker, PointwiseReranker
+from swift.objectives.preference import RANKED, Preference
 from swift.objectives.sft import Sft
 from swift.objectives.types import Objective
-from swift.train.scoring import Scorer, score_bco, score_kto, score_nothing, score_reference
+from swift.train.scoring import Scorer, score_bco, score_kto, score_nothing, score_ranked, score_reference
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,16 @@ class Method:
     needs_reference: bool = False
     needs_mismatched: bool = False  # `score` also wants prompts with the answers of other rows
     learns_text: bool = True  # the tokens of answers; no = whole texts are scored or embedded
+    mix_every: int | None = None  # steps between two updates of the reference; none = it stays
+    mix_share: float = 0.0  # of the model in an updated reference
     num_labels: int | None = None  # outputs of a head on the last token; none = the language model itself
 
 
 def sft_method(task: TaskConfig, variants: SftConfig) -> Method:
-    """The method of `swift sft`."""
     if task.task_type == "seq_cls":
         assert task.num_labels is not None, "check_complete has run"
-        return Method(Classification(task.problem), "labelled", num_labels=task.num_labels, learns_text=False)
+        shape = "classes" if task.problem == MULTI_LABEL else "labelled"
+        return Method(Classification(task.problem), shape, num_labels=task.num_labels, learns_text=False)
     if task.task_type == "embedding":
         objective: Objective = InfoNce() if task.loss == "infonce" else EmbeddingPairs(task.loss)
         shape = "anchors" if task.loss == "infonce" else "alike"
@@ -49,8 +52,6 @@ def rlhf_method(config: RlhfConfig) -> Method:
         raise ConfigError(
             f"--rlhf_type {config.rlhf_type} is not there yet", hint=f"there are {', '.join(LOSSES)}"
         )
-    if config.sync_ref_model:
-        raise ConfigError("--sync_ref_model true is not there yet", hint="leave it out")
     objective = build_objective(config)
     if config.rlhf_type == "rm":
         return Method(objective, "pair", num_labels=1)
@@ -62,10 +63,14 @@ def rlhf_method(config: RlhfConfig) -> Method:
         score = partial(score_kto, score)
     if "bco_pair" in config.losses:
         score = partial(score_bco, score, config.beta_value)
+    if isinstance(objective, Preference) and not RANKED.isdisjoint(config.losses):
+        score = partial(score_ranked, score, objective)
     return Method(
         objective,
         "kto" if config.rlhf_type == "kto" else "pair",
         score,
         needs_reference=needs_reference,
         needs_mismatched="kto" in config.losses,
+        mix_every=config.ref_model_sync_steps if config.sync_ref_model else None,
+        mix_share=config.ref_model_mixup_alpha,
     )

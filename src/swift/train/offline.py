@@ -40,8 +40,6 @@ from swift.utils.log import say
 
 @dataclass(frozen=True)
 class Cadence:
-    """At which steps something is due."""
-
     strategy: str
     every: int
     steps_per_epoch: int | None
@@ -72,11 +70,13 @@ class Offline:
     method: Method
     feed: Feed
     eval_rows: EncodedDataset | None
+    eval_limit: int | None  # rows that an evaluation looks at
     total_steps: int
     schedule: ScheduleConfig
     saver: Saver
     callbacks: Sequence[Callback]
     run_directory: Path
+    shown: Sequence[dict[str, str]] = ()  # the first held-out rows as text, whose rewards are told
     follows_wishes: bool = False  # whether a callback may ask for something; the same on every rank
     wishes: list[Wish] = field(default_factory=list)
 
@@ -128,6 +128,8 @@ class Offline:
             sums = self.engine.forward_backward(batches, self.method.objective)
             info = self.engine.optim_step()
         state.step += 1
+        if self.method.mix_every and state.step % self.method.mix_every == 0:
+            self.engine.mix_reference(self.method.mix_share)
         state.skipped_steps += not info.applied
         state.tokens += int(sums.pairs["tokens"][0])
         state.window.merge(sums)
@@ -135,7 +137,7 @@ class Offline:
         state.elapsed_seconds = clock.elapsed()
         row = self._log_row(state, info, clock) if self._log_due(state.step) else None
         self._tell("on_step", StepEvent(state.step, loss_and_metrics(sums)["loss"], row, self._epoch(state)))
-        metric = self._evaluate(state) if self._cadence("eval").due(state.step) else None
+        metric = self._evaluate(state) if self._eval_due(state) else None
         wishes = self._take_wishes()
         saves = self.schedule.save_strategy != "no"
         if self._cadence("save").due(state.step) or Save() in wishes or (saves and wishes):
@@ -167,15 +169,22 @@ class Offline:
             raise Terminated
 
     def _log_due(self, step: int) -> bool:
-        return step == 1 or step % self.schedule.logging_steps == 0 or step == self.total_steps
+        cadence = self._cadence("logging")
+        return cadence.due(step) or (step == 1 and cadence.strategy != "no")
+
+    def _eval_due(self, state: TrainState) -> bool:
+        cadence = self._cadence("eval")
+        passed = self._epoch(state) if cadence.strategy == "epoch" else state.step
+        return cadence.due(state.step) and passed >= self.schedule.eval_delay
 
     def _cadence(self, what: str) -> Cadence:
         s = self.schedule
-        if what == "save":
-            return Cadence.of(s.save_strategy, s.save_steps, self.feed.steps_per_epoch, self.total_steps)
         strategy = s.eval_strategy or ("steps" if s.eval_steps else s.save_strategy)
-        every = s.eval_steps or s.save_steps
-        strategy = strategy if self.eval_rows else "no"
+        strategy, every = {
+            "save": (s.save_strategy, s.save_steps),
+            "logging": (s.logging_strategy, s.logging_steps),
+            "eval": (strategy if self.eval_rows else "no", s.eval_steps or s.save_steps),
+        }[what]
         return Cadence.of(strategy, every, self.feed.steps_per_epoch, self.total_steps)
 
     def _epoch(self, state: TrainState) -> float:
@@ -211,18 +220,24 @@ class Offline:
     def _evaluate(self, state: TrainState) -> float:
         """Scores the held-out rows and tells the callbacks; the metric that names the best checkpoint."""
         assert self.eval_rows is not None
-        started, size, count = (
-            time.perf_counter(),
-            self.schedule.per_device_eval_batch_size,
-            len(self.eval_rows),
-        )
-        mine = range(self.engine.data_rank * size, count, self.engine.data_world * size)
-        chosen = [range(s, min(s + size, count)) for s in mine]
+        started = time.perf_counter()
+        size, count = self.schedule.per_device_eval_batch_size, len(self.eval_rows)
+        count = count if self.eval_limit is None else min(count, self.eval_limit)
+        first = len(self.shown)  # these rows are alone in their batches, on the first rank
+        alone = range(first if self.engine.data_rank == 0 else 0)
+        mine = range(first + self.engine.data_rank * size, count, self.engine.data_world * size)
+        chosen = [range(i, i + 1) for i in alone] + [range(s, min(s + size, count)) for s in mine]
         batches = [collate_rows(self.eval_rows, rows) for rows in chosen]
         order = np.arange(count)
         mismatched = mismatch_rows(self.eval_rows, chosen, order) if self.method.needs_mismatched else []
         batches = self.method.score(self.engine, Step(batches, mismatched, copy.deepcopy(state.running)))
-        sums = self.engine.measure(batches, self.method.objective)
+        sums = self.engine.measure(batches[len(alone) :], self.method.objective)
+        samples = []
+        for i, texts in enumerate(self.shown):
+            found = self.engine.measure(batches[i : i + 1] if alone else [], self.method.objective)
+            rewards = {k: v for k, v in found.means().items() if k.startswith("rewards/")}
+            samples.append({**texts, **rewards})
+            sums.merge(found)
         seconds = time.perf_counter() - started
         metrics = {f"eval_{k}": v for k, v in loss_and_metrics(sums).items()}
         speed = {
@@ -230,7 +245,8 @@ class Offline:
             "eval_samples_per_second": round(count / seconds, 3),
             "eval_steps_per_second": round(math.ceil(count / size) / seconds, 3),
         }
-        self._tell("on_eval", EvalEvent(state.step, {**metrics, **speed, **self._position(state)}))
+        row = {**metrics, **speed, **self._position(state)}
+        self._tell("on_eval", EvalEvent(state.step, row, tuple(samples)))
         return metrics[self.schedule.best_metric]
 
     def _summary(self, state: TrainState, clock: "Clock") -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """From --dataset to encoded rows, and from rows to the steps of a run. No model is needed for any of it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from swift.config.runs import RlhfRun, SftRun, TrainRun
 from swift.data.audit import audit
 from swift.data.cache import encode_cached, join_datasets, open_exported, remember
 from swift.data.channels import find_channels
+from swift.data.classes import add_classes
 from swift.data.datasets import use_plugins
 from swift.data.encode import EncodedDataset, Encoder
 from swift.data.feed import Feed, StoredFeed, StreamFeed
@@ -37,13 +39,25 @@ from swift.template.loss_scale import build_weights
 from swift.train import summary
 from swift.train.hf_callbacks import find_callbacks
 from swift.train.method import Method
-from swift.train.resume import Resumption, with_model, with_system
+from swift.train.resume import Resumption
 from swift.train.rundir import check_writable, output_root
 from swift.train.tracking import load_trackers
 from swift.utils.log import warn
 
 STREAM_HEAD = 1_000  # rows of a stream whose faults are told before weights load
 ROWS_PER_STEP = 16  # what --gradient_accumulation_steps aims at when it is not given
+
+
+Locate = Callable[[Any], tuple[Any, Path]]  # a run -> the run with what its model decides, and the directory
+
+
+def locate_model(run: TrainRun) -> tuple[TrainRun, Path]:
+    """The directory of --model, and the run with its whole path where it is no id."""
+    assert run.model.model is not None
+    path = resolve_model(run.model.model, revision=run.model.model_revision, **run.model.hub)
+    if Path(run.model.model).is_dir():
+        run = replace(run, model=replace(run.model, model=str(path)))  # absolute
+    return run, path
 
 
 @dataclass(frozen=True)
@@ -65,7 +79,9 @@ class Prepared:
     callbacks: list[Any]  # the users' own
 
 
-def prepare(run: TrainRun, method: Method, *, resumption: Resumption | None) -> Prepared:
+def prepare(
+    run: TrainRun, method: Method, *, resumption: Resumption | None, locate: Locate = locate_model
+) -> Prepared:
     """Finds the model and encodes the rows. Most mistakes end here, as a ConfigError."""
     use_plugins(run.plugins)
     build_weights(run.template.loss_scale)  # a wrong name is told before anything is downloaded
@@ -86,29 +102,45 @@ def prepare(run: TrainRun, method: Method, *, resumption: Resumption | None) -> 
     root = output_root(run.output, run.model.model)
     check_writable(root)
     hub = run.model.hub
-    model_path = resolve_model(run.model.model, revision=run.model.model_revision, **hub)
+    run, model_path = locate(run)
     reference = run.rlhf.ref_model if isinstance(run, RlhfRun) else None
     reference_path = resolve_model(reference, revision=None, **hub) if reference else None
     adapters = run.rlhf.ref_adapters if isinstance(run, RlhfRun) else ()
     reference_adapter = resolve_adapter(adapters[0], **hub) if adapters else None
-    if Path(run.model.model).is_dir():
-        run = with_model(run, str(model_path))
     tokenizer = load_tokenizer(model_path)
     config = load_config(model_path)
+    check_same_sizes(run, reference_path, config)
     longest = run.template.max_length or context_length(config) or 2048
     longest = min(longest, run.data.packing_length or longest)
     if not method.learns_text:  # rows may consist of a question alone
         run = replace(run, template=replace(run.template, loss_scale="all"))
     template = ChatTemplate(tokenizer, run.template)
-    run = with_system(run, template.system)
+    run = replace(run, template=replace(run.template, system=template.system))  # not the file that holds it
     if run.template.use_chat_template:
         tokenizer.chat_template = tokenizer.chat_template or template.source  # saved with every checkpoint
-    sources = open_sources(run, template, longest, resumption)
+    sources = open_sources(run, template, longest, resumption, method.shape)
     rows, eval_rows = encode_sets(run, template, sources, longest, method.shape)
+    for dataset in (rows, eval_rows) if method.shape == "classes" else ():
+        if dataset is not None:
+            assert method.num_labels is not None, "a head gives classes"
+            add_classes(dataset, method.num_labels)
     return Prepared(
         run, root, model_path, config, reference_path, reference_adapter, tokenizer, rows, eval_rows,
         sources.evaluation, sources.stream, longest, callbacks,
     )  # fmt: skip
+
+
+def check_same_sizes(run: TrainRun, reference_path: Path | None, config: PretrainedConfig) -> None:
+    """Raises ConfigError where --sync_ref_model would mix weights of different shapes."""
+    if isinstance(run, RlhfRun) and run.rlhf.sync_ref_model and reference_path:
+        theirs = load_config(reference_path)
+        for name in ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"):
+            ours, other = getattr(config, name, None), getattr(theirs, name, None)
+            if ours != other:
+                raise ConfigError(
+                    f"--sync_ref_model true: the {name} of --model and --ref_model are {ours} and {other}",
+                    hint="leave --ref_model or --sync_ref_model out",
+                )
 
 
 def learn_facts(objective: Objective, ready: Prepared) -> Objective:
@@ -131,9 +163,14 @@ def learn_facts(objective: Objective, ready: Prepared) -> Objective:
 
 def check_stream(run: TrainRun, method: Method) -> None:
     """Raises ConfigError for what needs to know all rows."""
-    channels = isinstance(run, SftRun) and run.sft.enable_channel_loss
-    if method.shape != "chat" or channels:
-        what = "--enable_channel_loss" if channels else "pairs and labels"
+    what = "labels" if method.shape in ("labelled", "classes") else None
+    if isinstance(run, RlhfRun) and run.rlhf.precompute_ref_log_probs:
+        what = "--precompute_ref_log_probs"
+    elif isinstance(run, SftRun) and run.sft.enable_channel_loss:
+        what = "--enable_channel_loss"
+    elif run.schedule.dataloader_drop_last:
+        what = "--dataloader_drop_last"
+    if what:
         raise ConfigError(f"--streaming true does not go with {what} yet", hint="leave it out")
 
 
@@ -163,15 +200,14 @@ class Sources:
 
 
 def open_sources(
-    run: TrainRun, template: ChatTemplate, max_length: int, resumption: Resumption | None
+    run: TrainRun, template: ChatTemplate, max_length: int, resumption: Resumption | None, shape: str
 ) -> Sources:
-    """Finds the rows that a run names."""
     train, evaluation = open_sets(run.data, seed=run.data_seed, **run.model.hub)
     if not run.data.streaming:
         return Sources(train, evaluation)
     source = open_stream(run.data, seed=run.data_seed, **run.model.hub)
     head = Rows([InMemory(source.head(STREAM_HEAD))])
-    return Sources(head, evaluation, _start_stream(run, source, template, max_length, resumption))
+    return Sources(head, evaluation, _start_stream(run, source, template, max_length, resumption, shape))
 
 
 def encode_sets(
@@ -206,11 +242,16 @@ def encode_sets(
 
 
 def _start_stream(
-    run: TrainRun, source: RowStream, template: ChatTemplate, max_length: int, resumption: Resumption | None
+    run: TrainRun,
+    source: RowStream,
+    template: ChatTemplate,
+    max_length: int,
+    resumption: Resumption | None,
+    shape: str,
 ) -> EncodedStream:
     """Its processes are forked here, so this comes before anything that starts threads."""
     data, capacity = run.data, (run.data.packing_length or max_length) if run.data.packing else None
-    encoder = Encoder(template, max_length, run.template.truncation_strategy, data.strict)
+    encoder = Encoder(template, max_length, run.template.truncation_strategy, data.strict, shape)
     position = Position(**(resumption.state.position or {})) if resumption else None
     workers = data.dataset_num_proc if data.dataloader_num_workers is None else data.dataloader_num_workers
     if data.dataset_num_proc > 1:
@@ -240,10 +281,17 @@ def plan_steps(
     if resumption:
         accumulation = keep_step_size(resumption.data["rows_per_step"], size, world)
     packs = pack_lengths(rows.lengths, run.data.packing_length or longest) if run.data.packing else None
-    return StepPlan(
-        len(rows), size, accumulation, world, seed=run.data_seed,
+    plan = StepPlan(
+        len(rows), size, accumulation, world, seed=run.data_seed, drop_last=run.schedule.dataloader_drop_last,
         shuffle=run.data.train_dataloader_shuffle, packs=packs,
     )  # fmt: skip
+    if not plan.steps_per_epoch:
+        raise ConfigError(
+            f"--dataloader_drop_last true leaves nothing: {plan.num_items} rows or packs, and a step takes "
+            f"{plan.items_per_step}",
+            hint="leave it out, or lower --gradient_accumulation_steps",
+        )
+    return plan
 
 
 def keep_step_size(rows_per_step: int, micro_batch_size: int, processes: int) -> int:

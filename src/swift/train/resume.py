@@ -1,15 +1,16 @@
 """Going on from a checkpoint: the flags it was trained with, and the checks that it is the same run."""
 
-import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from swift.config.layout import LayoutConfig, keeps_layout
 from swift.config.option import ConfigError, build, flatten, is_secret, iterate_knobs
 from swift.config.runs import TrainRun
 from swift.train.saving import ARGS, STATE, find_checkpoint
 from swift.train.state import TrainState
+from swift.utils import env
 from swift.utils.log import say
 
 # Flags whose change would make the run another run; the others may differ (how often to log).
@@ -17,15 +18,17 @@ FIXED = (
     "model", "dataset", "train_type", "lora_rank", "lora_alpha", "target_modules", "max_length", "system",
     "seed", "data_seed", "loss_scale",
     "lr_scheduler_type", "learning_rate", "train_dataloader_shuffle", "packing", "packing_length",
-    "streaming", "shuffle_buffer_size",
+    "streaming", "shuffle_buffer_size", "dataloader_drop_last",
     "agent_template", "is_binary_loss_scale", "use_chat_template", "enable_dft_loss",
     "label_smoothing_factor", "router_aux_loss_coef", "neftune_noise_alpha",
     "rlhf_type", "beta", "loss_type", "loss_weights", "ref_model", "label_smoothing", "rpo_alpha",
+    "sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha",
     "use_rslora", "use_dora", "init_weights", "lora_bias", "modules_to_save",
     "target_regex", "target_parameters",
     "freeze_parameters", "freeze_parameters_regex", "freeze_parameters_ratio",
     "trainable_parameters", "trainable_parameters_regex",
-    "optim", "optimizer", "lorap_lr_ratio", "lr_scheduler_kwargs",
+    "optim", "optimizer", "lorap_lr_ratio", "lr_scheduler_kwargs", "min_lr",
+    "global_batch_size", "moe_aux_loss_coeff", "moe_z_loss_coeff",
     "quant_method", "quant_bits", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
 )  # fmt: skip
 
@@ -54,9 +57,10 @@ def load_resumption(run: Run) -> tuple[Run, Resumption | None]:
     content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     given = flatten(run)
     values: dict[str, Any] = {}
+    anew = _new_layout(given, saved)
     for knob in iterate_knobs(type(run)):
         default = list(knob.default) if isinstance(knob.default, tuple) else knob.default
-        inherits = given[knob.name] == default and knob.name in saved
+        inherits = given[knob.name] == default and knob.name in saved and knob.name not in anew
         value = saved[knob.name] if inherits else given[knob.name]
         values[knob.name] = tuple(value) if isinstance(value, list) else value
         if knob.name in FIXED and knob.name in saved and value != saved[knob.name]:
@@ -72,6 +76,17 @@ def load_resumption(run: Run) -> tuple[Run, Resumption | None]:
     return resumed, Resumption(checkpoint, state, content["data"])
 
 
+def _new_layout(given: dict[str, Any], saved: dict[str, Any]) -> frozenset[str]:
+    """The flags of the layout where it is another one: it is taken as a whole or not at all."""
+    names = frozenset(field.name for field in fields(LayoutConfig))
+    if not names <= given.keys() & saved.keys():
+        return frozenset()
+    if keeps_layout(given, saved, int(env.read("WORLD_SIZE", "1") or 1)):
+        return frozenset()
+    say("processes share the model in another way than before: these flags are not taken from the checkpoint")
+    return names
+
+
 def check_same_data(resumption: Resumption, data: dict[str, Any]) -> None:
     """Raises ConfigError when the rows, once encoded, are not those of the checkpoint."""
     for name, before in resumption.data.items():
@@ -85,13 +100,3 @@ def check_same_data(resumption: Resumption, data: dict[str, Any]) -> None:
 def hide_secrets(flat: dict[str, Any]) -> dict[str, Any]:
     """Flags as they may be written to a file."""
     return {k: (None if is_secret(k) else v) for k, v in flat.items()}
-
-
-def with_system(run: Run, system: str | None) -> Run:
-    """The run with the system prompt itself in place of the .txt file that holds it."""
-    return dataclasses.replace(run, template=dataclasses.replace(run.template, system=system))
-
-
-def with_model(run: Run, model: str) -> Run:
-    """The run with another --model, for a path made absolute."""
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, model=model))

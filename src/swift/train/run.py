@@ -7,12 +7,12 @@ from typing import TypeVar
 from swift import __version__
 from swift.config.option import flatten
 from swift.config.runs import RlhfRun, SftRun, TrainRun
-from swift.engines.ranks import Ranks, join_ranks, leave_ranks
-from swift.engines.transformers.engine import TransformersEngine
+from swift.engines.protocol import Engine
+from swift.engines.ranks import Ranks, leave_ranks
 from swift.models.directory import describe_weights
-from swift.models.load import pick_device
 from swift.train import summary
-from swift.train.building import build_callbacks, build_engine, open_run_directory
+from swift.train.backend import TRANSFORMERS, Backend
+from swift.train.building import build_callbacks, open_run_directory
 from swift.train.method import Method, rlhf_method, sft_method
 from swift.train.offline import Offline
 from swift.train.preparing import (
@@ -36,41 +36,38 @@ Run = TypeVar("Run", bound=TrainRun)
 
 
 def run_pt(run: SftRun) -> int:
-    """`swift pt`; returns the exit code."""
     return train(run, "pt", lambda run: sft_method(run.task, run.sft))
 
 
 def run_sft(run: SftRun) -> int:
-    """`swift sft`; returns the exit code."""
     return train(run, "sft", lambda run: sft_method(run.task, run.sft))
 
 
 def run_rlhf(run: RlhfRun) -> int:
-    """`swift rlhf`; returns the exit code."""
     return train(run, "rlhf", lambda run: rlhf_method(run.rlhf))
 
 
-def train(run: Run, command: str, build_method: Callable[[Run], Method]) -> int:
+def train(
+    run: Run, command: str, build_method: Callable[[Run], Method], backend: Backend = TRANSFORMERS
+) -> int:
     """Trains as `run` says; returns the exit code."""
     # The engine is gone when this returns: wrappers that outlive their process group may wait for it forever.
-    code = _train(run, command, build_method)
+    code = _train(run, command, build_method, backend)
     leave_ranks()
     return code
 
 
-def _train(run: Run, command: str, build_method: Callable[[Run], Method]) -> int:
+def _train(run: Run, command: str, build_method: Callable[[Run], Method], backend: Backend) -> int:
     """`train`, with the processes of the job still together at the end."""
     run, resumption = load_resumption(run)
     method = build_method(run)
     if method.objective.couples_rows:
         warn("the loss compares the rows of a micro-batch: it depends on --per_device_train_batch_size")
-    ready = prepare(run, method, resumption=resumption)
+    run = backend.settle(run)
+    ready = prepare(run, method, resumption=resumption, locate=backend.locate)
     method = replace(method, objective=learn_facts(method.objective, ready))
     run, tokenizer, rows = ready.run, ready.tokenizer, ready.rows
-    ranks, device = join_ranks(
-        pick_device(run.model.device), run.parallel.ddp_timeout,
-        sequence_size=run.parallel.sequence_parallel_size, backend=run.parallel.ddp_backend,
-    )  # fmt: skip
+    ranks, device = backend.join(run, ready)
     plan = plan_steps(run, rows, ready.max_length, ranks, resumption)
     check_rows(method, rows, plan)
     feed = make_feed(plan, rows, ready.stream, resumption)
@@ -79,7 +76,7 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method]) -> int
     if resumption:
         check_same_data(resumption, data)
     total_steps = plan.total_steps(run.schedule.num_train_epochs, run.schedule.max_steps)
-    engine = build_engine(run, method, ready, total_steps, ranks, device, resumption, plan.accumulation)
+    engine = backend.build(run, method, ready, total_steps, ranks, device, resumption, plan.accumulation)
     dtype = str(engine.dtype).removeprefix("torch.")
     what = f"{run.model.model}, {run.tuner.train_type}, {dtype}, {engine.device}"
     summary.tell_weights(*engine.num_parameters, what)
@@ -88,11 +85,13 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method]) -> int
         if not method.needs_mismatched:  # whose answers change with every step
             engine.drop_reference()
     if plan.packs:
-        summary.tell_packs(plan.packs, flat=engine.layout.flat)
+        summary.tell_packs(plan.packs, flat=engine.flat)
     summary.tell_steps(plan, total_steps, rows if ready.stream is None else None)
     summary.tell_sample(tokenizer, rows)
     directory = ranks.share(open_run_directory(run, ready.root, resumption) if ranks.is_main else ready.root)
     args = hide_secrets({**flatten(run), "swift_version": __version__, "command": command})
+    if "global_batch_size" in args:
+        args["gradient_accumulation_steps"] = None  # follows from it and the layout
     if ranks.is_main:
         write_json(directory / "args.json", args)
         if ready.eval_source is not None and not run.data.val_dataset and not resumption:
@@ -103,20 +102,26 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method]) -> int
         total_limit=run.schedule.save_total_limit,
         symlinks=run.output.create_checkpoint_symlink,
         ranks=ranks,
+        iterations=backend.iterations,
     )  # fmt: skip
     state = resumption.state if resumption else TrainState()
     if resumption and ranks.is_main:
         saver.tidy(state.best_step, state.step)
     loop = Offline(
-        engine=engine, method=method, feed=feed, eval_rows=ready.eval_rows,
+        engine=engine, method=method, feed=feed,
+        eval_rows=None if run.eval_limit == 0 else ready.eval_rows, eval_limit=run.eval_limit,
         total_steps=total_steps, schedule=run.schedule, saver=saver, run_directory=directory,
         callbacks=build_callbacks(run, directory, args, ready.callbacks) if ranks.is_main else [],
+        shown=summary.show_answers(tokenizer, ready.eval_rows, method.shape),
         follows_wishes=bool(ready.callbacks or run.schedule.early_stop_interval),
     )  # fmt: skip
-    return run_loop(loop, state)
+    code = run_loop(loop, state)
+    if code == 0 and ranks.is_main and state.last_saved_step is not None:
+        backend.finish(run, directory / f"checkpoint-{state.last_saved_step}")
+    return code
 
 
-def precompute(run: RlhfRun, ready: Prepared, engine: TransformersEngine, ranks: Ranks) -> None:
+def precompute(run: RlhfRun, ready: Prepared, engine: Engine, ranks: Ranks) -> None:
     """Runs the reference model over all rows, once."""
     paths = [ready.reference_path or ready.model_path, ready.reference_adapter]
     key = "\n".join(describe_weights(path) for path in paths if path)

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
@@ -22,60 +22,22 @@ from swift.engines.protocol import Engine, Snapshot
 from swift.engines.ranks import Ranks
 from swift.train.state import TrainState
 from swift.train.stopping import FAILED
-from swift.utils.files import file_sha256, format_bytes, sync_directory, write_json
+from swift.utils.files import (
+    describe_files,
+    find_damage,
+    format_bytes,
+    sync_directory,
+    write_json,
+    write_manifest,
+    write_text,
+)
 from swift.utils.log import say, warn
 
-MANIFEST, STATE, ARGS = "manifest.json", "trainer_state.json", "args.json"
+STATE, ARGS = "trainer_state.json", "args.json"
 # What a disk may answer at any time; other errors are our own and are shown as they are.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.ESTALE)
 POLL_SECONDS = 0.02
 NAME = re.compile(r"checkpoint-(\d+)")
-
-
-def describe_files(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Size and hash of each, by its name below `directory`; they are on disk when this returns.
-
-    Everyone may read the files: safetensors makes its own readable for the owner alone.
-    """
-    described = {}
-    for path in files:
-        path.chmod(0o644)
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
-        described[str(path.relative_to(directory))] = {
-            "bytes": path.stat().st_size,
-            "sha256": file_sha256(path),
-        }
-    return described
-
-
-def write_manifest(directory: Path, known: dict[str, Any] | None = None) -> None:
-    """Sizes and hashes of every file, written last. `known`: of files that other ranks have described."""
-    known = known or {}
-    files = sorted(p for p in directory.rglob("*") if p.is_file())
-    rest = [path for path in files if str(path.relative_to(directory)) not in known]
-    write_json(directory / MANIFEST, {"files": {**known, **describe_files(directory, rest)}})
-    sync_directory(directory)
-
-
-def find_damage(directory: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None when every file is as it was written."""
-    manifest = directory / MANIFEST
-    if not manifest.is_file():
-        return f"it has no {MANIFEST}"
-    try:
-        files: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    except (json.JSONDecodeError, KeyError):
-        return f"its {MANIFEST} cannot be read"
-    for name, expected in files.items():
-        path = directory / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if file_sha256(path) != expected["sha256"]:
-            return f"the contents of {name} have changed"
-    return None
 
 
 def list_checkpoints(run_directory: Path) -> list[tuple[int, Path]]:
@@ -125,12 +87,16 @@ class Saver:
         total_limit: int | None,
         symlinks: bool,
         ranks: Ranks,
+        iterations: bool = False,
     ) -> None:
-        """`data`: fingerprint and sizes that a resumed run must match."""
+        """`data`: fingerprint and sizes that a resumed run must match.
+
+        `iterations`: the run directory also names checkpoints as Megatron's tools look for them.
+        """
         self.run_directory = run_directory
         self.tokenizer, self.args, self.data = tokenizer, args, data
         self.only_model, self.total_limit, self.symlinks = only_model, total_limit, symlinks
-        self.ranks = ranks
+        self.ranks, self.iterations = ranks, iterations
         self.flight: Flight | None = None
         self.whole: list[Path] = []  # written, and not yet asked for by `take_whole`
 
@@ -230,12 +196,12 @@ class Saver:
         """In a thread of every rank."""
         files = snapshot.write()
         if self.ranks.is_main:
-            self._complete(flight)
+            self._complete(flight, snapshot)
         else:
             done = flight.temporary / f".done-{self.ranks.rank}"
             write_json(done, describe_files(flight.temporary, files))
 
-    def _complete(self, flight: Flight) -> None:
+    def _complete(self, flight: Flight, snapshot: Snapshot) -> None:
         """Adds what is ours to the engine's files and gives the directory its name."""
         self.tokenizer.save_pretrained(flight.temporary)
         write_json(flight.temporary / ARGS, self.args)
@@ -248,6 +214,8 @@ class Saver:
                     return
             known |= json.loads(done.read_text(encoding="utf-8"))
             done.unlink()
+        if snapshot.finish:
+            snapshot.finish()
         write_manifest(flight.temporary, known)
         if flight.final.exists():  # a resumed run reached this step again
             self._remove(flight.final, replaced_by=flight.temporary)
@@ -273,15 +241,37 @@ class Saver:
         """
         for name, step in (("last", last_step), ("best", best_step)):
             if self.symlinks and (self.run_directory / f"checkpoint-{step}").exists():
-                temporary = self.run_directory / f".{name}.tmp"
-                temporary.unlink(missing_ok=True)
-                temporary.symlink_to(f"checkpoint-{step}")
-                temporary.replace(self.run_directory / name)
+                link(self.run_directory / name, f"checkpoint-{step}")
         if self.total_limit is not None:
             checkpoints = list_checkpoints(self.run_directory)
             spare = [path for step, path in checkpoints if step not in (best_step, last_step)]
             for path in spare[: max(len(checkpoints) - self.total_limit, 0)]:
                 self._remove(path)
+        if self.iterations:
+            list_iterations(self.run_directory)
+
+
+def link(path: Path, target: str) -> None:
+    """Makes `path` a link to `target` beside it, in one move."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(path)
+
+
+def list_iterations(run_directory: Path) -> None:
+    """Links `iter_0000100` to the part of each checkpoint that Megatron reads, and names the last one."""
+    for path in run_directory.glob("iter_*"):
+        if path.is_symlink() and not path.exists():
+            path.unlink()
+    last = None
+    for step, checkpoint in list_checkpoints(run_directory):
+        name = f"iter_{step:07d}"
+        if (checkpoint / name).is_dir():
+            link(run_directory / name, f"{checkpoint.name}/{name}")
+            last = step
+    if last is not None:
+        write_text(run_directory / "latest_checkpointed_iteration.txt", f"{last}\n")
 
 
 def disk_reason(error: Exception) -> str | None:

@@ -1,6 +1,6 @@
 """What an objective reads beside the model's own answer: computed by forward passes, handed over as columns.
 
-Owns: reference log-probabilities and the distance estimate of KTO. Not here: any loss.
+Owns: reference log-probabilities, the distance estimate of KTO, ranks of pairs. Not here: any loss.
 Shapes: T = tokens of a batch, S = its segments, N = tokens of a data set.
 """
 
@@ -19,6 +19,7 @@ from swift.data.encode import EncodedDataset
 from swift.engines.protocol import Engine, Sums
 from swift.engines.ranks import Ranks
 from swift.objectives.distance import Distance
+from swift.objectives.preference import RANKED, Preference, match_ranks
 from swift.utils import env
 from swift.utils.log import console
 
@@ -83,6 +84,27 @@ def score_bco(score: Scorer, beta: float, engine: Engine, step: Step) -> list[Ba
     return with_constant(batches, "bco_delta", step.running.means()["reward"])
 
 
+def score_ranked(score: Scorer, objective: Preference, engine: Engine, step: Step) -> list[Batch]:
+    """As `score`, and segment["<loss>_partner"] [S] of the losses in RANKED, over the whole step."""
+    batches = score(engine, step)
+    pairs = [
+        objective.score(stats, batch.to(stats.logps.device))
+        for stats, batch in zip(engine.forward(batches, LOGPS), batches, strict=True)
+        if stats.logps is not None
+    ]
+    for name in RANKED.intersection(objective.loss_type):
+        lists = [torch.stack(pair.ranked_values(name), dim=1) for pair in pairs]
+        mine = torch.cat([torch.zeros(0, 2), *(values.cpu() for values in lists)])
+        values, first = engine.gather(mine)
+        partners = match_ranks(values[:, 0], values[:, 1])[first : first + len(mine)].flatten()
+        columns = partners.split([batch.num_segments for batch in batches])
+        batches = [
+            replace(batch, segment={**batch.segment, f"{name}_partner": column})
+            for batch, column in zip(batches, columns, strict=True)
+        ]
+    return batches
+
+
 def with_constant(batches: Sequence[Batch], name: str, value: float) -> list[Batch]:
     """The batches with the same number beside every segment."""
     return [
@@ -102,7 +124,7 @@ def precompute_reference(
     file = env.cache_root() / "reference" / f"{digest}.npy"
     if not ranks.share(file.exists()):
         logps_N = _score_rows(engine, dataset, batch_size)
-        logps_N = np.sum([ranks.share(logps_N, rank) for rank in range(ranks.world)], axis=0)
+        logps_N = np.sum([ranks.share(logps_N, rank) for rank in ranks.speakers], axis=0)
         if ranks.is_main:
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.with_suffix(".tmp").open("wb") as handle:

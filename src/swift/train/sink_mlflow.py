@@ -2,24 +2,13 @@
 
 import mlflow
 
-from swift.train.tracking import TrackedRun
+from swift.train.trackers import markdown_table
+from swift.train.tracking import SAMPLES_TAG, Rows, Sink, TrackedRun
 
 LONGEST_VALUE = 500  # characters of a parameter that every MLflow server takes
 
 
-class MlflowSink:
-    def write(self, step: int, numbers: dict[str, float]) -> None:
-        names = {tag.replace("(", "_").replace(")", ""): value for tag, value in numbers.items()}
-        mlflow.log_metrics(names, step=step)
-
-    def flush(self) -> None:
-        """It writes by itself."""
-
-    def close(self, finished: bool, /) -> None:
-        mlflow.end_run("FINISHED" if finished else "KILLED")
-
-
-def open_sink(run: TrackedRun) -> MlflowSink:
+def open_sink(run: TrackedRun) -> Sink:
     if run.output.project:
         mlflow.set_experiment(run.output.project)
     identity = run.identity("mlflow")
@@ -27,4 +16,12 @@ def open_sink(run: TrackedRun) -> MlflowSink:
     if not identity:
         run.keep_identity("mlflow", opened.info.run_id)
         mlflow.log_params({k: str(v)[:LONGEST_VALUE] for k, v in run.flags.items()})
-    return MlflowSink()
+
+    def write(step: int, numbers: dict[str, float]) -> None:
+        names = {tag.replace("(", "_").replace(")", ""): value for tag, value in numbers.items()}
+        mlflow.log_metrics(names, step=step)
+
+    def write_samples(step: int, rows: Rows) -> None:
+        mlflow.log_text(markdown_table(rows), f"{SAMPLES_TAG}-{step}.md")
+
+    return Sink(write, write_samples, lambda finished: mlflow.end_run("FINISHED" if finished else "KILLED"))

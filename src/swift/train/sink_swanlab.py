@@ -2,24 +2,11 @@
 
 import swanlab
 
-from swift.train.tracking import TrackedRun
+from swift.train.trackers import markdown_table
+from swift.train.tracking import SAMPLES_TAG, Rows, Sink, TrackedRun
 
 
-class SwanlabSink:
-    def __init__(self, run: swanlab.Run) -> None:
-        self.run = run
-
-    def write(self, step: int, numbers: dict[str, float]) -> None:
-        self.run.log(numbers, step=step)
-
-    def flush(self) -> None:
-        """It writes by itself."""
-
-    def close(self, finished: bool, /) -> None:
-        swanlab.finish("success" if finished else "aborted")
-
-
-def open_sink(run: TrackedRun) -> SwanlabSink:
+def open_sink(run: TrackedRun) -> Sink:
     output = run.output
     if output.swanlab_token:
         swanlab.login(api_key=output.swanlab_token)
@@ -32,4 +19,12 @@ def open_sink(run: TrackedRun) -> SwanlabSink:
     )  # fmt: skip
     if is_cloud and not identity:
         run.keep_identity("swanlab", opened.id)
-    return SwanlabSink(opened)
+
+    def write_samples(step: int, rows: Rows) -> None:
+        opened.log({SAMPLES_TAG: swanlab.Text(markdown_table(rows))}, step=step)
+
+    return Sink(
+        write=lambda step, numbers: opened.log(numbers, step=step),
+        write_samples=write_samples,
+        close=lambda finished: swanlab.finish("success" if finished else "aborted"),
+    )

@@ -2,24 +2,19 @@
 
 from torch.utils.tensorboard import SummaryWriter
 
-from swift.train.tracking import TrackedRun
+from swift.train.trackers import markdown_table
+from swift.train.tracking import SAMPLES_TAG, Rows, Sink, TrackedRun
 
 
-class TensorBoardSink:
-    def __init__(self, writer: SummaryWriter) -> None:
-        self.writer = writer
-
-    def write(self, step: int, numbers: dict[str, float]) -> None:
-        for tag, value in numbers.items():
-            self.writer.add_scalar(tag, value, step)
-
-    def flush(self) -> None:
-        self.writer.flush()
-
-    def close(self, _: bool, /) -> None:
-        self.writer.close()
-
-
-def open_sink(run: TrackedRun) -> TensorBoardSink:
+def open_sink(run: TrackedRun) -> Sink:
     directory = run.output.logging_dir or str(run.directory / "runs")
-    return TensorBoardSink(SummaryWriter(directory, purge_step=run.step + 1 if run.step else None))
+    writer = SummaryWriter(directory, purge_step=run.step + 1 if run.step else None)
+
+    def write(step: int, numbers: dict[str, float]) -> None:
+        for tag, value in numbers.items():
+            writer.add_scalar(tag, value, step)
+
+    def write_samples(step: int, rows: Rows) -> None:
+        writer.add_text(SAMPLES_TAG, markdown_table(rows), step)
+
+    return Sink(write, write_samples, lambda _: writer.close(), writer.flush)

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from rich.console import Group
 from rich.panel import Panel
 from rich.rule import Rule
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from swift.batch import IGNORED
 from swift.data.encode import EncodedDataset, EncodeReport
 from swift.data.loader import StepPlan
 from swift.data.pack import Packs
@@ -15,6 +17,8 @@ from swift.template.preview import trained_segments
 from swift.utils.log import console, say, warn
 
 SHOWN_TOKENS = 600
+SHOWN_ANSWERS = 4  # rows whose rewards are told at each evaluation
+ANSWERS = {"pair": ("chosen", "rejected"), "kto": ("answer",)}  # by the shape of rows
 
 
 def tell_drops(report: EncodeReport, what: str) -> None:
@@ -69,6 +73,24 @@ def sample_text(pieces: Sequence[tuple[str, float]]) -> Text:
     for piece, weight in pieces:
         text.append(piece, style="bold green" if weight > 0 else "dim")
     return text
+
+
+def show_answers(
+    tokenizer: PreTrainedTokenizerBase, rows: EncodedDataset | None, shape: str
+) -> list[dict[str, str]]:
+    """The first held-out rows of a method that rewards answers, as text; nothing of other methods.
+
+    A reward model reads whole texts: there the question is part of the answers.
+    """
+    shown = []
+    for number in range(min(SHOWN_ANSWERS, len(rows)) if rows and shape in ANSWERS else 0):
+        found = rows.sequences(number)
+        start = int(np.argmax(found[0].labels != IGNORED))
+        texts = {"prompt": found[0].input_ids[:start]}
+        for name, sequence in zip(ANSWERS[shape], found, strict=True):
+            texts[name] = sequence.input_ids[int(np.argmax(sequence.labels != IGNORED)) :]
+        shown.append({k: tokenizer.decode(ids, skip_special_tokens=True).strip() for k, ids in texts.items()})
+    return shown
 
 
 def tell_sample(tokenizer: PreTrainedTokenizerBase, rows: EncodedDataset) -> None:

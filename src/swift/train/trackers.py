@@ -1,6 +1,7 @@
 """What every run leaves for later: logging.jsonl, and a picture of every curve."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from swift.plugins.callbacks import Callback, EndEvent, EvalEvent, StartEvent, StepEvent
-from swift.utils.files import append_jsonl, read_jsonl
+from swift.utils.files import append_jsonl, read_jsonl, write_text
 
-LOG = "logging.jsonl"
+LOG, SAMPLES = "logging.jsonl", "samples.jsonl"
 SMOOTHING = 0.9
 NOT_DRAWN = ("epoch", "runtime", "_per_second")  # straight lines
 STEP = "global_step/max_steps"
@@ -30,24 +31,31 @@ def tagged(row: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows one below the other, for trackers that show Markdown. Cells hold any text, rows may lack some."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names, ["---"] * len(names)]
+    cells += [[" ".join(str(row.get(n, "")).replace("|", "\\|").split()) for n in names] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
 def cut_log(path: Path, step: int) -> None:
     """Drops the rows after `step`, so that a resumed run writes them again. Atomic."""
     if not path.exists():
         return
     kept = [r for r in read_jsonl(path) if (at := step_of(r)) is not None and at <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
 
 
 class JsonlTracker(Callback):
-    """One JSON object a log or eval event; the last line is the summary."""
+    """One JSON object a log or eval event; the last line is the summary. Samples go into a file beside it."""
 
     def __init__(self, run_directory: Path) -> None:
-        self.path = run_directory / LOG
+        self.path, self.samples = run_directory / LOG, run_directory / SAMPLES
 
     def on_start(self, event: StartEvent) -> None:
         cut_log(self.path, event.step)
+        cut_log(self.samples, event.step)
 
     def on_step(self, event: StepEvent) -> None:
         if event.row:
@@ -55,6 +63,8 @@ class JsonlTracker(Callback):
 
     def on_eval(self, event: EvalEvent) -> None:
         append_jsonl(self.path, [event.row])
+        if event.samples:
+            append_jsonl(self.samples, ({STEP: event.row[STEP], **sample} for sample in event.samples))
 
     def on_end(self, event: EndEvent) -> None:
         append_jsonl(self.path, [event.row] if event.finished else [])

@@ -5,11 +5,11 @@ Not here: each tracker's own calls (sink_*.py), which are imported when they are
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from swift.config.option import ConfigError
 from swift.config.schedule import OutputConfig
@@ -24,20 +24,20 @@ PACKAGES = {
     "mlflow": "mlflow",
 }
 IDS = "trackers.json"
+SAMPLES_TAG = "eval/samples"
+Rows = Sequence[dict[str, Any]]
 
 
-class Sink(Protocol):
-    """An open tracker."""
-
-    def write(self, step: int, numbers: dict[str, float]) -> None: ...
-    def flush(self) -> None: ...
-    def close(self, finished: bool, /) -> None: ...
+@dataclass(frozen=True)
+class Sink:
+    write: Callable[[int, dict[str, float]], object]  # numbers of a step
+    write_samples: Callable[[int, Rows], object]  # some answers and their rewards
+    close: Callable[[bool], object]  # whether the run was finished
+    flush: Callable[[], object] = lambda: None  # most write by themselves
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told about a run."""
-
     directory: Path
     output: OutputConfig
     flags: dict[str, Any]  # without secrets
@@ -82,8 +82,6 @@ def load_trackers(names: Iterable[str]) -> list[Opener]:
 
 
 class Tracking(Callback):
-    """Feeds one tracker."""
-
     def __init__(self, opener: Opener, run: TrackedRun) -> None:
         self.opener, self.run = opener, run
         self.sink: Sink | None = None
@@ -101,6 +99,9 @@ class Tracking(Callback):
 
     def on_eval(self, event: EvalEvent) -> None:
         self._write(event.step, event.row)
+        if event.samples:
+            assert self.sink is not None
+            self.sink.write_samples(event.step, event.samples)
 
     def on_save(self, _: SaveEvent) -> None:
         assert self.sink is not None

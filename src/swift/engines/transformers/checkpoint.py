@@ -37,6 +37,7 @@ from swift.models.starts import has_starts, load_starts, with_starts
 from swift.utils.files import write_json
 
 SCHEDULER, RANDOM = "scheduler.pt", "rng_state.pth"
+REFERENCE = "reference"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 4 * 2**30  # a larger model is written as several files, each by another process
 
@@ -45,9 +46,19 @@ Writer = Callable[[Path], list[Path]]  # into a directory; what it wrote
 
 
 def take_snapshot(
-    model: Model, wrapped: Wrapped, scheduler: LRScheduler, path: Path, *, ranks: Ranks, resumable: bool
+    model: Model,
+    wrapped: Wrapped,
+    scheduler: LRScheduler,
+    path: Path,
+    *,
+    ranks: Ranks,
+    resumable: bool,
+    reference: PreTrainedModel | None = None,
 ) -> Snapshot:
-    """A copy of what this process will write into `path`. Called by all ranks; gathers tensor by tensor."""
+    """A copy of what this process will write into `path`. Called by all ranks; gathers tensor by tensor.
+
+    `reference`: one that training changes, which goes into a directory of its own.
+    """
     with answering(wrapped.optimizer):
         take = take_adapter if isinstance(model, PeftModel) else take_weights
         size, weights = take(model, wrapped, ranks)
@@ -66,6 +77,10 @@ def take_snapshot(
         writers.append(lambda into: [write_parts(into / name, moments.parts)])
         writers.append(keep_bytes(random_file(ranks.rank), random_states()))
         writers += [keep_bytes(SCHEDULER, rest)] if ranks.is_main else []
+        if reference is not None:
+            more, write_reference = take_weights(reference, wrapped, ranks)
+            size += more
+            writers.append(lambda into: write_reference(into / REFERENCE))
     settle()
     return Snapshot(size, lambda: [file for writer in writers for file in writer(path)])
 
@@ -128,6 +143,7 @@ def take_weights(model: PreTrainedModel, wrapped: Wrapped, ranks: Ranks) -> tupl
     hollow = {k: torch.empty(wrapped.shape(t), dtype=t.dtype, device="meta") for k, t in state.items()}
 
     def write(into: Path) -> list[Path]:
+        into.mkdir(exist_ok=True)
         if ranks.is_main:
             model.save_pretrained(into, state_dict={})
             (into / WEIGHTS).unlink(missing_ok=True)  # that of no tensors

@@ -5,7 +5,6 @@ ours, so a config may repeat them but not contradict them. Source of the stages:
 """
 
 import json
-import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -269,7 +267,6 @@ def wrap_zero(
     config: dict[str, Any],
 ) -> ZeroWrapped:
     """`model` under DeepSpeed. With half-precision weights it keeps float32 ones for the optimizer."""
-    deepspeed_logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names it calls
     if not dist.is_initialized():  # it wants a group also of one process
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

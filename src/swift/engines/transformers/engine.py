@@ -19,13 +19,14 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from swift.batch import IGNORED, Batch
+from swift.batch import Batch
 from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
 from swift.config.parallel import ParallelConfig
 from swift.engines.optim import answering, begin_training, build_optimizer, build_scheduler
 from swift.engines.protocol import Snapshot, StepInfo, Sums
 from swift.engines.ranks import Ranks
+from swift.engines.stepping import NOTHING, add_units, collect_sums, gather_rows
 from swift.engines.transformers import checkpoint
 from swift.engines.transformers.attention import FLAT_ATTENTION, compile_layers
 from swift.engines.transformers.forward import Layout, refusal_of_flat, score
@@ -40,11 +41,6 @@ from swift.objectives.types import LossSum, Objective, TokenStats
 RENAMED_IN = version.parse("5.23")  # of transformers: gradient checkpointing became activation checkpointing
 
 DEFAULT_WRAPPER = partial(wrap, parallel=ParallelConfig())  # one process, or DDP
-
-# One token, not trained: what a rank runs while others still have rows.
-NOTHING = Batch(
-    torch.zeros(1, dtype=torch.int64), torch.full((1,), IGNORED), torch.zeros(1, dtype=torch.int64), 1
-)
 
 
 class TransformersEngine:
@@ -68,10 +64,12 @@ class TransformersEngine:
         wrapper: Wrapper = DEFAULT_WRAPPER,
         resume_from: Path | None = None,
         frozen: PreTrainedModel | None = None,
+        frozen_moves: bool = False,
     ) -> None:
         """`compute`: dtype of the arithmetic; None = that of the weights. `compiler`: of the layers.
 
-        `frozen`: the reference of full-parameter training; with adapters it is the model without them.
+        `frozen`: the reference of full-parameter training; with adapters it is the model without them. One
+        that is mixed with the model (`frozen_moves`) is part of checkpoints.
         """
         self.model = model
         self.ranks = ranks or Ranks()
@@ -87,6 +85,7 @@ class TransformersEngine:
         sequence = (
             SequenceRanks(self.ranks.rank % size, size, self.ranks.sequence_group) if size > 1 else None
         )
+        self.flat = is_flat
         self.layout = Layout(is_flat, is_flat and own_attention, self.device, sequence)
         if self.layout.own_attention:
             base.set_attn_implementation(FLAT_ATTENTION)
@@ -113,6 +112,7 @@ class TransformersEngine:
         self.wrapped = wrapper(model, base, ranks=self.ranks, compute=self.compute, build_optimizer=build)
         self.module = self.wrapped.module  # what is called: the model, or inside `reference` the frozen one
         self.frozen = None if frozen is None else self._freeze(frozen)
+        self.frozen_moves = frozen_moves
         self.scheduler = schedules[0] or build_scheduler(self.wrapped.optimizer, config, total_steps)
         if resume_from:
             parts = (model, self.wrapped, self.scheduler, resume_from)
@@ -192,6 +192,9 @@ class TransformersEngine:
         numbers = self.ranks.sum([number for name in names for number in local.pairs[name]])
         return Sums(dict(zip(names, zip(numbers[0::2], numbers[1::2], strict=True), strict=True)))
 
+    def gather(self, values: Tensor) -> tuple[Tensor, int]:
+        return gather_rows(values, self.ranks)
+
     def optim_step(self) -> StepInfo:
         learning_rate = self.scheduler.get_last_lr()[0]
         done = self.wrapped.step(self.max_grad_norm)
@@ -212,6 +215,13 @@ class TransformersEngine:
         finally:
             self.module = trained
 
+    def mix_reference(self, share: float) -> None:
+        assert self.frozen is not None
+        with torch.no_grad(), answering(self.wrapped.optimizer):
+            weights = checkpoint.unique_weights(self.model)
+            for name, kept in checkpoint.unique_weights(self.frozen).items():
+                kept.copy_(torch.lerp(kept.float(), weights[name].float(), share))
+
     def drop_reference(self) -> None:
         """Frees the frozen copy, once nothing asks for it any more."""
         self.frozen = None
@@ -220,7 +230,8 @@ class TransformersEngine:
 
     def save(self, path: Path, *, resumable: bool) -> Snapshot:
         parts = (self.model, self.wrapped, self.scheduler, path)
-        return checkpoint.take_snapshot(*parts, ranks=self.ranks, resumable=resumable)
+        kept = self.frozen if self.frozen_moves else None
+        return checkpoint.take_snapshot(*parts, ranks=self.ranks, resumable=resumable, reference=kept)
 
 
 def widen_trained(model: nn.Module) -> None:
@@ -248,33 +259,3 @@ def choose_layout(base: PreTrainedModel, flat: bool | None) -> bool:
             hint="leave --padding_free out",
         )
     return refusal is None if flat is None else flat
-
-
-def add_units(units: Sequence[dict[str, int]]) -> dict[str, int]:
-    """Units of the whole step: what every term is divided by, however the step is cut up."""
-    totals: dict[str, int] = {}
-    for counts in units:
-        for unit, count in counts.items():
-            totals[unit] = totals.get(unit, 0) + count
-    return totals
-
-
-def collect_sums(results: Sequence[LossSum], units: Sequence[dict[str, int]]) -> Sums:
-    """All sums of a step, fetched from the device at once. A loss stays a (sum, count) pair for each unit."""
-    names: list[str] = []
-    values: list[Tensor] = []
-    for result, counts in zip(results, units, strict=True):
-        for unit, term in result.terms.items():
-            names.append(f"loss/{unit}")
-            values += [
-                term.detach().double(),
-                torch.tensor(counts[unit], dtype=torch.float64, device=term.device),
-            ]
-        for name, (total, count) in result.metrics.items():
-            names.append(name)
-            values += [total.detach().double(), count.double()]
-    sums = Sums()
-    numbers = torch.stack(values).tolist() if values else []
-    for name, total, count in zip(names, numbers[0::2], numbers[1::2], strict=True):
-        sums.add(name, total, count)
-    return sums

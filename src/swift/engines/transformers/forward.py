@@ -1,4 +1,4 @@
-"""Batch -> model arguments -> LogitsView -> TokenStats. The choice of layout lives here, and only here.
+"""Batch -> model arguments -> DenseLogits -> TokenStats. The choice of layout lives here, and only here.
 
 Flat: one row of T tokens, segments kept apart by the attention. Padded: [B, L] with padding on the right, for
 models whose attention cannot be replaced. Both give the same stats.
@@ -81,9 +81,7 @@ def flat_arguments(batch: Batch, layout: Layout) -> dict[str, Any]:
         "position_ids": batch.positions()[None].to(device),
     }
     if layout.own_attention:
-        lengths = batch.segment_lengths()
-        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        arguments["segments"] = Segments(lengths.tolist(), bounds.to(device), sequence)
+        arguments["segments"] = Segments.of(batch.segment_lengths().tolist(), device, sequence=sequence)
     if sequence:
         arguments |= {name: sequence.own(arguments[name]) for name in ("input_ids", "position_ids")}
     return arguments

@@ -20,6 +20,20 @@ from torch.distributed import ProcessGroup
 from swift.batch import IGNORED, Batch
 
 
+def pad_tokens(batch: Batch, multiple: int) -> Batch:
+    """T made a multiple by an untrained segment at the end; `token` and `segment` are left alone."""
+    missing = -batch.num_tokens % multiple
+    if not missing:
+        return batch
+    return replace(
+        batch,
+        input_ids=F.pad(batch.input_ids, (0, missing)),
+        labels=F.pad(batch.labels, (0, missing), value=IGNORED),
+        segment_ids=F.pad(batch.segment_ids, (0, missing), value=batch.num_segments),
+        num_segments=batch.num_segments + 1,
+    )
+
+
 @dataclass(frozen=True)
 class SequenceRanks:
     """This process among those that share a batch."""
@@ -29,17 +43,8 @@ class SequenceRanks:
     group: ProcessGroup | None = None
 
     def pad(self, batch: Batch) -> Batch:
-        """T made a multiple of N by an untrained segment at the end; `token` and `segment` are left alone."""
-        missing = -batch.num_tokens % self.size
-        if not missing:
-            return batch
-        return replace(
-            batch,
-            input_ids=F.pad(batch.input_ids, (0, missing)),
-            labels=F.pad(batch.labels, (0, missing), value=IGNORED),
-            segment_ids=F.pad(batch.segment_ids, (0, missing), value=batch.num_segments),
-            num_segments=batch.num_segments + 1,
-        )
+        """T made a multiple of N."""
+        return pad_tokens(batch, self.size)
 
     def own(self, values: Tensor) -> Tensor:
         """The slice [..., t] of this rank."""

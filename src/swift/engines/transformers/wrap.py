@@ -4,13 +4,14 @@ DDP: every process holds everything. FSDP2: every process holds a slice of each 
 gradients of all processes (FSDP2 could sum, but not on gloo): the loss is multiplied by their number.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,6 @@ class Wrapped:
         return Stepped(norm, applied=math.isfinite(norm) or not self.scaler.is_enabled())
 
     def shape(self, parameter: Tensor) -> torch.Size:
-        """Of the whole tensor."""
         return parameter.shape
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -123,18 +123,7 @@ class Wrapped:
             self.scaler.load_state_dict(state)
 
 
-class Wrapper(Protocol):
-    """What spreads a model: `wrap` below, or that of deepspeed.py."""
-
-    def __call__(
-        self,
-        model: nn.Module,
-        base: PreTrainedModel,
-        *,
-        ranks: Ranks,
-        compute: torch.dtype,
-        build_optimizer: Callable[[], Optimizer],
-    ) -> Wrapped: ...
+Wrapper = Callable[..., Wrapped]  # what spreads a model: `wrap` below, or that of deepspeed.py
 
 
 def wrap(
@@ -157,7 +146,10 @@ def wrap(
     elif ranks.world > 1:
         # Buffers (rotary frequencies) are equal by construction; sending them each step would only cost time.
         unused = parallel.ddp_find_unused_parameters
-        module = DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=unused)
+        module = DistributedDataParallel(
+            model, broadcast_buffers=False, find_unused_parameters=unused,
+            bucket_cap_mb=parallel.ddp_bucket_cap_mb,
+        )  # fmt: skip
     scaler = GradScaler(device.type, enabled=compute == torch.float16)
     return Wrapped(module, build_optimizer(), float(ranks.world), scaler)
 
@@ -175,6 +167,8 @@ def shard(model: nn.Module, base: PreTrainedModel, ranks: Ranks, compute: torch.
 def load_zero() -> ModuleType:
     """deepspeed.py, or in words what is missing for it."""
     require_package("deepspeed", flag="--deepspeed", install="swiftune[deepspeed]")
+    # It tells stdout how it looked for GPUs, as soon as it is imported.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     return import_module("swift.engines.transformers.deepspeed")
 
 

@@ -1,0 +1,171 @@
+"""Micro-batches through megatron-core's schedules: its arguments, its output layer, its loss.
+
+The scale rule here: megatron-core sums gradients over micro-batches and data ranks, then divides them by the
+tokens that all ranks have reported. The loss is therefore multiplied by as many tokens, and every rank
+reports its own.
+Shapes: T = tokens of a batch, t = those of this rank, N = those of t whose logits are needed.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor, nn
+
+from swift.batch import IGNORED, Batch
+from swift.engines.megatron.context import ContextRanks
+from swift.engines.megatron.layers import FlatTokens, flat_tokens
+from swift.engines.megatron.logits import ShardedLogits
+from swift.engines.megatron.settings import Settings
+from swift.objectives.types import LossSum, Objective, TokenStats
+
+READY = frozenset({"logps", "correct", "logits_mean", "mean_logps"})  # stats that this engine has
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A batch as this rank's model takes it."""
+
+    ids_t: Tensor
+    labels_t: Tensor
+    kept_N: Tensor
+    flat: FlatTokens
+
+
+@dataclass(frozen=True)
+class Form:
+    """How batches are laid out for these settings, and what comes back."""
+
+    settings: Settings
+    vocabulary: int
+    device: torch.device
+    context: ContextRanks
+
+    @property
+    def multiple(self) -> int:
+        """What the number of tokens of a rank must be a multiple of."""
+        return self.settings.tensor_model_parallel_size if self.settings.sequence_parallel else 1
+
+    def lay_out(self, batch: Batch) -> Laid:
+        """Values on the host decide all shapes, so nothing here waits for the device."""
+        whole = self.context.pad(batch, self.multiple)
+        ids_t, labels_t = self.context.own(whole.input_ids), self.context.own(whole.labels)
+        kept_N = (labels_t != IGNORED).nonzero().squeeze(1)
+        if not kept_N.numel():  # an output layer without rows has no gradient that ranks could exchange
+            kept_N = torch.zeros(1, dtype=torch.int64)
+        flat = flat_tokens(whole, self.context, self.device)
+        return Laid(*(x.to(self.device) for x in (ids_t, labels_t, kept_N)), flat)
+
+    def stats(self, logits: Tensor, laid: Laid, batch: Batch, needs: frozenset[str]) -> TokenStats:
+        """`logits` [1, N, v] of the last stage -> stats of the whole batch, [T] each, on every rank of it."""
+        view = ShardedLogits.cut(logits[0], laid.kept_N, self.vocabulary)
+        found = {}
+        for name in sorted(needs):
+            values_t = getattr(view, name)(laid.labels_t)
+            if laid.kept_N.numel() == 1:  # which may be there for its gradient alone
+                values_t = values_t * (laid.labels_t != IGNORED)
+            found[name] = self.context.gather(values_t)[: batch.num_tokens]
+        return TokenStats(**found)
+
+
+class KeptRows:
+    """Lets the output layer see only the tokens whose logits are needed: prompts never become logits."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.rows_N: Tensor | None = None
+        # Rows are chosen among the tokens of all tensor ranks, which are therefore gathered beforehand.
+        self.gathers = layer.sequence_parallel
+        if self.gathers:
+            layer.sequence_parallel, layer.allreduce_dgrad = False, True
+        layer.register_forward_pre_hook(self._keep)
+
+    def _keep(self, _layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = inputs[0]
+        if self.gathers:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return (hidden if self.rows_N is None else hidden[self.rows_N], *inputs[1:])
+
+
+def keep_rows(chunk: GPTModel) -> None:
+    """Prepares the output layer of a chunk that has one."""
+    if chunk.post_process:
+        chunk.kept = KeptRows(chunk.output_layer)
+
+
+Consume = Callable[[TokenStats, Batch, Laid], Any]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Runs micro-batches through the chunks of this rank, together with the other stages."""
+
+    form: Form
+
+    def _step(
+        self, consume: Consume, needs: frozenset[str], batches: Any, model: nn.Module
+    ) -> tuple[Tensor, Callable[..., Any]]:
+        """One micro-batch through one chunk, as megatron-core calls it."""
+        batch: Batch = next(batches)
+        laid = self.form.lay_out(batch)
+        if get_attr_wrapped_model(model, "post_process"):
+            get_attr_wrapped_model(model, "kept").rows_N = laid.kept_N
+        output = model(laid.ids_t[None], None, None, packed_seq_params=laid.flat)
+
+        def finish(logits: Tensor, non_loss_data: bool = False) -> Any:  # noqa: ARG001 - megatron's argument
+            return consume(self.form.stats(logits, laid, batch, needs), batch, laid)
+
+        return output, finish
+
+    def _run(
+        self, chunks: Sequence[nn.Module], batches: Sequence[Batch], step: Callable[..., Any], *, train: bool
+    ) -> list[Any]:
+        """What `consume` gave for each batch; on the last stage, empty elsewhere."""
+        iterators = [iter(batches) for _ in chunks]
+        several = len(chunks) > 1
+        return list(
+            get_forward_backward_func()(
+                forward_step_func=step,
+                data_iterator=iterators if several else iterators[0],
+                model=list(chunks),
+                num_microbatches=len(batches),
+                seq_length=batches[0].num_tokens,
+                micro_batch_size=1,
+                forward_only=not train,
+                collect_non_loss_data=not train,
+            )
+        )
+
+    def forward(
+        self, chunks: Sequence[nn.Module], batches: Sequence[Batch], needs: frozenset[str], consume: Consume
+    ) -> list[Any]:
+        """What `consume` makes of the stats of each batch, without gradients."""
+        with torch.no_grad():
+            return self._run(chunks, batches, partial(self._step, consume, needs), train=False)
+
+    def forward_backward(
+        self,
+        chunks: Sequence[nn.Module],
+        batches: Sequence[Batch],
+        objective: Objective,
+        units: dict[str, float],
+        tokens: int,
+    ) -> list[LossSum]:
+        """Gradients of all micro-batches. `units` and trained `tokens`: of the whole step, on all ranks."""
+
+        def lose(stats: TokenStats, batch: Batch, laid: Laid) -> tuple[Tensor, Tensor, LossSum]:
+            result = objective(stats, batch.to(self.form.device))
+            loss = sum(term / max(units[unit], 1) for unit, term in result.terms.items())
+            reported = (laid.labels_t != IGNORED).sum().int()
+            return (
+                loss * max(tokens, 1),
+                reported,
+                LossSum({unit: term.detach() for unit, term in result.terms.items()}, result.metrics),
+            )
+
+        return self._run(chunks, batches, partial(self._step, lose, objective.needs), train=True)

@@ -1,0 +1,174 @@
+"""`megatron pt|sft|rlhf`: the same runs on megatron-core. `swift`'s commands import nothing of it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from swift.config.layout import Layout, choose_layout, model_sizes
+from swift.config.option import ConfigError
+from swift.config.option import build as build_config
+from swift.config.runs import ExportRun, MegatronRlhfRun, MegatronRun, MegatronSftRun
+from swift.engines.megatron.bridge import Bridge
+from swift.engines.megatron.checkpoint import Files
+from swift.engines.megatron.dist_checkpoint import load_model
+from swift.engines.megatron.engine import MegatronEngine, Wrapping
+from swift.engines.megatron.implementation import describe_implementation
+from swift.engines.megatron.lora import add_adapters, check_places
+from swift.engines.megatron.model import build_chunks
+from swift.engines.megatron.settings import Settings, chosen_settings, model_settings
+from swift.engines.megatron.setup import context_ranks, join_model_parallel, seed_model_parallel
+from swift.engines.ranks import Ranks, join_ranks
+from swift.models.load import SLOW_HALF, load_config, pick_device
+from swift.models.mcore import find_mcore
+from swift.models.outline import Outline, outline_adapters
+from swift.plugins.registry import load_object
+from swift.train.backend import Backend
+from swift.train.building import seed_everything
+from swift.train.megatron import as_resumption, settle, with_accumulation
+from swift.train.method import Method, rlhf_method, sft_method
+from swift.train.preparing import Prepared, locate_model
+from swift.train.resume import Resumption
+from swift.train.run import train
+from swift.utils import env
+from swift.utils.log import say, warn
+
+
+def run_pt(run: MegatronSftRun) -> int:
+    """`megatron pt`; returns the exit code."""
+    return train(as_resumption(run), "pt", lambda run: sft_method(run.task, run.sft), MEGATRON)
+
+
+def run_sft(run: MegatronSftRun) -> int:
+    """`megatron sft`; returns the exit code."""
+    return train(as_resumption(run), "sft", lambda run: sft_method(run.task, run.sft), MEGATRON)
+
+
+def run_rlhf(run: MegatronRlhfRun) -> int:
+    """`megatron rlhf`; returns the exit code."""
+    return train(as_resumption(run), "rlhf", lambda run: rlhf_method(run.rlhf), MEGATRON)
+
+
+def layout_of(run: MegatronRun, config: PretrainedConfig) -> Layout:
+    """How the processes of this job share the model; ConfigError where they cannot."""
+    world = int(env.read("WORLD_SIZE", "1") or 1)
+    return choose_layout(run.megatron, world=world, sizes=model_sizes(config.to_dict()))
+
+
+def locate(run: MegatronRun) -> tuple[MegatronRun, Path]:
+    """Where config and tokenizer are, and the run with the micro-batches that its layout makes of a step."""
+    directory = (
+        find_mcore(Path(run.megatron.mcore_model)).config_directory if run.megatron.mcore_model else None
+    )
+    if directory is None:
+        run, directory = locate_model(run)
+    layout = layout_of(run, load_config(directory))
+    run.megatron.check_layers(layout)
+    return with_accumulation(run, layout), directory
+
+
+def join(run: MegatronRun, ready: Prepared) -> tuple[Ranks, torch.device]:
+    """Processes that share a model or its tokens are one data rank."""
+    timeout = run.parallel.ddp_timeout
+    ranks, device = join_ranks(pick_device(run.model.device), timeout)
+    return join_model_parallel(ranks, layout_of(run, ready.model_config), timeout), device
+
+
+def choose_dtype(run: MegatronRun, config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    """--torch_dtype, else that of config.json on a GPU and float32 on a CPU."""
+    named = run.model.torch_dtype or run.schedule.compute
+    on_cpu = device.type == "cpu"
+    dtype = getattr(torch, named) if named else torch.float32 if on_cpu else config.dtype or torch.bfloat16
+    if on_cpu and dtype != torch.float32 and torch.backends.cpu.get_cpu_capability() in SLOW_HALF:
+        name = str(dtype).removeprefix("torch.")
+        warn(f"this CPU cannot multiply {name} fast: weights and arithmetic are float32")
+        return torch.float32
+    return dtype
+
+
+def build(
+    run: MegatronRun,
+    method: Method,
+    ready: Prepared,
+    total_steps: int,
+    ranks: Ranks,
+    device: torch.device,
+    resumption: Resumption | None,
+    _accumulation: int,
+) -> MegatronEngine:
+    """Seeds everything, builds this rank's part of the model and reads its weights."""
+    if method.num_labels is not None or not method.learns_text:
+        raise ConfigError("megatron has no heads for scores, classes and embeddings yet", hint="use swift")
+    hf, seed = ready.model_config, run.schedule.seed
+    seed_everything(seed + ranks.rank)
+    seed_model_parallel(seed)
+    layout = layout_of(run, hf)
+    dtype = choose_dtype(run, hf, device)
+    flags = run.megatron
+    if run.tuner.train_type == "lora":  # adapters stand beside layers of torch kernels
+        flags = replace(flags, transformer_impl="torch")
+    settings = model_settings(hf, layout, dtype, **chosen_settings(flags, hf))
+    say(describe_implementation(settings.transformer_impl))
+    outline = outline_of(run, ready, settings, resumption)
+    chunks = load_chunks(run, ready, settings, None)
+    if outline:
+        add_adapters(chunks, hf, settings, outline)
+    frozen = None
+    if method.needs_reference and run.tuner.train_type == "full":
+        frozen = load_chunks(run, ready, settings, ready.reference_path)
+    engine = MegatronEngine(
+        chunks,
+        settings,
+        run.optim,
+        vocabulary=hf.vocab_size,
+        learning_rate=run.optim.peak(run.tuner.train_type),
+        total_steps=total_steps,
+        ranks=ranks,
+        context=context_ranks(flags.cp_comm_type),
+        wrapping=Wrapping(
+            flags.use_distributed_optimizer, flags.overlap_grad_reduce, flags.overlap_param_gather
+        ),
+        frozen=frozen,
+        files=Files(
+            hf, ready.model_path, hugging_face=flags.save_safetensors, adapter=outline and outline.config
+        ),
+    )
+    if resumption:
+        engine.load(resumption.checkpoint, optimizer=not flags.no_load_optim, random=not flags.no_load_rng)
+    return engine
+
+
+def outline_of(
+    run: MegatronRun, ready: Prepared, settings: Settings, resumption: Resumption | None
+) -> Outline | None:
+    """The adapters that the flags ask for; ConfigError for those that cannot be."""
+    if run.tuner.train_type == "full":
+        return None
+    outline = outline_adapters(
+        ready.model_config, run.tuner, dtype=settings.params_dtype, base=ready.model_path,
+        seed=run.schedule.seed, resumed=resumption.checkpoint if resumption else None,
+    )  # fmt: skip
+    check_places(ready.model_config, outline)
+    return outline
+
+
+def load_chunks(run: MegatronRun, ready: Prepared, settings: Settings, other: Path | None) -> list[nn.Module]:
+    """This rank's chunks with the weights of --mcore_model, of --model, or of another HF directory."""
+    chunks = build_chunks(ready.model_config, settings)
+    if run.megatron.mcore_model and other is None:
+        load_model(chunks, find_mcore(Path(run.megatron.mcore_model)).weights)
+    else:
+        Bridge(ready.model_config, settings).load(chunks, other or ready.model_path)
+    return chunks
+
+
+def merge(run: MegatronRun, checkpoint: Path) -> None:
+    """--merge_lora: `swift export --merge_lora true` of the last checkpoint. Called by one process."""
+    if run.tuner.merge_lora:
+        plan = {"adapters": (str(checkpoint),), "merge_lora": True, "exist_ok": True}
+        load_object("swift.export.run:run_export")(build_config(ExportRun, plan))
+
+
+MEGATRON = Backend(lambda run: settle(run).run, locate, join, build, iterations=True, finish=merge)

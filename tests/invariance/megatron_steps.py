@@ -1,0 +1,77 @@
+"""Runs in every rank of a job: training steps of the Megatron engine, for test_megatron_engine.py."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from steps import OPTIM, RATE, UNSEEN, make_batches, make_objective
+from transformers import AutoConfig
+
+from swift.config.layout import Layout
+from swift.engines.megatron.bridge import Bridge
+from swift.engines.megatron.engine import MegatronEngine, Wrapping
+from swift.engines.megatron.model import build_chunks
+from swift.engines.megatron.settings import model_settings
+from swift.engines.megatron.setup import (
+    context_ranks,
+    join_model_parallel,
+    leave_model_parallel,
+    seed_model_parallel,
+)
+from swift.engines.ranks import Ranks
+from swift.utils.files import write_json
+
+
+def run_cases(rank: int, world: int, cases: list[dict[str, Any]]) -> None:
+    """Every case on the same processes, one after the other."""
+    torch.set_num_threads(1)
+    for case in cases:
+        layout = Layout(world=world, **case["degrees"])
+        if not dist.is_initialized() and world > 1:
+            dist.init_process_group("gloo")
+        ranks = join_model_parallel(Ranks(rank, world), layout, 60)
+        try:
+            run_case(ranks, layout, case)
+        finally:
+            leave_model_parallel()
+
+
+def run_case(ranks: Ranks, layout: Layout, case: dict[str, Any]) -> None:
+    seed_model_parallel(1)
+    source, result = Path(case["model"]), Path(case["result"])
+    config = AutoConfig.from_pretrained(source)
+    settings = model_settings(config, layout, torch.float32, **case["chosen"])
+    bridge, chunks = Bridge(config, settings), build_chunks(config, settings)
+    bridge.load(chunks, source)
+    # Slices of the optimizer have slices of the sums: whole ones are compared without.
+    wrapping = Wrapping(distributed_optimizer=case["sliced"], overlap_grad_reduce=case["overlap"],
+                        overlap_param_gather=case["overlap"] and case["sliced"])  # fmt: skip
+    engine = MegatronEngine(
+        chunks, settings, OPTIM, vocabulary=config.vocab_size, learning_rate=RATE, total_steps=case["steps"],
+        ranks=ranks, context=context_ranks(case["context"]), wrapping=wrapping,
+    )  # fmt: skip
+    found: dict[str, Any] = {"rows": [], "parameters": list(engine.num_parameters)}
+    for step in range(case["steps"]):
+        batches = make_batches(step)[engine.data_rank :: engine.data_world]
+        sums = engine.forward_backward(batches, make_objective())
+        if step == 0 and not case["sliced"]:
+            gradients = {
+                name: tensor.clone()
+                for name, tensor in bridge.export(engine.plain, value=lambda p: p.main_grad)
+                if tensor is not None
+            }
+            if ranks.is_main:
+                save_file(gradients, result.with_suffix(".safetensors"))
+        info = engine.optim_step()
+        found["rows"].append([sums.means()["loss/tokens"], info.grad_norm])
+    unseen = make_batches(UNSEEN)[engine.data_rank :: engine.data_world]
+    found["eval"] = engine.measure(unseen, make_objective()).means()["loss/tokens"]
+    stats = engine.forward(
+        make_batches(UNSEEN)[:1], frozenset({"logps", "correct", "logits_mean", "mean_logps"})
+    )
+    found["stats"] = {name: getattr(stats[0], name).double().sum().item() for name in
+                      ("logps", "correct", "logits_mean", "mean_logps")}  # fmt: skip
+    if ranks.rank == ranks.world - 1:  # which is not the one that speaks, in most layouts
+        write_json(result, found)
