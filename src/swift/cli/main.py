@@ -128,8 +128,16 @@ def execute(command: Command, resolved: Resolved, argv: list[str]) -> int:
     # Before torch is loaded: its CPU threads otherwise wait by spinning, which on a machine that is busy with
     # anything else made a training step four times as long.
     env.set_defaults({"OMP_WAIT_POLICY": "PASSIVE"})
+    quiet_deepspeed()
     code: int = load(command.run)(config)
     return code
+
+
+def quiet_deepspeed() -> None:
+    """Where it is installed, other packages import it, and it tells stdout how it looked for GPUs."""
+    import logging
+
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def asks_for_processes() -> bool:

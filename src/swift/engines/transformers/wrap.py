@@ -4,7 +4,6 @@ DDP: every process holds everything. FSDP2: every process holds a slice of each 
 gradients of all processes (FSDP2 could sum, but not on gloo): the loss is multiplied by their number.
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -167,8 +166,6 @@ def shard(model: nn.Module, base: PreTrainedModel, ranks: Ranks, compute: torch.
 def load_zero() -> ModuleType:
     """deepspeed.py, or in words what is missing for it."""
     require_package("deepspeed", flag="--deepspeed", install="swiftune[deepspeed]")
-    # It tells stdout how it looked for GPUs, as soon as it is imported.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     return import_module("swift.engines.transformers.deepspeed")
 
 
