@@ -15,10 +15,11 @@ from pathlib import Path
 from swift.engines.transformers import slices
 from swift.train import saving
 from swift.train.offline import Offline
+from swift.utils import files
 
 CALLS = ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"),
          (os, "symlink"), (io, "open"), (builtins, "open"), (slices, "write_tensors"),
-         (saving, "file_sha256"), (Offline, "_train_step"))  # fmt: skip
+         (files, "file_sha256"), (Offline, "_train_step"))  # fmt: skip
 
 
 def kill_at(rank: int, event: int, counted: str, victim: int = 0) -> None:
@@ -82,10 +83,10 @@ def interrupt_while_saving(rank: int, step: int) -> None:
     """Ctrl-C after a step whose checkpoint is still being written; the writer waits for it."""
     pressed, complete, settle = threading.Event(), saving.Saver._complete, saving.Saver.settle
 
-    def wait_and_complete(self, flight):
+    def wait_and_complete(self, flight, snapshot):
         if flight.step == step:
             pressed.wait()
-        complete(self, flight)
+        complete(self, flight, snapshot)
 
     def release_and_settle(self):
         assert self.flight.is_alive

@@ -351,7 +351,6 @@ def check_implementations(rank: int, folder: str) -> None:
     assert not wgrad.install()  # no cuBLAS without a GPU
     assert "weight gradients added up in a second pass" in implementation.describe_implementation("local")
     for flags, message in (
-        ({"moe_permute_fusion": True}, "--moe_permute_fusion true is a kernel of transformer-engine"),
         ({"moe_grouped_gemm": False}, "--moe_grouped_gemm false: experts always share"),
         ({"gradient_accumulation_fusion": True}, "--gradient_accumulation_fusion true needs a GPU"),
     ):

@@ -284,16 +284,19 @@ def divide(layer: nn.Module, kind: str, settings: Settings) -> tuple[list[int], 
 
 
 def add_to_linear(layer: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> Any:
+    """Hook of a layer that gives out [t, 1, out] and a bias."""
     if not layer.lora.enabled:
         return output
     return output[0] + layer.lora(inputs[0]), output[1]
 
 
 def add_to_experts(layer: nn.Module, inputs: tuple[Tensor, Tensor], output: Tensor) -> Tensor:
+    """Hook of a stack of experts, which gives out [n, out]."""
     return output + layer.lora(*inputs) if layer.lora.enabled else output
 
 
 def adapters_of(chunks: Sequence[nn.Module]) -> list[Adapter]:
+    """The adapters of every layer of this rank."""
     return [m for chunk in chunks for m in unwrap(chunk).modules() if isinstance(m, Adapter)]
 
 
