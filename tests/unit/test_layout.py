@@ -1,5 +1,6 @@
 """Layouts: what is possible, what is said where it is not, and that every suggestion is possible."""
 
+import dataclasses
 import itertools
 import random
 
@@ -10,13 +11,16 @@ from swift.config.layout import (
     LayoutConfig,
     ModelSizes,
     choose_layout,
+    describe,
     find_faults,
+    keeps_layout,
     micro_batches,
     model_sizes,
     padded_vocab,
     stage_layers,
     suggest,
 )
+from swift.config.megatron import MegatronConfig
 from swift.config.option import ConfigError
 
 SMOLLM2 = ModelSizes(layers=30, heads=9, kv_heads=3, ffn=1536, vocab=49152)
@@ -213,3 +217,32 @@ def test_numbers_of_a_config() -> None:
     moe = dense | {"num_key_value_heads": 2, "num_experts": 8, "moe_intermediate_size": 32}
     assert model_sizes({"text_config": moe}) == ModelSizes(2, 4, 2, 128, 500, experts=8, expert_ffn=32)
     assert model_sizes(dense | {"num_local_experts": 8}).expert_ffn == 128
+
+
+def test_a_layout_goes_on_as_a_whole_or_not_at_all() -> None:
+    none, saved = (dataclasses.asdict(config_of(**short)) for short in ({}, {"tp": 2, "sp": True}))
+    kept = [world for world in range(1, 7) if keeps_layout(none, saved, world)]
+    assert kept == [2, 4, 6]
+    assert not keeps_layout(dataclasses.asdict(config_of(pp=2)), saved, 2)
+    assert keeps_layout(dataclasses.asdict(config_of(sp=True)), saved, 2)
+    assert describe(MegatronConfig(global_batch_size=4, pipeline_model_parallel_size=2)) == (
+        "--pipeline_model_parallel_size 2"
+    )
+
+
+def test_layers_that_are_recomputed_together() -> None:
+    def check(chunk: int, **short: object) -> None:
+        layout = choose_layout(config_of(**short), world=4, sizes=QWEN3_8B)
+        flags = {"recompute_granularity": "full", "recompute_method": "uniform"}
+        MegatronConfig(recompute_num_layers=chunk, **flags).check_layers(layout)
+
+    for chunk, short in ((36, {}), (3, {"pp": 4}), (3, {"pp": 4, "vpp": 3}), (2, {"pp": 2, "first": 16})):
+        check(chunk, **short)
+    for chunk, short, count, fitting in (
+        (5, {}, 36, "1, 2, 3, 4, 6, 9, 12, 18, 36"),
+        (9, {"pp": 4, "vpp": 3}, 3, "1, 3"),
+        (3, {"pp": 2, "first": 16}, 4, "1, 2, 4"),
+    ):
+        with pytest.raises(ConfigError, match=f"_num_layers {chunk} does not divide the {count} ") as told:
+            check(chunk, **short)
+        assert told.value.message.endswith(f"(it can be {fitting})")

@@ -12,6 +12,7 @@ from swift.config.layout import Layout, micro_batches
 from swift.config.option import ConfigError, fill_defaults
 from swift.config.runs import MegatronRlhfRun, MegatronSftRun
 from swift.models.adapters import TAKEN
+from swift.models.directory import read_json
 from swift.models.mcore import TRACKER, McoreCheckpoint, find_weights, last_checkpoint
 from swift.train.saving import STATE
 from swift.utils.log import say
@@ -74,7 +75,24 @@ def _from_directory(run: Run, path: Path) -> Run:
     return replace(run, model=model, megatron=megatron)
 
 
+def _check_same_model(given: str, weights: McoreCheckpoint) -> None:
+    """Raises ConfigError where --model is a directory with another model than the weights are of."""
+    theirs = Path(given).expanduser() / "config.json"
+    if weights.config_directory is None or not theirs.is_file():
+        return
+    ours, other = read_json(weights.config_directory / "config.json"), read_json(theirs)
+    for name in ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"):
+        if ours.get(name) != other.get(name):
+            raise ConfigError(
+                f"--mcore_model {weights.directory} is of another model than --model {given}: its {name} is "
+                f"{ours.get(name)}, not {other.get(name)}",
+                hint="leave --model out",
+            )
+
+
 def _from_mcore(run: Run, weights: McoreCheckpoint) -> Run:
+    if run.model.model:
+        _check_same_model(run.model.model, weights)
     saved = weights.args | {"model": weights.model}
     names = ("torch_dtype",) if run.model.model else TAKEN["model"]
     model, from_model = fill_defaults(run.model, saved, names)

@@ -123,8 +123,6 @@ class MegatronEngine:
         for chunk in self.active:
             chunk.eval()
         even = self._even_out(batches)
-        if not even:
-            return []
         found = self.schedule.forward(self.active, even, needs, lambda stats, *_: stats)
         return [self._share(found[i] if found else None, batch, needs) for i, batch in enumerate(batches)]
 

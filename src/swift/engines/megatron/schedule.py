@@ -145,6 +145,8 @@ class Schedule:
         self, chunks: Sequence[nn.Module], batches: Sequence[Batch], needs: frozenset[str], consume: Consume
     ) -> list[Any]:
         """What `consume` makes of the stats of each batch, without gradients."""
+        if not batches:  # as many on all ranks
+            return []
         with torch.no_grad():
             return self._run(chunks, batches, partial(self._step, consume, needs), train=False)
 
