@@ -13,6 +13,9 @@ STAMP := .venv/.up-to-date
 # One thread: sums of floats then come out alike on every machine, and small models are no slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# Files go to two processes at once, whole: fixtures of a file are made once.
+TWO := -n 2 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-slow check format clean
 
@@ -29,7 +32,7 @@ demo: $(STAMP) ## teach a small model a new name and ask it who it is (about thr
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo.py
 
 test: $(STAMP) ## run every test, as continuous integration does (about a quarter of an hour on two cores)
-	$(PYTEST) --durations=10 -m 'not slow_suite' $(ARGS)
+	$(PYTEST) $(TWO) --durations=10 -m 'not slow_suite' $(ARGS)
 
 test-fast: $(STAMP) ## run the tests that take seconds
 	$(PYTEST) -m 'not slow and not slow_suite' $(ARGS)
