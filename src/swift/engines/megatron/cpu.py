@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from swift.config.option import ConfigError
 from swift.engines.megatron import implementation, speed, wgrad
 from swift.utils import env
 
@@ -42,7 +43,12 @@ def make_ready() -> None:
     implementation.trouble()
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    import_module("megatron.core.models.gpt")
+    try:
+        import_module("megatron.core.models.gpt")
+    except ImportError as error:  # 0.18 and 0.19 want triton, which torch for CPUs does not bring along
+        raise ConfigError(
+            f"megatron-core cannot be imported: {error}", hint="pip install triton, or 'megatron-core<0.17'"
+        ) from error
     logging.getLogger("megatron").setLevel(logging.ERROR)
     mend_missing_names()
     speed.patch()
