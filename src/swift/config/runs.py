@@ -179,62 +179,54 @@ class RlhfRun(TrainRun):
             )
 
 
+class OnMegatron:
+    """What `megatron sft` and `megatron rlhf` have in common; comes before the run that it changes."""
+
+    __slots__ = ()  # fields are those of the runs
+
+    @property
+    def resumes(self: "MegatronRun") -> str | None:
+        """The checkpoint that goes on; with --finetune false what is loaded, adapters before their base."""
+        loaded = next(iter(self.tuner.adapters), self.megatron.mcore_model)
+        return self.schedule.resume_from_checkpoint or (None if self.megatron.finetune else loaded)
+
+    @property
+    def eval_limit(self: "MegatronRun") -> int | None:
+        """Rows that an evaluation looks at; None = all."""
+        flags = self.megatron
+        return None if flags.eval_iters < 0 else flags.eval_iters * flags.global_batch_size
+
+    def check(self: "MegatronRun") -> None:
+        """Raises ConfigError where flags contradict each other or one is missing."""
+        _check_megatron(self)
+
+    def check_complete(self: "MegatronRun") -> None:
+        """`check` for a run whose values are all known."""
+        super().check_complete()  # type: ignore[misc]
+        self.megatron.check()
+        _check_project(self.output)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MegatronSftRun(SftRun):
+class MegatronSftRun(OnMegatron, SftRun):
     """`megatron sft` and `megatron pt`."""
 
     tuner: MegatronTunerConfig = field(default_factory=MegatronTunerConfig)
     schedule: MegatronScheduleConfig = field(default_factory=MegatronScheduleConfig)
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
 
-    @property
-    def resumes(self) -> str | None:
-        """The checkpoint or run that goes on."""
-        return _resumed(self)
-
-    @property
-    def eval_limit(self) -> int | None:
-        """Rows that an evaluation looks at; None = all."""
-        return _eval_limit(self.megatron)
-
-    def check(self) -> None:
-        """Raises ConfigError where flags contradict each other or one is missing."""
-        _check_megatron(self)
-
-    def check_complete(self) -> None:
-        """`check` for a run whose values are all known."""
-        SftRun.check_complete(self)
-        self.megatron.check()
-        _check_project(self.output)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MegatronRlhfRun(RlhfRun):
+class MegatronRlhfRun(OnMegatron, RlhfRun):
     """`megatron rlhf`."""
 
     tuner: MegatronTunerConfig = field(default_factory=MegatronTunerConfig)
     schedule: MegatronScheduleConfig = field(default_factory=MegatronScheduleConfig)
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
 
-    @property
-    def resumes(self) -> str | None:
-        """The checkpoint or run that goes on."""
-        return _resumed(self)
-
-    @property
-    def eval_limit(self) -> int | None:
-        """Rows that an evaluation looks at; None = all."""
-        return _eval_limit(self.megatron)
-
-    def check(self) -> None:
-        """Raises ConfigError where flags contradict each other or one is missing."""
-        _check_megatron(self)
-
     def check_complete(self) -> None:
         """`check` for a run whose values are all known."""
-        RlhfRun.check_complete(self)
-        self.megatron.check()
-        _check_project(self.output)
+        OnMegatron.check_complete(self)
         if self.rlhf.rlhf_type == "rm":
             raise ConfigError("--rlhf_type rm is not there yet in parallel", hint="use swift rlhf")
 
@@ -242,15 +234,9 @@ class MegatronRlhfRun(RlhfRun):
 MegatronRun = MegatronSftRun | MegatronRlhfRun
 
 
-def _resumed(run: MegatronRun) -> str | None:
-    """--resume_from_checkpoint; with --finetune false what is loaded, adapters rather than their base."""
-    loaded = next(iter(run.tuner.adapters), run.megatron.mcore_model)
-    return run.schedule.resume_from_checkpoint or (None if run.megatron.finetune else loaded)
-
-
 def _check_megatron(run: MegatronRun) -> None:
     """What can be checked before checkpoints are looked at. --mcore_model names its model by itself."""
-    if not run.megatron.finetune and not _resumed(run):
+    if not run.megatron.finetune and not run.resumes:
         raise ConfigError(
             "--finetune false goes on with a run, and none is named", hint="name it with --mcore_model"
         )
@@ -269,10 +255,6 @@ def _check_megatron(run: MegatronRun) -> None:
             )
     named = run.model.model or run.megatron.mcore_model
     replace(run, model=replace(run.model, model=named)).check_complete()
-
-
-def _eval_limit(megatron: MegatronConfig) -> int | None:
-    return None if megatron.eval_iters < 0 else megatron.eval_iters * megatron.global_batch_size
 
 
 def _check_project(output: OutputConfig) -> None:

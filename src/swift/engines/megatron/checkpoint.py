@@ -10,7 +10,7 @@ Not here: the formats themselves (dist_checkpoint.py, bridge.py).
 
 import copy
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,8 @@ from swift.engines.transformers.checkpoint import (
     INDEX,
     SCHEDULER,
     SHARD_BYTES,
+    Writer,
+    adapter_writer,
     keep_bytes,
     load_random,
     random_file,
@@ -41,7 +43,6 @@ from swift.engines.transformers.checkpoint import (
     split_shards,
 )
 from swift.engines.transformers.slices import write_tensors
-from swift.models.directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from swift.models.mcore import TRACKER
 from swift.utils.files import write_json, write_text
 
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
 
 # Optimizer states as whole tensors: they can be cut for any layout.
 RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-Writer = Callable[[Path], list[Path]]
 
 
 @dataclass(frozen=True)
@@ -152,16 +152,10 @@ def take_snapshot(engine: "MegatronEngine", path: Path, *, resumable: bool) -> S
 def take_adapters(engine: "MegatronEngine") -> tuple[int, Writer]:
     """Bytes and writer of rank 0's adapter_model.safetensors and adapter_config.json."""
     tensors = AdapterBridge().tensors(engine.plain)
-    config = copy.deepcopy(engine.files.adapter)
-    assert config is not None
-    config.inference_mode = True
-
-    def write(into: Path) -> list[Path]:
-        if not engine.ranks.is_main:
-            return []
-        config.save_pretrained(str(into))
-        return [into / ADAPTER_CONFIG, write_tensors(into / ADAPTER_WEIGHTS[0], tensors, {"format": "pt"})]
-
+    if not engine.ranks.is_main:
+        return 0, lambda _: []
+    assert engine.files.adapter is not None
+    write = adapter_writer(copy.deepcopy(engine.files.adapter), tensors)
     return sum(tensor.nbytes for tensor in tensors.values()), write
 
 

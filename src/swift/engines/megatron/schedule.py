@@ -25,8 +25,6 @@ from swift.engines.megatron.logits import ShardedLogits
 from swift.engines.megatron.settings import Settings
 from swift.objectives.types import LossSum, Objective, TokenStats
 
-READY = frozenset({"logps", "correct", "logits_mean", "mean_logps"})  # stats that this engine has
-
 
 @dataclass(frozen=True)
 class Laid:

@@ -112,17 +112,22 @@ def take_adapter(model: PeftModel, wrapped: Wrapped, ranks: Ranks) -> tuple[int,
     # All of it now: PEFT asks modules for their state, which FSDP2 answers by slicing them again. Done beside
     # training, that would take the weights away from under a forward pass.
     config = copy.deepcopy(model.peft_config["default"])
-    config.inference_mode = True
     if has_starts(model):
         copies, config = with_starts(model, copies, config)
     settle()
     tensors = get_peft_model_state_dict(model, state_dict=copies)
+    return sum(t.nbytes for t in copies.values()), adapter_writer(config, tensors)
+
+
+def adapter_writer(config: PeftConfig, tensors: dict[str, Tensor]) -> Writer:
+    """Writer of adapters under the names of PEFT. `config` is changed: to one that is not trained on."""
+    config.inference_mode = True
 
     def write(into: Path) -> list[Path]:
         config.save_pretrained(str(into))
         return [into / ADAPTER_CONFIG, write_tensors(into / ADAPTER_WEIGHTS[0], tensors, {"format": "pt"})]
 
-    return sum(t.nbytes for t in copies.values()), write
+    return write
 
 
 def take_weights(model: PreTrainedModel, wrapped: Wrapped, ranks: Ranks) -> tuple[int, Writer]:
