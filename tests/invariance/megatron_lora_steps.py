@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lora_steps import OPTIM, RATE, STEPS, make_batches, make_objective
+from megatron_jobs import run_each
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
@@ -16,29 +16,15 @@ from swift.engines.megatron.engine import MegatronEngine, Wrapping
 from swift.engines.megatron.lora import AdapterBridge, add_adapters, as_matrix, check_places
 from swift.engines.megatron.model import build_chunks
 from swift.engines.megatron.settings import model_settings
-from swift.engines.megatron.setup import (
-    context_ranks,
-    join_model_parallel,
-    leave_model_parallel,
-    seed_model_parallel,
-)
+from swift.engines.megatron.setup import context_ranks, seed_model_parallel
 from swift.engines.ranks import Ranks
 from swift.models.outline import outline_adapters
 from swift.utils.files import write_json
 
 
 def run_cases(rank: int, world: int, cases: list[dict[str, Any]]) -> None:
-    """Every case on the same processes, one after the other."""
-    torch.set_num_threads(1)
-    for case in cases:
-        layout = Layout(world=world, **case["degrees"])
-        if not dist.is_initialized() and world > 1:
-            dist.init_process_group("gloo")
-        ranks = join_model_parallel(Ranks(rank, world), layout, 60)
-        try:
-            run_case(ranks, layout, case)
-        finally:
-            leave_model_parallel()
+    """The hook."""
+    run_each(rank, world, cases, run_case)
 
 
 def build_engine(ranks: Ranks, layout: Layout, case: dict[str, Any]) -> MegatronEngine:
