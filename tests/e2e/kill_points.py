@@ -22,10 +22,11 @@ CALLS = ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "r
          (files, "file_sha256"), (Offline, "_train_step"))  # fmt: skip
 
 
-def kill_at(rank: int, event: int, counted: str, victim: int = 0) -> None:
+def kill_at(rank: int, event: int, counted: str, victim: int = 0, saved: str | None = None) -> None:
     """SIGKILL at the event-th call of CALLS since training began, before it or after it; 0 = never.
 
-    The number of calls is left in the file `counted` when training ends.
+    With `saved`, a run's directory, calls count only once a checkpoint of its is whole. The number of calls is
+    left in the file `counted` when training ends.
     """
     if rank != victim:
         return
@@ -34,6 +35,8 @@ def kill_at(rank: int, event: int, counted: str, victim: int = 0) -> None:
 
     def tick() -> None:
         with lock:
+            if saved and not count[0] and not any(Path(saved).glob("checkpoint-*")):
+                return
             count[0] += 1
             if count[0] == event:
                 os.kill(os.getpid(), signal.SIGKILL)
