@@ -116,9 +116,9 @@ def test_objectives_and_engines_are_documented() -> None:
 
 
 def test_init_files_are_empty() -> None:
-    """But for the two that plugins import from, and the one that megatron-core has to find done."""
+    """But for those that plugins import from, and the one that megatron-core has to find done."""
     filled = {p.parent for p in python_files() if p.name == "__init__.py" and p.stat().st_size}
-    assert filled == {SOURCE, SOURCE / "dataset", SOURCE / "engines" / "megatron"}
+    assert filled == {SOURCE, SOURCE / "dataset", SOURCE / "rewards", SOURCE / "engines" / "megatron"}
 
 
 def test_files_name_no_machine_and_no_organisation_of_work() -> None:
