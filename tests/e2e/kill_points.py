@@ -25,8 +25,8 @@ CALLS = ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "r
 def kill_at(rank: int, event: int, counted: str, victim: int = 0, saved: str | None = None) -> None:
     """SIGKILL at the event-th call of CALLS since training began, before it or after it; 0 = never.
 
-    With `saved`, a run's directory, calls count only once a checkpoint of its is whole. The number of calls is
-    left in the file `counted` when training ends.
+    With `saved`, a run's directory, calls count only once a checkpoint of its is whole. The number of calls
+    is left in the file `counted` when training ends.
     """
     if rank != victim:
         return
