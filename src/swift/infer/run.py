@@ -40,6 +40,8 @@ class Source:
 def run_infer(run: InferRun) -> int:
     """Answers as `run` says; returns the exit code."""
     run.check()
+    if run.infer.infer_backend == "vllm":
+        raise ConfigError("--infer_backend vllm is not there yet", hint="leave it out")
     check_sampling(run)
     use_plugins(run.plugins)
     build_weights(run.template.loss_scale)  # a wrong name is told before anything is downloaded

@@ -159,7 +159,7 @@ class Server:
 
     def _is_up(self) -> bool:
         try:
-            return self._send("GET", "/health", None, PROBE_SECONDS)[0] == 200
+            return self._send("GET", "/health", None, min(PROBE_SECONDS, self.timeout_seconds))[0] == 200
         except (OSError, http.client.HTTPException):
             return False
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from swift.rollout.types import Completion, Request
 
-FINISHED = ("stop", "length")  # any other reason is an answer that was given up
+FINISHED = ("stop", "length", None)  # None: not yet; any other reason is an answer that was given up
 MASK = 2**64 - 1
 
 
@@ -71,4 +71,6 @@ def build(
     """A Completion with the `top` most likely tokens of each position; vLLM tells the drawn one too."""
     assert len(token_ids) == len(logps), (len(token_ids), len(logps))
     best = [dict(sorted(at.items(), key=lambda item: -item[1])[:top]) for at in likely] if top else None
-    return Completion(token_ids, logps, reason if reason in FINISHED else "abort", text, best, version)
+    return Completion(
+        token_ids, logps, (reason or "") if reason in FINISHED else "abort", text, best, version
+    )
