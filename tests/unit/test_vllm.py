@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conftest import make_tiny_tokenizer
 from swift.cli.main import run
 from swift.config.option import ConfigError, build
 from swift.config.vllm import VllmConfig, VllmRolloutConfig
@@ -20,7 +21,7 @@ from swift.rollout import vllm
 from swift.rollout.types import Request, Sampling
 from swift.rollout.vllm_client import VllmServers
 from swift.rollout.vllm_server import server_command
-from swift.rollout.vllm_terms import first_seed, sampling_fields
+from swift.rollout.vllm_terms import Terms, first_seed
 from swift.rollout.weights import folder_for_weights, write_buckets
 from swift.utils import env
 
@@ -124,14 +125,14 @@ def test_flags_without_effect_are_told(tiny_llama_dir, capsys):
     assert "--attn_impl has no effect on swift rollout: vLLM chooses it" in capsys.readouterr().err
 
 
-def test_draws_of_neighbouring_seeds_do_not_meet():
+def test_draws_of_neighbouring_seeds_do_not_meet(tiny_tokenizer):
     requests = [
         Request([1], Sampling(1, seed=seed), first=first) for seed in range(200) for first in range(8)
     ]
     seeds = [first_seed(request) for request in requests]
     assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**62 + 8 for seed in seeds)
     assert seeds[5] == seeds[0] + 5  # which is how vLLM counts the answers of one request
-    fields = sampling_fields(Request([1], Sampling(1, stop_token_ids=(9,)), count=4), (2, 9))
+    fields = Terms(tiny_tokenizer, (2, 9)).sampling(Request([1], Sampling(1, stop_token_ids=(9,)), count=4))
     assert (fields["n"], fields["stop_token_ids"], fields["ignore_eos"]) == (4, [2, 9], True)
 
 
@@ -199,13 +200,14 @@ def canned(asked: list[str], **replies: tuple[int, Any]) -> Answer:
             "collective_rpc": (200, {"results": ["True"]}),
             "reset_prefix_cache": (200, {"success": True}),
         }
-        return (usual | replies)[path.strip("/")]
+        return (usual | replies).get(path.strip("/"), (200, {}))
 
     return answer
 
 
 def connect(*urls: str, timeout_seconds: float = 5.0) -> VllmServers:
-    return VllmServers(urls, ranks=Ranks(), stop_token_ids=(), timeout_seconds=timeout_seconds)
+    terms = {"tokenizer": make_tiny_tokenizer(), "stop_token_ids": (7,)}
+    return VllmServers(urls, ranks=Ranks(), timeout_seconds=timeout_seconds, **terms)
 
 
 def test_requests_go_to_the_servers_in_turn(serve):

@@ -19,6 +19,7 @@ from swift.config.vllm import VllmConfig, VllmRolloutConfig
 from swift.engines.ranks import Ranks
 from swift.engines.transformers.engine import TransformersEngine
 from swift.models.adapters import add_lora
+from swift.models.load import load_tokenizer
 from swift.rollout.protocol import RolloutEngine
 from swift.rollout.types import Completion, Request, Sampling
 from swift.rollout.vllm import engine_arguments, start_local, start_rollout
@@ -47,7 +48,8 @@ def engines(directory: Path, tmp_path_factory) -> Iterator[dict[str, RolloutEngi
     command = ["rollout", "--model", str(directory), "--torch_dtype", "float32", *flags]
     server = subprocess.Popen([sys.executable, "-m", "swift", *command], stdout=log, stderr=subprocess.STDOUT)
     try:
-        options = {"dtype": torch.float32, "stop_token_ids": [END], "ranks": Ranks()}
+        terms = {"tokenizer": load_tokenizer(directory), "stop_token_ids": [END]}
+        options = {"dtype": torch.float32, "ranks": Ranks(), **terms}
         colocated = VllmRolloutConfig(use_vllm=True, sleep_level=1, **SETTINGS)
         remote = VllmRolloutConfig(use_vllm=True, vllm_server_host=("127.0.0.1",), vllm_server_port=(PORT,))
         state = torch.random.get_rng_state()
@@ -164,10 +166,10 @@ def test_a_prompt_without_room(form, engines):
         engines[form].generate([Request([3] * CONTEXT, Sampling(4))])
 
 
-def test_an_argument_that_vllm_refuses(directory):
+def test_an_argument_that_vllm_refuses(directory, tiny_tokenizer):
     arguments = engine_arguments(VllmConfig(vllm_max_model_len=100_000), dtype=torch.float32)
     with pytest.raises(ConfigError, match="vLLM does not start: "):
-        start_local(directory, arguments, stop_token_ids=[END])
+        start_local(directory, arguments, tokenizer=tiny_tokenizer, stop_token_ids=[END])
 
 
 def test_a_server_that_is_gone(engines):

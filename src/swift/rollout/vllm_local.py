@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm import LLM, SamplingParams
+from transformers import PreTrainedTokenizerBase
 from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
@@ -20,7 +20,8 @@ from vllm.sampling_params import RequestOutputKind
 from swift.config.option import ConfigError
 from swift.engines.ranks import Ranks
 from swift.rollout.types import Completion, Request
-from swift.rollout.vllm_terms import read_answer, sampling_fields
+from swift.rollout.vllm_terms import Terms
+from vllm import LLM, RequestOutput, SamplingParams
 
 RECEIVER = "swift.rollout.vllm_worker.WeightReceiver"
 
@@ -37,13 +38,14 @@ class VllmLocal:
         model: Path,
         arguments: dict[str, Any],
         *,
+        tokenizer: PreTrainedTokenizerBase,
         stop_token_ids: Sequence[int],
         ranks: Ranks | None = None,
         sleep_level: int = 0,
         adapter: Path | None = None,
     ) -> None:
         """`arguments`: of vLLM's engine. `adapter`: a directory of PEFT's that answers go through."""
-        self.ranks, self.stop_token_ids = ranks or Ranks(), tuple(stop_token_ids)
+        self.ranks, self.terms = ranks or Ranks(), Terms(tokenizer, tuple(stop_token_ids))
         self.together = int(arguments.get("tensor_parallel_size", 1)) if self.ranks.world > 1 else 1
         self.sleep_level = sleep_level
         self.asleep: set[str] = set()
@@ -67,14 +69,14 @@ class VllmLocal:
     def _answer(self, requests: Sequence[Request]) -> list[list[Completion]]:
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=request.token_ids) for request in requests],
-            [SamplingParams(**sampling_fields(request, self.stop_token_ids)) for request in requests],
+            [SamplingParams(**self.terms.sampling(request)) for request in requests],
             use_tqdm=False,
             lora_request=self.adapter,
         )
-        return [
-            [read_answer(answer, request.sampling.top_logps, self.version) for answer in output.outputs]
-            for request, output in zip(requests, outputs, strict=True)
-        ]
+        return [self._read(request, output) for request, output in zip(requests, outputs, strict=True)]
+
+    def _read(self, request: Request, output: RequestOutput) -> list[Completion]:
+        return [self.terms.read_answer(request, answer, self.version) for answer in output.outputs]
 
     def complete(
         self, requests: Iterable[tuple[int, Request]], *, max_rows: int
@@ -91,25 +93,24 @@ class VllmLocal:
                     self._submit(str(number), request, RequestOutputKind.FINAL_ONLY)
             for output in engine.step():
                 if output.finished:
-                    top = asked.pop(output.request_id).sampling.top_logps
-                    yield int(output.request_id), [read_answer(a, top, self.version) for a in output.outputs]
+                    yield int(output.request_id), self._read(asked.pop(output.request_id), output)
 
-    def stream(self, request: Request) -> Iterator[Completion]:
-        """One answer as it grows; `finish_reason` is empty but for the last, which is all of it."""
+    def stream(self, request: Request) -> Iterator[RequestOutput]:
+        """One answer as it grows, in vLLM's terms; the last is all of it."""
         engine, done = self.llm.llm_engine, False
         self._submit("stream", request, RequestOutputKind.CUMULATIVE)
         try:
             while not done:
                 for output in engine.step():
                     done = output.finished
-                    yield read_answer(output.outputs[0], request.sampling.top_logps, self.version)
+                    yield output
         finally:
             if not done:
                 engine.abort_request(["stream"])
 
     def _submit(self, name: str, request: Request, kind: RequestOutputKind) -> None:
         self._check_length([request])
-        settings = sampling_fields(request, self.stop_token_ids) | {"output_kind": kind}
+        settings = self.terms.sampling(request) | {"output_kind": kind}
         prompt = TokensPrompt(prompt_token_ids=request.token_ids)
         self.llm.llm_engine.add_request(name, prompt, SamplingParams(**settings), lora_request=self.adapter)
 
