@@ -62,7 +62,6 @@ def test_which_vllm(found: str, line: str | None, monkeypatch):
         ({"use_vllm": True, "vllm_server_base_url": ("http://a:1",)} | LOCAL, "name servers twice"),
         ({"use_vllm": True, "vllm_server_base_url": ("a:1",)}, "base_url a:1 is no http://HOST:PORT"),
         ({"use_vllm": True, "vllm_server_port": (1, 2)} | LOCAL, "names 2 ports for 1 hosts"),
-        ({"use_vllm": True, "vllm_pipeline_parallel_size": 2}, "no place in --vllm_mode colocate"),
     ],
 )  # fmt: skip
 def test_flags_that_contradict_each_other(flags: dict[str, Any], line: str):
@@ -80,10 +79,12 @@ def test_which_servers_are_asked():
 
 
 def test_processes_answer_in_whole_groups():
-    config = VllmRolloutConfig(use_vllm=True, vllm_tensor_parallel_size=2)
-    with pytest.raises(ConfigError, match=r"--vllm_tensor_parallel_size 2 does not divide the 3 training"):
-        vllm.check_group(config, Ranks(world=3))
-    vllm.check_group(config, Ranks(world=4))
+    config = VllmConfig(vllm_tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="--vllm_tensor_parallel_size 2 does not divide the 3 process"):
+        vllm.check_group(config, 3)
+    vllm.check_group(config, 4)
+    with pytest.raises(ConfigError, match="--vllm_pipeline_parallel_size needs a vLLM that starts its own"):
+        vllm.check_group(VllmConfig(vllm_pipeline_parallel_size=2), 1)
 
 
 def test_gpus_beside_the_training(monkeypatch):

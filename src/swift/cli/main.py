@@ -115,10 +115,6 @@ def execute(command: Command, resolved: Resolved, argv: list[str]) -> int:
     config = build(load(command.config), values)
     config.check()
     if command.distributed and asks_for_processes():
-        if not command.can_spread:
-            raise ConfigError(
-                f"{command.title} on several processes: not yet", hint="unset NPROC_PER_NODE, NNODES"
-            )
         spread: int = load("swift.engines.launch:launch")(command.program, argv)
         return spread
     if command.can_spread and may_take_all_gpus(values) and env.count_gpus() > 1:

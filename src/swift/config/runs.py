@@ -19,7 +19,7 @@ from swift.config.sft import SftConfig
 from swift.config.task import TaskConfig
 from swift.config.template import TemplateConfig
 from swift.config.tuner import TunerConfig
-from swift.config.vllm import RolloutOptions, VllmConfig
+from swift.config.vllm import RolloutOptions, VllmConfig, check_chosen_by_vllm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -273,6 +273,7 @@ class InferRun:
     model: ModelConfig = field(default_factory=ModelConfig)
     infer: InferOptions = field(default_factory=InferOptions)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     plugins: PluginConfig = field(default_factory=PluginConfig)
     vllm: VllmConfig = field(default_factory=VllmConfig)
@@ -289,22 +290,17 @@ class InferRun:
                 "--model or --adapters is missing",
                 hint="for example --model smollm2-135m, or --adapters CHECKPOINT",
             )
-        if self.infer.infer_backend == "vllm":
-            check_chosen_by_vllm(self.model, "--infer_backend vllm")
-        else:
+        self.quant.check(train_type="lora", slicer=None, init_weights="")
+        if self.infer.infer_backend != "vllm":
             self.vllm.check_unused("--infer_backend vllm")
-
-
-def check_chosen_by_vllm(model: ModelConfig, flag: str) -> None:
-    """ConfigError for what vLLM chooses by itself."""
-    for name in ("attn_impl", "device"):
-        if getattr(model, name):
-            hint = (
-                "CUDA_VISIBLE_DEVICES"
-                if name == "device"
-                else '--vllm_engine_kwargs {"attention_config": ...}'
-            )
-            raise ConfigError(f"--{name} has no effect on {flag}: vLLM chooses it", hint=hint)
+            return
+        check_chosen_by_vllm(self.model, "--infer_backend vllm")
+        for flag, is_given, hint in (
+            ("--quant_method", self.quant.quant_method, "--vllm_quantization"),
+            ("--merge_lora", self.infer.merge_lora, "swift export --merge_lora true, or leave it out"),
+        ):
+            if is_given:
+                raise ConfigError(f"{flag} has no effect on --infer_backend vllm", hint=hint)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

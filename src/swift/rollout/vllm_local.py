@@ -158,10 +158,14 @@ def start(model: Path, arguments: dict[str, Any], *, spread: bool, sleeps: bool)
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",  # defaults of sampling are ours
         "worker_extension_cls": RECEIVER,
-        "distributed_executor_backend": "external_launcher" if spread else "uni",
+        "use_tqdm_on_load": False,
         "enable_sleep_mode": sleeps and torch.cuda.is_available(),  # a CPU has nothing to free
         "disable_log_stats": True,
     }
+    if spread:
+        settings["distributed_executor_backend"] = "external_launcher"
+    elif max(arguments.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")) == 1:
+        settings["distributed_executor_backend"] = "uni"  # else vLLM starts the processes that it needs
     try:
         return LLM(**settings | arguments)
     except (ValueError, TypeError, RuntimeError, torch.OutOfMemoryError) as error:

@@ -60,14 +60,17 @@ class Terms:
         vLLM's text may begin with a part of the prompt, where that ends within a character (0.32).
         """
         shown = token_ids[:-1] if token_ids and token_ids[-1] in self.ends(request) else token_ids
-        tail = request.token_ids[len(request.token_ids) - request.continued :]
         if not request.sampling.stop:
-            return decode_text(self.tokenizer, shown, tail)
-        writer = AnswerText(self.tokenizer, request.sampling.stop, tail)
+            return decode_text(self.tokenizer, shown, tail(request))
+        writer = self.writer(request)
         for token in shown:
             writer.push(token)
         writer.flush()
         return writer.text
+
+    def writer(self, request: Request) -> AnswerText:
+        """What makes text of an answer's tokens as they come."""
+        return AnswerText(self.tokenizer, request.sampling.stop, tail(request))
 
     def read_answer(self, request: Request, answer: Any, version: int) -> Completion:
         """A whole CompletionOutput of vLLM's."""
@@ -97,6 +100,11 @@ class Terms:
         top = [most_likely(at, request) for at in likely] if request.sampling.top_logps else None
         reason = reason if reason in FINISHED else "abort"
         return Completion(token_ids, logps, reason, self.text(request, token_ids), top, version)
+
+
+def tail(request: Request) -> list[int]:
+    """The end of the prompt that the answer's text continues."""
+    return request.token_ids[len(request.token_ids) - request.continued :]
 
 
 def most_likely(logps: Mapping[int, float], request: Request) -> dict[int, float]:
