@@ -27,7 +27,7 @@ from swift.infer.batch import (
 from swift.infer.chat import Chat
 from swift.infer.engine import TransformersInferEngine
 from swift.infer.scoring import TextScorer
-from swift.infer.vllm_engine import load_vllm
+from swift.infer.vllm_engine import VllmInferEngine, load_vllm
 from swift.models.adapters import TAKEN, adapter_base, load_run_args
 from swift.models.heads import count_labels
 from swift.models.hub import resolve_adapter, resolve_model
@@ -87,7 +87,7 @@ def run_infer(run: InferRun) -> int:
         pick_device(run.model.device), TIMEOUT_SECONDS, sequence_size=sharing_ranks(run)
     )
     result_path = ranks.share(result_path or default_result_path(source))
-    stats, left = Stats(), []
+    stats, left, engine = Stats(), [], None
     if ranks.is_main:
         open_result_file(result_path)
         left = [number for number, _ in leave_out_answered(questions, result_path, stats)]
@@ -104,6 +104,8 @@ def run_infer(run: InferRun) -> int:
         stats.merge(everyone[speaker][0])
         rejects.merge(everyone[speaker][1])
     report(stats, rejects, metric=run.infer.metric, result_path=result_path)
+    if isinstance(engine, VllmInferEngine):
+        engine.local.close()  # before the process group that it shares
     leave_ranks()
     return 0
 
