@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from megatron_jobs import run_each
 from safetensors.torch import save_file
-from steps import OPTIM, RATE, UNSEEN, make_batches, make_objective
+from steps import OPTIM, RATE, STATS, TEMPERATURE, UNSEEN, make_batches, make_objective, take_online_steps
 from transformers import AutoConfig
 
 from swift.config.layout import Layout
@@ -36,7 +36,7 @@ def run_case(ranks: Ranks, layout: Layout, case: dict[str, Any]) -> None:
                         overlap_param_gather=case["overlap"] and case["sliced"])  # fmt: skip
     engine = MegatronEngine(
         chunks, settings, OPTIM, vocabulary=config.vocab_size, learning_rate=RATE, total_steps=case["steps"],
-        ranks=ranks, context=context_ranks(case["context"]), wrapping=wrapping,
+        ranks=ranks, context=context_ranks(case["context"]), wrapping=wrapping, temperature=TEMPERATURE,
     )  # fmt: skip
     found: dict[str, Any] = {"rows": [], "parameters": list(engine.num_parameters)}
     for step in range(case["steps"]):
@@ -54,10 +54,8 @@ def run_case(ranks: Ranks, layout: Layout, case: dict[str, Any]) -> None:
         found["rows"].append([sums.means()["loss/tokens"], info.grad_norm])
     unseen = make_batches(UNSEEN)[engine.data_rank :: engine.data_world]
     found["eval"] = engine.measure(unseen, make_objective()).means()["loss/tokens"]
-    stats = engine.forward(
-        make_batches(UNSEEN)[:1], frozenset({"logps", "correct", "logits_mean", "mean_logps"})
-    )
-    found["stats"] = {name: getattr(stats[0], name).double().sum().item() for name in
-                      ("logps", "correct", "logits_mean", "mean_logps")}  # fmt: skip
+    stats = engine.forward(make_batches(UNSEEN)[:1], frozenset(STATS))
+    found["stats"] = {name: getattr(stats[0], name).double().sum().item() for name in STATS}
+    found["online"] = take_online_steps(engine)
     if ranks.rank == ranks.world - 1:  # which is not the one that speaks, in most layouts
         write_json(result, found)
