@@ -9,11 +9,13 @@ from swift.config.layout import LayoutConfig
 from swift.config.megatron import MegatronConfig, MegatronScheduleConfig, MegatronTunerConfig
 from swift.config.model import ModelConfig
 from swift.config.objective import RlhfConfig
+from swift.config.online import SAMPLES, OnlineConfig
 from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
 from swift.config.parallel import ParallelConfig
 from swift.config.plugins import PluginConfig
 from swift.config.quant import QuantConfig
+from swift.config.rewards import RewardConfig
 from swift.config.schedule import OutputConfig, ScheduleConfig
 from swift.config.sft import SftConfig
 from swift.config.task import TaskConfig
@@ -152,11 +154,21 @@ class RlhfRun(TrainRun):
     """`swift rlhf`: preferences and rewards instead of answers to repeat."""
 
     rlhf: RlhfConfig = field(default_factory=RlhfConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
 
     def check_complete(self) -> None:
         """`check` for a run whose values are all known."""
         TrainRun.check_complete(self)
         self.rlhf.check()
+        self.online.check(self.rlhf.rlhf_type)
+        if self.rlhf.rlhf_type in SAMPLES:
+            self.rewards.check(max_completion_length=self.online.max_completion_length)
+        elif self.rewards.changed:
+            raise ConfigError(
+                f"--{self.rewards.changed[0]} has no effect with --rlhf_type {self.rlhf.rlhf_type}",
+                hint=f"rewards are for {', '.join(SAMPLES)}; leave it out",
+            )
         if self.data.cached_dataset:
             raise ConfigError("--cached_dataset holds conversations for swift sft", hint="give --dataset")
         if self.rlhf.needs_reference and self.tuner.init_weights.startswith(("pissa", "olora")):
@@ -227,8 +239,10 @@ class MegatronRlhfRun(OnMegatron, RlhfRun):
     def check_complete(self) -> None:
         """`check` for a run whose values are all known."""
         OnMegatron.check_complete(self)
-        if self.rlhf.rlhf_type == "rm":
-            raise ConfigError("--rlhf_type rm is not there yet in parallel", hint="use swift rlhf")
+        if self.rlhf.rlhf_type in ("rm", "grpo"):
+            raise ConfigError(
+                f"--rlhf_type {self.rlhf.rlhf_type} is not there yet in parallel", hint="use swift rlhf"
+            )
 
 
 MegatronRun = MegatronSftRun | MegatronRlhfRun

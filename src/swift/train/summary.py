@@ -29,6 +29,10 @@ def tell_drops(report: EncodeReport, what: str) -> None:
         warn(f"{len(places)} of {report.total} {what} rows dropped: {reason} ({where}{more})")
 
 
+def tell_prompts(rows: EncodedDataset, what: str) -> None:
+    say(f"{what}: {len(rows):,} prompts, {rows.num_tokens:,} tokens, longest {rows.lengths.max():,}")
+
+
 def tell_rows(rows: EncodedDataset, what: str) -> None:
     share = 100 * rows.num_trained / max(rows.num_tokens, 1)
     say(

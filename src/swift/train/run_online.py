@@ -1,0 +1,111 @@
+"""The stage of methods that sample their own answers: prompts, rewards, whoever answers."""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from swift.config.online import RolloutPlan
+from swift.config.option import ConfigError, flatten
+from swift.config.runs import RlhfRun
+from swift.data.loader import StepPlan
+from swift.engines.protocol import Engine
+from swift.engines.ranks import Ranks
+from swift.rewards.panel import Panel
+from swift.rollout.local import LocalRollout
+from swift.rollout.protocol import RolloutEngine
+from swift.train.answers import RolloutEvaluation, Sampler
+from swift.train.completions import keep_completions
+from swift.train.online import RolloutFeed
+from swift.train.preparing import Prepared
+from swift.train.resume import Resumption
+from swift.train.stage import Opened
+from swift.utils.log import say
+
+HEAD = 100  # rows whose columns are looked at before the weights load
+
+
+class OnlineStage:
+    """Prompts, and the panel that judges what is answered."""
+
+    def __init__(self, run: RlhfRun, ready: Prepared, ranks: Ranks, resumption: Resumption | None) -> None:
+        if ready.stream is not None:
+            raise ConfigError(f"--streaming true does not go with --rlhf_type {run.rlhf.rlhf_type} yet")
+        self.run, self.ready, self.ranks = run, ready, ranks
+        self.accumulation = run.schedule.gradient_accumulation_steps or 1
+        size = run.schedule.per_device_train_batch_size
+        self.plan = self._plan(size, resumption)
+        self.order = StepPlan(
+            len(ready.rows), self.plan.prompts, 1, seed=run.data_seed,
+            shuffle=run.data.train_dataloader_shuffle, drop_last=run.schedule.dataloader_drop_last,
+        )  # fmt: skip
+        if not self.order.steps_per_epoch:
+            raise ConfigError(
+                f"--dataloader_drop_last true leaves nothing: {len(ready.rows)} prompts, and a rollout takes "
+                f"{self.plan.prompts}",
+                hint="leave it out, or lower --gradient_accumulation_steps",
+            )
+        self.panel = Panel.build(run.rewards, settings={**flatten(run), "tokenizer": ready.tokenizer})
+        first = (ready.rows.samples[i] for i in range(min(HEAD, len(ready.rows))))
+        self.panel.check_columns({name for sample in first for name in sample.extra})
+        self.held = (resumption.state.position or {}).get("answers") if resumption else None
+
+    def _plan(self, size: int, resumption: Resumption | None) -> RolloutPlan:
+        """The flags' arithmetic; a resumed run keeps its rollouts, however many processes it has now."""
+        world, config = self.ranks.data_world, self.run.online
+        if not resumption:
+            return config.plan(size, self.accumulation, world)
+        plan = RolloutPlan(
+            **{name: resumption.data[name] for name in ("prompts", "generations", "parts", "iterations")}
+        )
+        self.accumulation = math.ceil(plan.answers / plan.parts / size / world)
+        return plan
+
+    def identity(self) -> dict[str, Any]:
+        rows, plan = self.ready.rows, self.plan
+        numbers = {name: getattr(plan, name) for name in ("prompts", "generations", "parts", "iterations")}
+        return {"rows": len(rows), **numbers, "fingerprint": rows.fingerprint}
+
+    def total_steps(self, epochs: float, max_steps: int) -> int:
+        return max_steps if max_steps > 0 else self.order.total_steps(epochs, -1) * self.plan.updates
+
+    def tell(self, total_steps: int, *, flat: bool) -> None:  # noqa: ARG002 - part of the protocol
+        plan, size = self.plan, self.run.schedule.per_device_train_batch_size
+        rollouts = math.ceil(total_steps / plan.updates)
+        say(
+            f"rollouts: {plan.prompts} prompts x {plan.generations} answers = {plan.answers} answers "
+            f"({size} x {plan.answers // size // self.ranks.data_world} micro-batches x "
+            f"{self.ranks.data_world} process(es)), {plan.updates} optimizer step(s) each"
+        )
+        say(
+            f"steps: {self.order.steps_per_epoch} rollouts an epoch of {len(self.ready.rows):,} prompts, "
+            f"{rollouts} rollouts and {total_steps} optimizer steps in all"
+        )
+
+    def open(self, engine: Engine, directory: Path) -> Opened:
+        run, ready, config = self.run, self.ready, self.run.online
+        rollout = self._start(engine)
+        parts = {
+            "engine": engine, "rollout": rollout, "panel": self.panel, "config": config,
+            "seed": run.schedule.seed, "ranks": self.ranks, "prefix": run.template.response_prefix or "",
+        }  # fmt: skip
+        feed = RolloutFeed(
+            Sampler(rows=ready.rows, **parts),
+            self.order,
+            self.plan,
+            micro_batch_size=run.schedule.per_device_train_batch_size,
+            beta=run.rlhf.beta_value,
+            held=self.held,
+            keep=partial(keep_completions, directory) if config.log_completions else None,
+        )
+        evaluation = None
+        if ready.eval_rows is not None and run.eval_limit != 0:
+            generations = config.num_generations_eval or config.num_generations
+            evaluation = RolloutEvaluation(
+                Sampler(rows=ready.eval_rows, **parts), generations, run.eval_limit
+            )
+        return Opened(feed, evaluation, feed.observe)
+
+    def _start(self, engine: Engine) -> RolloutEngine:
+        """Whoever answers: the trained model itself."""
+        return LocalRollout(engine, self.ready.tokenizer)
