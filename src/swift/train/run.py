@@ -81,7 +81,7 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
         if not method.needs_mismatched:  # whose answers change with every step
             engine.drop_reference()
     stage.tell(total_steps, flat=engine.flat)
-    summary.tell_sample(tokenizer, ready.rows)
+    summary.tell_sample(tokenizer, ready.rows, waits=method.samples)
     directory = ranks.share(open_run_directory(run, ready.root, resumption) if ranks.is_main else ready.root)
     args = hide_secrets({**flatten(run), "swift_version": __version__, "command": command})
     if "global_batch_size" in args:

@@ -5,15 +5,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from swift.config.online import RolloutPlan
 from swift.config.option import ConfigError, flatten
 from swift.config.runs import RlhfRun
 from swift.data.loader import StepPlan
 from swift.engines.protocol import Engine
 from swift.engines.ranks import Ranks
+from swift.models.directory import read_json
 from swift.rewards.panel import Panel
 from swift.rollout.local import LocalRollout
 from swift.rollout.protocol import RolloutEngine
+from swift.template.chat import ChatTemplate
 from swift.train.answers import RolloutEvaluation, Sampler
 from swift.train.completions import keep_completions
 from swift.train.online import RolloutFeed
@@ -22,6 +26,8 @@ from swift.train.resume import Resumption
 from swift.train.stage import Opened
 from swift.utils.log import say
 
+ROWS_ON_CPU = 256
+SHARE_OF_FREE = 0.7  # of the memory that the weights have left
 HEAD = 100  # rows whose columns are looked at before the weights load
 
 
@@ -108,4 +114,30 @@ class OnlineStage:
 
     def _start(self, engine: Engine) -> RolloutEngine:
         """Whoever answers: the trained model itself."""
-        return LocalRollout(engine, self.ready.tokenizer)
+        ready, longest = self.ready, self.run.online.max_completion_length
+        rows = [rows for rows in (ready.rows, ready.eval_rows) if rows is not None]
+        context = max(int(one.lengths.max()) for one in rows) + longest
+        return LocalRollout(
+            engine, ready.tokenizer, context=context, max_rows=count_rows(engine, ready, context),
+            stop_token_ids=find_stops(self.run, ready),
+        )  # fmt: skip
+
+
+def find_stops(run: RlhfRun, ready: Prepared) -> list[int]:
+    """Tokens that end an answer: the template's, the tokenizer's and those of generation_config.json."""
+    template = ChatTemplate(ready.tokenizer, run.template)
+    path = ready.model_path / "generation_config.json"
+    ends = read_json(path).get("eos_token_id") if path.is_file() else None
+    listed = ends if isinstance(ends, list) else [ends]
+    return sorted({*template.stop_token_ids, *listed, ready.tokenizer.eos_token_id} - {None})
+
+
+def count_rows(engine: Engine, ready: Prepared, context: int) -> int:
+    """Answers computed together: what keys and values of that many tokens leave room for on a GPU."""
+    if engine.device.type != "cuda":
+        return ROWS_ON_CPU
+    config = ready.model_config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * width * engine.dtype.itemsize
+    free, _ = torch.cuda.mem_get_info(engine.device)
+    return max(int(SHARE_OF_FREE * free / per_token / context), 1)

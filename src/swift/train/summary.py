@@ -97,7 +97,7 @@ def show_answers(
     return shown
 
 
-def tell_sample(tokenizer: PreTrainedTokenizerBase, rows: EncodedDataset) -> None:
+def tell_sample(tokenizer: PreTrainedTokenizerBase, rows: EncodedDataset, *, waits: bool) -> None:
     """One row as the model sees it: its sequences one below the other."""
     texts = []
     for sequence in rows.sequences(0):
@@ -105,5 +105,5 @@ def tell_sample(tokenizer: PreTrainedTokenizerBase, rows: EncodedDataset) -> Non
         if len(sequence.input_ids) > SHOWN_TOKENS:
             text.truncate(4 * SHOWN_TOKENS, overflow="ellipsis")
         texts += [Rule(style="dim"), text]
-    title = "one row as the model sees it: green is trained"
+    title = "one prompt as the model sees it" if waits else "one row as the model sees it: green is trained"
     console().print(Panel(Group(*texts[1:]), title=title, title_align="left"), soft_wrap=False)
