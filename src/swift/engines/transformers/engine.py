@@ -195,8 +195,11 @@ class TransformersEngine:
         local = collect_sums(results, units)
         local.add("tokens", sum(b.num_tokens for b in batches if b is not NOTHING), 0)
         names = sorted(local.pairs)
-        numbers = self.ranks.sum([number for name in names for number in local.pairs[name]])
-        return Sums(dict(zip(names, zip(numbers[0::2], numbers[1::2], strict=True), strict=True)))
+        total = Sums()
+        for numbers in self.ranks.gather([number for name in names for number in local.pairs[name]]):
+            pairs = zip(numbers[0::2], numbers[1::2], strict=True)
+            total.merge(Sums(dict(zip(names, pairs, strict=True))))
+        return total
 
     def gather(self, values: Tensor) -> tuple[Tensor, int]:
         return gather_rows(values, self.ranks)
