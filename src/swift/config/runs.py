@@ -14,6 +14,7 @@ from swift.config.option import ConfigError
 from swift.config.parallel import ParallelConfig
 from swift.config.plugins import PluginConfig
 from swift.config.quant import QuantConfig
+from swift.config.rewards import RewardConfig
 from swift.config.schedule import OutputConfig, ScheduleConfig
 from swift.config.sft import SftConfig
 from swift.config.task import TaskConfig
@@ -152,11 +153,13 @@ class RlhfRun(TrainRun):
     """`swift rlhf`: preferences and rewards instead of answers to repeat."""
 
     rlhf: RlhfConfig = field(default_factory=RlhfConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
 
     def check_complete(self) -> None:
         """`check` for a run whose values are all known."""
         TrainRun.check_complete(self)
         self.rlhf.check()
+        self.rewards.check_method(self.rlhf.rlhf_type)
         if self.data.cached_dataset:
             raise ConfigError("--cached_dataset holds conversations for swift sft", hint="give --dataset")
         if self.rlhf.needs_reference and self.tuner.init_weights.startswith(("pissa", "olora")):
