@@ -162,13 +162,9 @@ class RlhfRun(TrainRun):
         TrainRun.check_complete(self)
         self.rlhf.check()
         self.online.check(self.rlhf.rlhf_type)
+        self.rewards.check_method(self.rlhf.rlhf_type)
         if self.rlhf.rlhf_type in SAMPLES:
             self.rewards.check(max_completion_length=self.online.max_completion_length)
-        elif self.rewards.changed:
-            raise ConfigError(
-                f"--{self.rewards.changed[0]} has no effect with --rlhf_type {self.rlhf.rlhf_type}",
-                hint=f"rewards are for {', '.join(SAMPLES)}; leave it out",
-            )
         if self.data.cached_dataset:
             raise ConfigError("--cached_dataset holds conversations for swift sft", hint="give --dataset")
         if self.rlhf.needs_reference and self.tuner.init_weights.startswith(("pissa", "olora")):
