@@ -98,11 +98,10 @@ def test_later_flags_stop_before_anything_is_loaded(
     assert errors([*RUNNABLE, "--push_to_hub", "true"], capsys) == [
         "error: --push_to_hub is not yet supported in this version; remove it"
     ]
-    argv = ["infer", "--infer_backend", "vllm", "--tensor_parallel_size", "2"]
+    argv = ["infer", "--rope_scaling", "linear", "--data_parallel_size", "2"]
     assert errors(argv, capsys) == [
-        "note: --tensor_parallel_size is --vllm_tensor_parallel_size here",
-        "error: --infer_backend vllm, --vllm_tensor_parallel_size are not yet supported in this version; "
-        "remove them",
+        "note: --data_parallel_size is --vllm_data_parallel_size here",
+        "error: --rope_scaling, --vllm_data_parallel_size are not yet supported in this version; remove them",
     ]
     assert calls == []
 

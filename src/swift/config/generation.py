@@ -30,7 +30,7 @@ class InferOptions:
         True, help="take model, system prompt and template from the checkpoint's args.json"
     )
     load_data_args: bool = option(False, help="answer the rows that the training run held out")
-    infer_backend: str = option("transformers", help="engine", choices=("transformers", "pt"))
+    infer_backend: str = option("transformers", help="engine", choices=("transformers", "pt", "vllm"))
     val_dataset: tuple[str, ...] = option((), help="answer these rows instead of opening a chat")
     val_dataset_sample: int | None = option(None, help="answer only this many rows", range=(1, None))
     columns: dict[str, str] = option({}, help='renames columns, as JSON: {"old": "new"}')

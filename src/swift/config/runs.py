@@ -21,6 +21,7 @@ from swift.config.sft import SftConfig
 from swift.config.task import TaskConfig
 from swift.config.template import TemplateConfig
 from swift.config.tuner import TunerConfig
+from swift.config.vllm import RolloutOptions, VllmConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -284,6 +285,7 @@ class InferRun:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     plugins: PluginConfig = field(default_factory=PluginConfig)
+    vllm: VllmConfig = field(default_factory=VllmConfig)
 
     @property
     def data_seed(self) -> int:
@@ -297,6 +299,37 @@ class InferRun:
                 "--model or --adapters is missing",
                 hint="for example --model smollm2-135m, or --adapters CHECKPOINT",
             )
+        if self.infer.infer_backend == "vllm":
+            check_chosen_by_vllm(self.model, "--infer_backend vllm")
+        else:
+            self.vllm.check_unused("--infer_backend vllm")
+
+
+def check_chosen_by_vllm(model: ModelConfig, flag: str) -> None:
+    """ConfigError for what vLLM chooses by itself."""
+    for name in ("attn_impl", "device"):
+        if getattr(model, name):
+            hint = (
+                "CUDA_VISIBLE_DEVICES"
+                if name == "device"
+                else '--vllm_engine_kwargs {"attention_config": ...}'
+            )
+            raise ConfigError(f"--{name} has no effect on {flag}: vLLM chooses it", hint=hint)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutRun:
+    """`swift rollout`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    rollout: RolloutOptions = field(default_factory=RolloutOptions)
+
+    def check(self) -> None:
+        """Raises ConfigError where a flag is missing."""
+        if not self.model.model:
+            raise ConfigError("--model is missing", hint="name the model that the training starts from")
+        check_chosen_by_vllm(self.model, "swift rollout")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

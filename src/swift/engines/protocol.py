@@ -1,6 +1,6 @@
 """The seam between training loops and parallel machinery. Loops know these methods and nothing below them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,6 +117,13 @@ class Engine(Protocol):
 
     def mix_reference(self, share: float) -> None:
         """From now on the reference is `share` of the model as it is and the rest what it was."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in HuggingFace's files, whole tensor), adapters merged; one at a time, good until the next.
+
+        All ranks go through all of it, in one order. Raises ConfigError where weights are quantised.
+        """
         ...
 
     def save(self, path: Path, *, resumable: bool) -> Snapshot:

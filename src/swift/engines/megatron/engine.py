@@ -25,6 +25,7 @@ from swift.batch import Batch
 from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
 from swift.engines.megatron.balance import take_sums
+from swift.engines.megatron.bridge import Bridge
 from swift.engines.megatron.checkpoint import Files, load_checkpoint, take_snapshot
 from swift.engines.megatron.context import ContextRanks
 from swift.engines.megatron.lora import adapters_of
@@ -241,6 +242,22 @@ class MegatronEngine:
         """Frees the frozen copy, once nothing asks for it any more."""
         self.frozen = None
         torch.cuda.empty_cache()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        assert self.files is not None
+        if self.adapters:
+            raise ConfigError(
+                "adapters of megatron cannot be handed to vLLM yet",
+                hint="--train_type full, or use swift rlhf",
+            )
+        bridge = Bridge(self.files.config, self.settings)
+        wholes = bridge.wholes(self.plain)
+        for name, tensor in bridge.export(self.plain):
+            whole = wholes[name]
+            empty = torch.empty(whole.shape, dtype=whole.dtype, device=self.device)
+            shared = empty if tensor is None else tensor.to(self.device)
+            dist.broadcast(shared, 0)
+            yield name, shared
 
     def save(self, path: Path, *, resumable: bool) -> Snapshot:
         return take_snapshot(self, path, resumable=resumable)

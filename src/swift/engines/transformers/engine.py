@@ -39,6 +39,7 @@ from swift.engines.transformers.forward import (
 from swift.engines.transformers.noise import EmbeddingNoise
 from swift.engines.transformers.offload import activations_on_cpu
 from swift.engines.transformers.sequence_parallel import SequenceRanks
+from swift.engines.transformers.weights import stream_weights
 from swift.engines.transformers.wrap import Wrapper, shard, wrap
 from swift.models.adapters import leave_casting_to_autocast
 from swift.models.load import HALF
@@ -258,6 +259,10 @@ class TransformersEngine:
         self.frozen = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        with answering(self.wrapped.optimizer):
+            yield from stream_weights(self.model, self.wrapped)
 
     def save(self, path: Path, *, resumable: bool) -> Snapshot:
         parts = (self.model, self.wrapped, self.scheduler, path)
