@@ -4,7 +4,8 @@ from dataclasses import dataclass, field, replace
 
 from swift.config.data import DataConfig
 from swift.config.dataset import DatasetOptions
-from swift.config.generation import ExportOptions, GenerationConfig, InferOptions
+from swift.config.export import ExportOptions
+from swift.config.generation import GenerationConfig, InferOptions
 from swift.config.layout import LayoutConfig
 from swift.config.megatron import MegatronConfig, MegatronScheduleConfig, MegatronTunerConfig
 from swift.config.model import ModelConfig

@@ -26,7 +26,7 @@ from rich.progress import (
 )
 
 from swift import __version__
-from swift.config.generation import ExportOptions
+from swift.config.export import ExportOptions
 from swift.config.layout import Layout, choose_layout, model_sizes
 from swift.config.option import ConfigError
 from swift.config.runs import ExportRun, MegatronExportRun
