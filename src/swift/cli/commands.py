@@ -43,7 +43,7 @@ SFT, RLHF, INFER, ROLLOUT, EXPORT, DATASET, WEB_UI = (
     for name in ("Sft", "Rlhf", "Infer", "Rollout", "Export", "Dataset", "WebUi")
 )
 MEGATRON_SFT, MEGATRON_RLHF, MEGATRON_EXPORT = (
-    f"swift.config.runs:Megatron{name}Run" for name in ("Sft", "Rlhf", "Export")
+    f"swift.config.megatron_runs:Megatron{name}Run" for name in ("Sft", "Rlhf", "Export")
 )
 RUN_PT, RUN_SFT, RUN_RLHF = (f"swift.train.run:run_{name}" for name in ("pt", "sft", "rlhf"))
 PARALLEL = "swift.train.run_megatron"

@@ -178,7 +178,7 @@ class RolloutEvaluation:
         sampler, rollout = self.sampler, self.sampler.rollout
         count = min(len(sampler.rows), self.limit or len(sampler.rows))
         rollout.wake()
-        rollout.update_weights((), version=state.step)
+        rollout.update_weights(sampler.engine.weights(), version=state.step)
         mine = sampler.answer(np.arange(count), self.generations, HELD_OUT)
         judged = sampler.judge(mine, state.step)
         rollout.sleep()

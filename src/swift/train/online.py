@@ -131,7 +131,7 @@ class RolloutFeed:
         sampler, rollout = self.sampler, self.sampler.rollout
         with self._timed("sync"):
             rollout.wake()
-            rollout.update_weights((), version=step)
+            rollout.update_weights(self.engine.weights(), version=step)
         judged = self._sample(number, step)
         rollout.sleep()
         with self._timed("score"):

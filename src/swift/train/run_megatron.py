@@ -8,9 +8,10 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from swift.config.layout import Layout, choose_layout, model_sizes
+from swift.config.megatron_runs import MegatronRlhfRun, MegatronRun, MegatronSftRun
 from swift.config.option import ConfigError
 from swift.config.option import build as build_config
-from swift.config.runs import ExportRun, MegatronRlhfRun, MegatronRun, MegatronSftRun
+from swift.config.runs import ExportRun
 from swift.engines.megatron.bridge import Bridge
 from swift.engines.megatron.checkpoint import Files
 from swift.engines.megatron.dist_checkpoint import load_model

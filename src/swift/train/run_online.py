@@ -17,6 +17,7 @@ from swift.models.directory import read_json
 from swift.rewards.panel import Panel
 from swift.rollout.local import LocalRollout
 from swift.rollout.protocol import RolloutEngine
+from swift.rollout.vllm import check_vllm, start_rollout
 from swift.template.chat import ChatTemplate
 from swift.train.answers import RolloutEvaluation, Sampler
 from swift.train.completions import keep_completions
@@ -37,6 +38,8 @@ class OnlineStage:
     def __init__(self, run: RlhfRun, ready: Prepared, ranks: Ranks, resumption: Resumption | None) -> None:
         if ready.stream is not None:
             raise ConfigError(f"--streaming true does not go with --rlhf_type {run.rlhf.rlhf_type} yet")
+        if run.vllm.use_vllm:
+            check_vllm("--use_vllm true")
         self.run, self.ready, self.ranks = run, ready, ranks
         self.accumulation = run.schedule.gradient_accumulation_steps or 1
         size = run.schedule.per_device_train_batch_size
@@ -113,13 +116,19 @@ class OnlineStage:
         return Opened(feed, evaluation, feed.observe)
 
     def _start(self, engine: Engine) -> RolloutEngine:
-        """Whoever answers: the trained model itself."""
-        ready, longest = self.ready, self.run.online.max_completion_length
+        """Whoever answers: the trained model itself, or vLLM."""
+        ready, run, longest = self.ready, self.run, self.run.online.max_completion_length
+        stops = find_stops(run, ready)
+        if run.vllm.use_vllm:
+            return start_rollout(
+                run.vllm, ready.model_path, dtype=engine.dtype, stop_token_ids=stops, ranks=self.ranks,
+                seed=run.schedule.seed,
+            )  # fmt: skip
         rows = [rows for rows in (ready.rows, ready.eval_rows) if rows is not None]
         context = max(int(one.lengths.max()) for one in rows) + longest
         return LocalRollout(
             engine, ready.tokenizer, context=context, max_rows=count_rows(engine, ready, context),
-            stop_token_ids=find_stops(self.run, ready),
+            stop_token_ids=stops,
         )  # fmt: skip
 
 
