@@ -68,6 +68,7 @@ def test_rewards_rise_and_the_log_tells_the_truth(workers, tiny_llama_dir, tmp_p
     write_prompts(tmp_path)
     flags = ("--max_steps", "16", "--log_completions", "true", "--reward_funcs", "spaces", "judged_rows")
     flags = (*flags, "--reward_weights", "1", "0", "--split_dataset_ratio", "0.1")
+    flags = (*flags, "--learning_rate", "2e-2", "--lr_scheduler_type", "constant")
     result = workers.run(command(tiny_llama_dir, tmp_path, tmp_path / "out", *flags, "--eval_steps", "8"))
     assert result.code == 0, result.stderr[-3000:]
     assert (
@@ -76,7 +77,9 @@ def test_rewards_rise_and_the_log_tells_the_truth(workers, tiny_llama_dir, tmp_p
     run = only_run(tmp_path / "out")
     rows = rows_of(run)
     first, last = rows[0], rows[-1]
-    assert sum(row["reward"] for row in rows[-4:]) > 2 * sum(row["reward"] for row in rows[:4])
+    assert (
+        sum(row["reward"] for row in rows[:4]) / 4 < 0.15 < 0.35 < sum(row["reward"] for row in rows[-4:]) / 4
+    )
     # The policy has not moved since it answered, and the reference is the policy.
     assert first["kl"] == pytest.approx(0, abs=1e-9) and last["kl"] > 1e-4
     assert {row["clip_ratio/region_mean"] for row in rows} == {0.0}
@@ -175,11 +178,14 @@ def test_a_killed_run_goes_on_within_a_rollout(workers, tiny_llama_dir, tmp_path
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--reward_funcs", "spaced"), "no reward is called spaced; did you mean spaces?"),
+        (("--reward_funcs", "spaced"), "no reward is called spaced"),
         (("--reward_funcs", "broken"), "--reward_funcs broken: "),
         (("--num_generations", "5"), "a rollout has 16 answers"),
         (("--num_generations", "1"), "--num_generations 1 leaves nothing to compare an answer with"),
-        (("--steps_per_generation", "3", "--gradient_accumulation_steps", "2"), "--steps_per_generation 3 is not a multiple"),
+        (
+            ("--steps_per_generation", "3", "--gradient_accumulation_steps", "2"),
+            "--steps_per_generation 3 is not a multiple of --gradient_accumulation_steps 2",
+        ),
         (("--temperature", "0"), "--temperature 0 gives every prompt the same answer"),
         (("--rpo_alpha", "1"), "--rpo_alpha has no effect with --rlhf_type grpo"),
         (("--streaming", "true", "--max_steps", "2"), "--streaming true does not go with --rlhf_type grpo"),
