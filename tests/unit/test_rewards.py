@@ -101,7 +101,7 @@ def test_hostile_answers_cost_their_worker_and_nothing_else(accuracy) -> None:
     assert graders.grade([("3", "3"), ("4", "3")]) == [True, False]
     assert graders.killed == 0
     hostile = (r"\boxed{10^{10^{10}}}", "3")
-    graders.pair_seconds = 0.2  # math-verify itself gives up after a second
+    graders.pair_seconds = 0.2  # the worker itself gives up after two seconds
     assert graders.grade([hostile]) == [False]
     assert graders.killed == 1
     graders.pair_seconds = 60

@@ -1,9 +1,10 @@
 """Rewards that compare an answer with the column `solution`, by mathematics instead of letters.
 
 math-verify parses what a model wrote with a computer algebra system: that may take for ever, and its own
-time-outs need the main thread of a process. So it runs in worker processes, killed when they are late.
+time-outs need the main thread of a process. So it runs in worker processes, which are killed when they hang.
 """
 
+import logging
 import math
 import multiprocessing
 import re
@@ -24,8 +25,8 @@ from swift.plugins.hooks import ORM
 from swift.utils.log import warn
 
 WORKERS = 2
-STEP_SECONDS = 1  # for reading a text or comparing two values, inside a worker
-PAIR_SECONDS = 6.0  # for one answer, before its worker is killed
+COMPUTE_SECONDS = 2.0  # of processor time for one answer, which takes milliseconds: load must not matter
+PAIR_SECONDS = 20.0  # for one answer, before its worker is killed: a single operation may not end either
 START_SECONDS = 120.0  # a worker imports the algebra system first, on a machine that may be busy
 BATCH_SECONDS = 120.0  # for all answers of a call
 MEMORY_BYTES = 4 << 30  # address space of a worker: 10^10^10 written out would take more
@@ -53,20 +54,31 @@ def is_equal(answer: str, solution: str) -> bool:
     if answer == solution:
         return True
     gold = _read(solution)
-    return bool(gold) and verify(gold, _read(answer), timeout_seconds=STEP_SECONDS)
+    return bool(gold) and verify(gold, _read(answer), timeout_seconds=None)
 
 
 def _read(text: str) -> list[Any]:
     """The expressions of a text. One that is a formula and nothing else needs no mark that says so."""
     is_bare = len(text) < 200 and not _MARK.search(text) and not _WORD.search(_COMMAND.sub("", text))
-    found = parse(f"${text}$", parsing_timeout=STEP_SECONDS) if is_bare else []
-    return found or parse(text, parsing_timeout=STEP_SECONDS)
+    found = parse(f"${text}$", parsing_timeout=None) if is_bare else []
+    return found or parse(text, parsing_timeout=None)
+
+
+class _TooLongError(BaseException):
+    """No Exception, because math-verify goes on after every Exception."""
+
+
+def _give_up(*_: object) -> None:
+    raise _TooLongError
 
 
 def _serve(pipe: Connection) -> None:
     """A worker: answers pairs until the pipe is closed."""
+    logging.disable()  # math-verify warns that nobody limits it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the process that started this one
+    signal.signal(signal.SIGPROF, _give_up)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    is_equal(r"\boxed{\frac12}", "0.5")  # what it imports late
     pipe.send(None)
     while True:
         try:
@@ -74,9 +86,12 @@ def _serve(pipe: Connection) -> None:
         except EOFError:
             return
         try:
+            signal.setitimer(signal.ITIMER_PROF, COMPUTE_SECONDS)
             verdict = is_equal(*pair)
-        except Exception:  # whatever a model's text does to an algebra system, it is no solution
+        except (Exception, _TooLongError):  # whatever a text does to an algebra system, it is no solution
             verdict = False
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
         pipe.send(verdict)
 
 

@@ -10,7 +10,6 @@ import inspect
 import math
 import re
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -22,9 +21,9 @@ import numpy as np
 
 from swift.config.option import ConfigError
 from swift.config.rewards import RewardConfig
+from swift.plugins.calling import LateError, run_here, start_coroutine, start_thread, take_result, tell_error
 from swift.plugins.hooks import orms
 from swift.rewards.builtin import GymReward
-from swift.rewards.deadline import LateError, run_here, start_coroutine, start_thread, take_result
 from swift.template.types import Message
 
 NEEDS_MAIN = re.compile(r"^\s*(import|from)\b.*\b(signal|math_verify|latex2sympy\w*)\b", re.MULTILINE)
@@ -160,19 +159,19 @@ def build_function(asked: str, settings: Mapping[str, Any]) -> Function:
     except ConfigError:
         raise
     except Exception as error:  # a plugin is a stranger's program
-        raise ConfigError(f"{flag}: {_tell(error, inspect.getsourcefile(found) or '')}") from error
+        raise ConfigError(f"{flag}: {tell_error(error, inspect.getsourcefile(found) or '')}") from error
 
 
-def read_values(function: Function, returned: Any, answers: Sequence[Answer]) -> list[float]:
-    """The numbers that it returned, NaN for None. Raises RewardError."""
+def read_values(asked: str, returned: Any, answers: Sequence[Answer]) -> list[float]:
+    """The numbers that a reward returned, NaN for None. Raises RewardError."""
     if isinstance(returned, str | bytes | Mapping) or not isinstance(returned, Iterable):
         raise RewardError(
-            f"{function.asked} returned a {type(returned).__name__}",
+            f"{asked} returned a {type(returned).__name__}",
             hint="a list with a number for each answer",
         )
     values = list(returned)
     if len(values) != len(answers):
-        raise RewardError(f"{function.asked} returned {len(values)} values for {len(answers)} answers")
+        raise RewardError(f"{asked} returned {len(values)} values for {len(answers)} answers")
     read = []
     for value, answer in zip(values, answers, strict=True):
         try:
@@ -181,7 +180,7 @@ def read_values(function: Function, returned: Any, answers: Sequence[Answer]) ->
             number = math.inf
         if isinstance(value, str | bytes) or not (math.isfinite(number) or value is None):
             raise RewardError(
-                f"{function.asked} returned {value!r} for an answer to {answer.place}",
+                f"{asked} returned {value!r} for an answer to {answer.place}",
                 hint="a finite number, or None for a row that it does not judge",
             )
         read.append(number)
@@ -275,8 +274,8 @@ class Panel:
             ) from None
         except Exception as error:  # a plugin is a stranger's program
             place = self._find_row(function, answers, type(error), trainer_state)
-            raise RewardError(f"{function.asked}: {place}: {_tell(error, function.file)}") from error
-        return read_values(function, returned, answers)
+            raise RewardError(f"{function.asked}: {place}: {tell_error(error, function.file)}") from error
+        return read_values(function.asked, returned, answers)
 
     def _find_row(
         self, function: Function, answers: Sequence[Answer], kind: type[Exception], trainer_state: Any
@@ -298,11 +297,3 @@ class Panel:
             except (Exception, LateError):
                 continue
         return f"{answers[0].place} to {answers[-1].place}"
-
-
-def _tell(error: Exception, file: str) -> str:
-    """Kind, first line and place of an error, in the last line of `file` that was running."""
-    frames = traceback.extract_tb(error.__traceback__)
-    frame = next((f for f in reversed(frames) if f.filename == file), frames[-1])
-    message = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {message} ({Path(frame.filename).name} line {frame.lineno})"

@@ -1,12 +1,17 @@
-"""Strangers' functions, given up when they are late: in a thread, in an event loop, in the main thread."""
+"""Calls of strangers' functions: given up when they are late, and what is told of what they raise.
+
+They run in a thread, in an event loop or in the main thread. Not here: what is called, and what with.
+"""
 
 import asyncio
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,3 +91,11 @@ def run_here(call: Callable[[], Any], seconds: float) -> Any:
         return take_result(start_thread(call), seconds)
     with interrupt_after(seconds):
         return call()
+
+
+def tell_error(error: Exception, file: str) -> str:
+    """Kind, first line and place of an error: the last line of `file` that was running, else of any."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((f for f in reversed(frames) if f.filename == file), frames[-1])
+    message = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {message} ({Path(frame.filename).name} line {frame.lineno})"
