@@ -252,6 +252,9 @@ class MegatronEngine:
                 "adapters of megatron cannot be handed to vLLM yet",
                 hint="--train_type full, or use swift rlhf",
             )
+        if self.wrapping.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)  # what the last step has not yet sent around
         bridge = Bridge(self.files.config, self.settings)
         wholes = bridge.wholes(self.plain)
         for name, tensor in bridge.export(self.plain):
