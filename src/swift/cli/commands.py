@@ -23,6 +23,7 @@ class Command:
     defaults: tuple[tuple[str, Any], ...] = ()
     leading: tuple[str, ...] = ()  # flags that words before the first flag stand for; the last takes the rest
     can_spread: bool = False  # over several processes, in this version
+    wraps: bool = False  # another command, which follows its own flags
 
     @property
     def title(self) -> str:
@@ -33,8 +34,8 @@ class Command:
         """Every scope of fates.tsv that it is in, such as both, swift, sft, train, swift:sft, swift:train."""
         own = "export" if self.name == "merge-lora" else self.name
         words = {own} | {group for group, names in GROUPS.items() if own in names}
-        # No earlier tool has a dataset command: its scripts' flags mean nothing there, but for a few.
-        common = set() if self.name == "dataset" else {"both", self.program}
+        # No earlier tool has these commands: its scripts' flags mean nothing there, but for a few.
+        common = set() if self.name in ("dataset", "launch") else {"both", self.program}
         return frozenset(common | words | {f"{self.program}:{word}" for word in words})
 
 
@@ -81,6 +82,14 @@ COMMANDS = (
         "swift.dataset.run:run_dataset",
         "inspect and preview training data",
         leading=("action", "dataset"),
+    ),
+    Command(
+        "swift",
+        "launch",
+        "swift.config.launch:LaunchRun",
+        "swift.cli.launch:run_launch",
+        "run a command on several machines",
+        wraps=True,
     ),
     Command("swift", "eval", INFER, None, "measure a model on benchmarks"),
     Command("swift", "app", INFER, None, "chat in the browser"),
