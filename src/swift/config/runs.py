@@ -15,6 +15,7 @@ from swift.config.parallel import ParallelConfig
 from swift.config.plugins import PluginConfig
 from swift.config.quant import QuantConfig
 from swift.config.schedule import OutputConfig, ScheduleConfig
+from swift.config.serve import ServeOptions
 from swift.config.sft import SftConfig
 from swift.config.task import TaskConfig
 from swift.config.template import TemplateConfig
@@ -287,6 +288,31 @@ class InferRun:
                 "--model or --adapters is missing",
                 hint="for example --model smollm2-135m, or --adapters CHECKPOINT",
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeployRun:
+    """`swift deploy`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    serve: ServeOptions = field(default_factory=ServeOptions)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    template: TemplateConfig = field(default_factory=TemplateConfig)
+    plugins: PluginConfig = field(default_factory=PluginConfig)
+
+    def check(self) -> None:
+        """Raises ConfigError where flags contradict each other or one is missing."""
+        if not self.model.model and not self.serve.adapters:
+            raise ConfigError(
+                "--model or --adapters is missing",
+                hint="for example --model smollm2-135m, or --adapters CHECKPOINT",
+            )
+        if self.generation.stream is not None:
+            raise ConfigError(
+                "--stream has no effect on swift deploy: each request says whether it streams",
+                hint="leave it out",
+            )
+        self.serve.check()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
