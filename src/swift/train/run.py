@@ -13,8 +13,9 @@ from swift.models.directory import describe_weights
 from swift.train import summary
 from swift.train.backend import TRANSFORMERS, Backend
 from swift.train.building import build_callbacks, open_run_directory
+from swift.train.evaluation import Evaluation, RowEvaluation
+from swift.train.loop import Loop
 from swift.train.method import Method, rlhf_method, sft_method
-from swift.train.offline import Offline
 from swift.train.preparing import (
     Prepared,
     check_equal_on_ranks,
@@ -107,18 +108,26 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
     state = resumption.state if resumption else TrainState()
     if resumption and ranks.is_main:
         saver.tidy(state.best_step, state.step)
-    loop = Offline(
-        engine=engine, method=method, feed=feed,
-        eval_rows=None if run.eval_limit == 0 else ready.eval_rows, eval_limit=run.eval_limit,
+    loop = Loop(
+        engine=engine, method=method, feed=feed, evaluation=make_evaluation(run, method, ready, engine),
         total_steps=total_steps, schedule=run.schedule, saver=saver, run_directory=directory,
         callbacks=build_callbacks(run, directory, args, ready.callbacks) if ranks.is_main else [],
-        shown=summary.show_answers(tokenizer, ready.eval_rows, method.shape),
         follows_wishes=bool(ready.callbacks or run.schedule.early_stop_interval),
     )  # fmt: skip
     code = run_loop(loop, state)
     if code == 0 and ranks.is_main and state.last_saved_step is not None:
         backend.finish(run, directory / f"checkpoint-{state.last_saved_step}")
     return code
+
+
+def make_evaluation(run: TrainRun, method: Method, ready: Prepared, engine: Engine) -> Evaluation | None:
+    """On the rows that were held out, if there are any."""
+    if ready.eval_rows is None or run.eval_limit == 0:
+        return None
+    return RowEvaluation(
+        engine, method, ready.eval_rows, run.schedule.per_device_eval_batch_size, run.eval_limit,
+        summary.show_answers(ready.tokenizer, ready.eval_rows, method.shape),
+    )  # fmt: skip
 
 
 def precompute(run: RlhfRun, ready: Prepared, engine: Engine, ranks: Ranks) -> None:
@@ -133,7 +142,7 @@ def precompute(run: RlhfRun, ready: Prepared, engine: Engine, ranks: Ranks) -> N
             )  # fmt: skip
 
 
-def run_loop(loop: Offline, state: TrainState) -> int:
+def run_loop(loop: Loop, state: TrainState) -> int:
     """Trains; an interrupt says how to go on."""
     directory = loop.run_directory
     try:
