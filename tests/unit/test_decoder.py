@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from swift.config.option import ConfigError
 from swift.engines.transformers.attention import FLAT_ATTENTION
 from swift.models.load import load_model, load_tokenizer
-from swift.rollout.decoder import Decoder, End, Token, check_flat
+from swift.rollout.decoder import Decoder, End, Token
 from swift.rollout.types import Completion, Request, Sampling
 
 CPU = torch.device("cpu")
@@ -227,11 +227,3 @@ def test_the_context_ends_answers(model, tokenizer, decode) -> None:
     assert (len(answer.token_ids), answer.finish_reason) == (7, "length")
     with pytest.raises(ConfigError, match="the prompt has 32 tokens, the context holds 32"):
         decode([Request(prompt(32), Sampling(1))], context=32)
-
-
-def test_a_model_with_its_own_attention_is_refused(model, monkeypatch) -> None:
-    monkeypatch.setattr(model.config, "attn_logit_softcapping", 30.0, raising=False)
-    with pytest.raises(
-        ConfigError, match="LlamaForCausalLM cannot answer while it is trained, because its config"
-    ):
-        check_flat(model)

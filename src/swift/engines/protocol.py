@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from swift.batch import Batch
 from swift.objectives.types import Objective, TokenStats
@@ -87,6 +87,14 @@ class Engine(Protocol):
 
     def reference(self) -> AbstractContextManager[None]:
         """Inside it `forward` answers as the model did before training."""
+        ...
+
+    def generating(self) -> AbstractContextManager[nn.Module]:
+        """The model as it is trained, whole on every rank, to answer with; entered by all ranks together.
+
+        In evaluation mode, under the arithmetic of training, attending by FLAT_ATTENTION. Inside, each rank
+        calls it as often as it likes. Raises ConfigError where that is not possible.
+        """
         ...
 
     def drop_reference(self) -> None:

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from swift.config.option import ConfigError
 from swift.engines.transformers.attention import Segments
-from swift.engines.transformers.forward import refusal_of_flat
 from swift.rollout.detokenize import AnswerText, decode_text
 from swift.rollout.sampling import Drawn, Shape, answer_key, draw, uniform
 from swift.rollout.slots import Decode, Prefill, Slots
@@ -362,13 +361,3 @@ class Decoder:
                 self.rows[target] = self.rows[source]
         del self.rows[size:]
         self.shape = None
-
-
-def check_flat(model: PreTrainedModel) -> None:
-    """Raises ConfigError for a model whose attention cannot be replaced, which a Decoder needs."""
-    refusal = refusal_of_flat(model, model.config)
-    if refusal:
-        raise ConfigError(
-            f"{type(model).__name__} cannot answer while it is trained, because {refusal}",
-            hint="--use_vllm true answers with vLLM instead",
-        )

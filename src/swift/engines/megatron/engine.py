@@ -19,10 +19,11 @@ from megatron.core.distributed import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from swift.batch import Batch
 from swift.config.optim import OptimConfig
+from swift.config.option import ConfigError
 from swift.engines.megatron.balance import take_sums
 from swift.engines.megatron.checkpoint import Files, load_checkpoint, take_snapshot
 from swift.engines.megatron.context import ContextRanks
@@ -228,6 +229,13 @@ class MegatronEngine:
 
     def mix_reference(self, share: float) -> None:
         raise NotImplementedError("--sync_ref_model is refused for megatron")
+
+    @contextmanager
+    def generating(self) -> Iterator[nn.Module]:
+        raise ConfigError(
+            "megatron cannot answer with the model that it trains", hint="--use_vllm true answers with vLLM"
+        )
+        yield  # makes it the context manager that the protocol asks for
 
     def drop_reference(self) -> None:
         """Frees the frozen copy, once nothing asks for it any more."""
