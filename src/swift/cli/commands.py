@@ -39,9 +39,9 @@ class Command:
         return frozenset(common | words | {f"{self.program}:{word}" for word in words})
 
 
-SFT, RLHF, INFER, ROLLOUT, EXPORT, DATASET, WEB_UI = (
+SFT, RLHF, INFER, DEPLOY, ROLLOUT, EXPORT, DATASET, WEB_UI = (
     f"swift.config.runs:{name}Run"
-    for name in ("Sft", "Rlhf", "Infer", "Rollout", "Export", "Dataset", "WebUi")
+    for name in ("Sft", "Rlhf", "Infer", "Deploy", "Rollout", "Export", "Dataset", "WebUi")
 )
 MEGATRON_SFT, MEGATRON_RLHF, MEGATRON_EXPORT = (
     f"swift.config.megatron_runs:Megatron{name}Run" for name in ("Sft", "Rlhf", "Export")
@@ -50,6 +50,7 @@ RUN_PT, RUN_SFT, RUN_RLHF = (f"swift.train.run:run_{name}" for name in ("pt", "s
 PARALLEL = "swift.train.run_megatron"
 RUN_INFER = "swift.infer.run:run_infer"
 RUN_ROLLOUT = "swift.rollout.run:run_rollout"
+RUN_DEPLOY = "swift.infer.server_run:run_deploy"
 RUN_EXPORT = "swift.export.run:run_export"
 RUN_CONVERT = "swift.export.megatron:run_export_megatron"
 ALL_TOKENS, LAST_ROUND = ("loss_scale", "all"), ("loss_scale", "last_round")
@@ -71,7 +72,7 @@ COMMANDS = (
         can_spread=True,
     ),
     Command("swift", "infer", INFER, RUN_INFER, "chat with a model, or answer a dataset", True),
-    Command("swift", "deploy", INFER, None, "serve a model over an OpenAI-compatible API"),
+    Command("swift", "deploy", DEPLOY, RUN_DEPLOY, "serve a model over an OpenAI-compatible API"),
     Command("swift", "rollout", ROLLOUT, RUN_ROLLOUT, "serve answers to a training, through vLLM"),
     Command("swift", "sample", INFER, None, "sample many answers and keep the best"),
     Command("swift", "export", EXPORT, RUN_EXPORT, "merge adapters, convert, quantise, upload"),

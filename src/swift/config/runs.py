@@ -17,6 +17,7 @@ from swift.config.plugins import PluginConfig
 from swift.config.quant import QuantConfig
 from swift.config.rewards import RewardConfig
 from swift.config.schedule import OutputConfig, ScheduleConfig
+from swift.config.serve import ServeOptions
 from swift.config.sft import SftConfig
 from swift.config.task import TaskConfig
 from swift.config.template import TemplateConfig
@@ -246,6 +247,36 @@ class RolloutRun:
         if not self.model.model:
             raise ConfigError("--model is missing", hint="name the model that the training starts from")
         check_chosen_by_vllm(self.model, "swift rollout")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeployRun:
+    """`swift deploy`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    serve: ServeOptions = field(default_factory=ServeOptions)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    template: TemplateConfig = field(default_factory=TemplateConfig)
+    plugins: PluginConfig = field(default_factory=PluginConfig)
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+
+    def check(self) -> None:
+        """Raises ConfigError where flags contradict each other or one is missing."""
+        if not self.model.model and not self.serve.adapters:
+            raise ConfigError(
+                "--model or --adapters is missing",
+                hint="for example --model smollm2-135m, or --adapters CHECKPOINT",
+            )
+        if self.generation.stream is not None:
+            raise ConfigError(
+                "--stream has no effect on swift deploy: each request says whether it streams",
+                hint="leave it out",
+            )
+        self.serve.check()
+        if self.serve.infer_backend == "vllm":
+            check_chosen_by_vllm(self.model, "--infer_backend vllm")
+        else:
+            self.vllm.check_unused("--infer_backend vllm")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
