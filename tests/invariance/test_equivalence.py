@@ -1,4 +1,4 @@
-"""One step, any layout: losses, gradient norms and the gradient of every parameter against one process.
+"""One step, any layout: losses, gradients of every parameter, and answers, against one process.
 
 Each world of processes is one job that goes through all its cases, so that starting costs once.
 """
@@ -24,9 +24,12 @@ from swift.data.collate import collate
 from swift.engines.ranks import join_ranks
 from swift.engines.transformers.engine import TransformersEngine
 from swift.engines.transformers.wrap import load_zero, wrap
+from swift.models.load import load_tokenizer
 from swift.objectives.distill import Distill
 from swift.objectives.policy import Policy, PolicyRule
 from swift.objectives.sft import Sft
+from swift.rollout.local import LocalRollout
+from swift.rollout.types import Request, Sampling
 
 POLICY = Policy(PolicyRule(beta=0.1, log_entropy=True, has_rollout_logps=True,
                            rollout_importance_sampling_mode="token_truncate"))  # fmt: skip
@@ -72,18 +75,38 @@ def run_cases(rank: int, world: int, models: dict[str, str], folder: str) -> Non
         engine = build_engine(
             models[model], kind, ranks[size], lora=lora, recompute=recompute, taught_by=taught_by
         )
-        record(engine, Path(folder) / f"{world}-{layout}-{model}")
+        check_weights(engine, load_file(f"{folder}/{model}/model.safetensors"))
+        record(engine, models[model], Path(folder) / f"{world}-{layout}-{model}")
+
+
+def load_for_training(directory: str, *, lora: bool):
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    if not lora:
+        return model
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return get_peft_model(model, config)
+
+
+def save_merged(directory: str, folder: Path, *, lora: bool) -> None:
+    """What transformers writes of the model that is trained, adapters folded in by PEFT."""
+    model = load_for_training(directory, lora=lora)
+    (model.merge_and_unload() if lora else model).save_pretrained(folder)
+
+
+def check_weights(engine: TransformersEngine, expected: dict[str, torch.Tensor]) -> None:
+    """What every rank of every layout hands to another engine, one after the other: the same bits."""
+    left = dict(expected)
+    for name, tensor in engine.weights():
+        assert torch.equal(tensor, left.pop(name)), name
+    assert left == {}
 
 
 def build_engine(
     directory: str, kind: str, ranks, *, lora: bool, recompute: bool, taught_by: str | None
 ) -> TransformersEngine:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    teacher = AutoModelForCausalLM.from_pretrained(taught_by, dtype=torch.float32) if taught_by else None
-    if lora:
-        torch.manual_seed(1)
-        config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-        model = get_peft_model(model, config)
+    model = load_for_training(directory, lora=lora)
+    teacher = load_for_training(taught_by, lora=False) if taught_by else None
     wrapper = partial(wrap, parallel=ParallelConfig(fsdp="fsdp2" if kind == "fsdp" else None))
     if kind.startswith("zero"):
         zero = load_zero()
@@ -119,16 +142,36 @@ def make_online_batches(engine: TransformersEngine, chosen: tuple[int, ...]) -> 
     return batches
 
 
-def record(engine: TransformersEngine, path: Path) -> None:
-    rows, numbers, gradients, means = make_rows(), [], {}, {}
+def record_online(engine: TransformersEngine) -> tuple[dict[str, dict[str, float]], dict[str, torch.Tensor]]:
+    """Means and gradients of a step of a policy, and of one with a teacher where the engine has one."""
+    means, gradients = {}, {}
     for objective in (POLICY, *((Distill(),) if engine.frozen else ())):
         name = type(objective).__name__
-        sums = engine.forward_backward(make_online_batches(engine, STEPS[1]), objective)
-        means[name] = sums.means()
+        means[name] = engine.forward_backward(make_online_batches(engine, STEPS[1]), objective).means()
         found = {f"{name} {n}": read_gradient(p) for n, p in engine.model.named_parameters()}
         gradients |= {key: gradient.clone() for key, gradient in found.items() if gradient is not None}
         engine.optim_step()
+    return means, gradients
+
+
+def answer(engine: TransformersEngine, directory: str) -> list[list[float]]:
+    """Tokens and log-probabilities of three requests, one for a data rank in turn; a fourth has none."""
+    rollout = LocalRollout(engine, load_tokenizer(Path(directory)), stop_token_ids=[], context=64, max_rows=4)
+    mine = range(engine.data_rank, 3, engine.data_world)
+    requests = [Request([9 + number, 30, 41], Sampling(4 + number), count=2) for number in mine]
+    found = {
+        number: [x for a in answers for x in (*a.token_ids, *a.logps)]
+        for number, answers in zip(mine, rollout.generate(requests), strict=True)
+    }
+    everybody = {number: row for part in engine.ranks.collect(found) for number, row in part.items()}
+    return [everybody[number] for number in range(3)]
+
+
+def record(engine: TransformersEngine, directory: str, path: Path) -> None:
+    rows, numbers, gradients, answers = make_rows(), [], {}, []
     for step, chosen in enumerate(STEPS):
+        if step != 1:  # before anything has run, and between two steps
+            answers.append(answer(engine, directory))
         mine = chosen[engine.data_rank :: engine.data_world]
         batches = [collate([rows[i] for i in mine[j : j + 2]]) for j in range(0, len(mine), 2)]
         sums = engine.forward_backward(batches, Sft())
@@ -139,9 +182,11 @@ def record(engine: TransformersEngine, path: Path) -> None:
         info = engine.optim_step()
         numbers.append([*sums.pairs["loss/tokens"], *sums.pairs["token_acc"], info.grad_norm])
         numbers[-1] += engine.measure(batches, Sft()).pairs["loss/tokens"]
+    means, found = record_online(engine)
+    gradients |= found
     if engine.ranks.is_main:
         save_file(gradients, f"{path}.safetensors")
-        path.with_name(path.name + ".json").write_text(json.dumps([numbers, means]))
+        path.with_name(path.name + ".json").write_text(json.dumps([numbers, answers, means]))
 
 
 def read_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
@@ -165,14 +210,16 @@ def recorded(workers, make_tiny_model_dir, tmp_path_factory):
         name: str(make_tiny_model_dir(tmp_path_factory.mktemp(name), family, **fields))
         for name, (family, fields) in MODELS.items()
     }
+    for name, directory in models.items():
+        save_merged(directory, folder / name, lora=name.endswith("lora"))
     for world in LAYOUTS:
         arguments = {"world": world, "models": models, "folder": str(folder)}
         result = workers.run([], world, hook=f"{__file__}:run_cases", hook_arguments=arguments)
         assert result.code == 0, result.stderr[-5000:]
 
-    def read(case: str) -> tuple[list[list[float]], dict[str, Any], dict[str, torch.Tensor]]:
-        numbers, means = json.loads((folder / f"{case}.json").read_text())
-        return numbers, means, load_file(folder / f"{case}.safetensors")
+    def read(case: str) -> tuple[list[Any], dict[str, torch.Tensor]]:
+        """[numbers, answers, means] and gradients."""
+        return json.loads((folder / f"{case}.json").read_text()), load_file(folder / f"{case}.safetensors")
 
     return read
 
@@ -184,8 +231,11 @@ def recorded(workers, make_tiny_model_dir, tmp_path_factory):
 def test_a_layout_gives_what_one_process_gives(recorded, world, layout, model):
     if layout.startswith("zero") and not HAS_DEEPSPEED:
         pytest.skip("deepspeed is not installed")
-    numbers, means, gradients = recorded(f"{world}-{layout}-{model}")
-    expected_numbers, expected_means, expected_gradients = recorded(f"1-single-{model}")
+    (numbers, answers, means), gradients = recorded(f"{world}-{layout}-{model}")
+    (expected_numbers, expected_answers, expected_means), expected_gradients = recorded(f"1-single-{model}")
+    for ours, theirs in zip(answers, expected_answers, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert one == pytest.approx(other, abs=1e-5)
     assert gradients.keys() == expected_gradients.keys() and gradients
     for key, expected in expected_gradients.items():
         # Advantages of both signs cancel, and what is left has lost a digit.

@@ -1,13 +1,13 @@
 """The seam between training loops and parallel machinery. Loops know these methods and nothing below them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from swift.batch import Batch
 from swift.objectives.types import Objective, TokenStats
@@ -103,12 +103,27 @@ class Engine(Protocol):
         """Inside it `forward` answers as the model did before training."""
         ...
 
+    def generating(self) -> AbstractContextManager[nn.Module]:
+        """The model as it is trained, whole on every rank, to answer with; entered by all ranks together.
+
+        In evaluation mode, under the arithmetic of training, attending by FLAT_ATTENTION. Inside, each rank
+        calls it as often as it likes. Raises ConfigError where that is not possible.
+        """
+        ...
+
     def drop_reference(self) -> None:
         """Frees what only `reference` needs: nothing will ask for it any more."""
         ...
 
     def mix_reference(self, share: float) -> None:
         """From now on the reference is `share` of the model as it is and the rest what it was."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in HuggingFace's files, whole tensor), adapters merged; one at a time, good until the next.
+
+        All ranks go through all of it, in one order. Raises ConfigError where weights are quantised.
+        """
         ...
 
     def save(self, path: Path, *, resumable: bool) -> Snapshot:

@@ -29,10 +29,17 @@ from swift.engines.ranks import Ranks
 from swift.engines.stepping import NOTHING, add_units, collect_sums, gather_rows
 from swift.engines.transformers import checkpoint
 from swift.engines.transformers.attention import FLAT_ATTENTION, compile_layers
-from swift.engines.transformers.forward import Layout, refusal_of_flat, score
+from swift.engines.transformers.forward import (
+    Layout,
+    check_answering,
+    flat_arguments,
+    refusal_of_flat,
+    score,
+)
 from swift.engines.transformers.noise import EmbeddingNoise
 from swift.engines.transformers.offload import activations_on_cpu
 from swift.engines.transformers.sequence_parallel import SequenceRanks
+from swift.engines.transformers.weights import stream_weights
 from swift.engines.transformers.wrap import Wrapper, shard, wrap
 from swift.models.adapters import leave_casting_to_autocast
 from swift.models.load import HALF
@@ -222,6 +229,28 @@ class TransformersEngine:
         finally:
             self.module = trained
 
+    @contextmanager
+    def generating(self) -> Iterator[nn.Module]:
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        check_answering(type(base), base.config)
+        attention = base.config._attn_implementation
+        base.set_attn_implementation(FLAT_ATTENTION)
+        self.model.eval()
+
+        def run() -> object:
+            return self.model(**flat_arguments(NOTHING, Layout(True, True, self.device)), use_cache=False)
+
+        try:
+            with (
+                torch.no_grad(),
+                answering(self.wrapped.optimizer),
+                torch.autocast(self.device.type, self.compute, enabled=self.compute in HALF),
+                self.wrapped.whole(self.model, run),
+            ):
+                yield self.model
+        finally:
+            base.set_attn_implementation(attention)
+
     def mix_reference(self, share: float) -> None:
         assert self.frozen is not None
         with torch.no_grad(), answering(self.wrapped.optimizer):
@@ -234,6 +263,10 @@ class TransformersEngine:
         self.frozen = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        with answering(self.wrapped.optimizer):
+            yield from stream_weights(self.model, self.wrapped)
 
     def save(self, path: Path, *, resumable: bool) -> Snapshot:
         parts = (self.model, self.wrapped, self.scheduler, path)

@@ -64,6 +64,16 @@ def check_sequence_parallel(config: PretrainedConfig, size: int) -> None:
         )
 
 
+def check_answering(architecture: type[nn.Module], config: PretrainedConfig) -> None:
+    """Raises ConfigError where a model cannot give answers between two steps of its training."""
+    refusal = refusal_of_flat(architecture, config)
+    if refusal:
+        raise ConfigError(
+            f"{architecture.__name__} cannot answer while it is trained, because {refusal}",
+            hint="--use_vllm true answers with vLLM",
+        )
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a model takes its batches. `own_attention`: the flat kernel is ours, not one of transformers."""
@@ -118,6 +128,7 @@ def watched(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 
 def find_head(model: nn.Module, name: str) -> nn.Module:
+    """The layer called `name`, however deep it is wrapped."""
     return next(module for path, module in model.named_modules() if path.rpartition(".")[2] == name)
 
 
