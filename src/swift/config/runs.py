@@ -200,6 +200,7 @@ class InferRun:
     model: ModelConfig = field(default_factory=ModelConfig)
     infer: InferOptions = field(default_factory=InferOptions)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     plugins: PluginConfig = field(default_factory=PluginConfig)
     vllm: VllmConfig = field(default_factory=VllmConfig)
@@ -216,6 +217,7 @@ class InferRun:
                 "--model or --adapters is missing",
                 hint="for example --model smollm2-135m, or --adapters CHECKPOINT",
             )
+        self.quant.check(train_type="lora", slicer=None, init_weights="")
         if self.infer.infer_backend == "vllm":
             check_chosen_by_vllm(self.model, "--infer_backend vllm")
         else:
