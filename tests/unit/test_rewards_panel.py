@@ -289,7 +289,7 @@ def test_environment_and_models_come_after_functions() -> None:
     panel = Panel.build(config, settings=SETTINGS, has_environment=True)
     panel.add_models([Model()])
     assert panel.names == ["Format", "gym_reward", "my-model"]
-    rows = [replace(answer("abc"), rollout_infos=infos) for infos in ({}, {"gym_reward": 0.5})]
+    rows = [replace(answer("abc"), rollout_infos=infos) for infos in ({}, {"total_reward": 0.5})]
     assert np.array_equal(panel.judge(rows), [[0, np.nan, 3], [0, 0.5, 3]], equal_nan=True)
 
 

@@ -14,12 +14,13 @@ from swift.config.option import ConfigError
 from swift.config.parallel import ParallelConfig
 from swift.config.plugins import PluginConfig
 from swift.config.quant import QuantConfig
-from swift.config.rewards import RewardConfig
+from swift.config.rewards import RewardConfig, check_rewarded
 from swift.config.schedule import OutputConfig, ScheduleConfig
 from swift.config.sft import SftConfig
 from swift.config.task import TaskConfig
 from swift.config.template import TemplateConfig
 from swift.config.tuner import TunerConfig
+from swift.config.turns import TurnConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,12 +155,14 @@ class RlhfRun(TrainRun):
 
     rlhf: RlhfConfig = field(default_factory=RlhfConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
+    turns: TurnConfig = field(default_factory=TurnConfig)
 
     def check_complete(self) -> None:
         """`check` for a run whose values are all known."""
         TrainRun.check_complete(self)
         self.rlhf.check()
-        self.rewards.check_method(self.rlhf.rlhf_type)
+        check_rewarded(self.rlhf.rlhf_type, [*self.rewards.changed, *self.turns.changed])
+        self.turns.check()
         if self.data.cached_dataset:
             raise ConfigError("--cached_dataset holds conversations for swift sft", hint="give --dataset")
         if self.rlhf.needs_reference and self.tuner.init_weights.startswith(("pissa", "olora")):

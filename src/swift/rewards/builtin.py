@@ -63,4 +63,4 @@ class GymReward(ORM):
     def __call__(
         self, _completions: list[str], rollout_infos: Sequence[dict[str, Any]], **_columns: Any
     ) -> list[float | None]:
-        return [infos.get("gym_reward") for infos in rollout_infos]
+        return [infos.get("total_reward") for infos in rollout_infos]
