@@ -57,7 +57,7 @@ class MultiTurnScheduler:
     def on_turn_end(self, request: TurnRequest, choice: TurnChoice, turn: int) -> Any:
         """{"done": True} ends it; {"rollout_infos": {...}} goes to the rewards. Either may be left out."""
 
-    def check_finished(self, request: TurnRequest, choice: TurnChoice, turn: int) -> Any:
+    def check_finished(self, _request: TurnRequest, choice: TurnChoice, turn: int) -> Any:
         """Whether this was the last answer."""
         limit = self.max_turns is not None and turn >= self.max_turns
         return limit or choice.finish_reason == "length"

@@ -212,7 +212,7 @@ class MathAccuracy(ORM):
 class CosineReward(ORM):
     """From the value of a short answer to that of a long one along half a cosine.
 
-    Source: arXiv:2502.03373 section 4.2; answers beyond `cosine_max_len` keep its value.
+    Source: arXiv:2502.03373; answers beyond `cosine_max_len` keep its value.
     """
 
     def __init__(
