@@ -124,6 +124,8 @@ def test_limits(template: ChatTemplate) -> None:
     answers = [["1"]] * 9
     (found,) = run(Scripted(template, *answers), Asks(max_turns=2), template, start())
     assert (found.num_turns, found.finish_reason) == (2, "stop")
+    (found,) = run(Scripted(template), Asks(), template, start(), context=4)
+    assert (found.num_turns, found.token_ids, found.text) == (0, [], "")
     (found,) = run(Scripted(template, ["1..."]), Asks(), template, start())
     assert (found.num_turns, found.finish_reason, text_of(template, found)) == (1, "length", "1")
     engine = Scripted(template, *answers)
@@ -198,7 +200,7 @@ def test_an_answer_cut_inside_a_token(template: ChatTemplate) -> None:
     (found,) = run(engine, Cuts(max_turns=2), template, start())
     assert text_of(template, found) == "The capi, said Paris<|im_end|>"
     assert text_of(template, found, 1) == "The Paris<|im_end|>"
-    assert found.messages[-1]["content"] == "The capi, said Paris"
+    assert found.text == "The capi, said Paris"
 
 
 class Counting(Env):
@@ -318,4 +320,4 @@ def test_flags(tmp_path: Path) -> None:
     found = build_scheduler(
         TurnConfig(multi_turn_scheduler=f"{tmp_path}/mine_turns.py:Mine", max_turns=3), tokenizer="t"
     )
-    assert (found.max_turns, found.settings["tokenizer"]) == (3, "t")
+    assert (found.max_turns, found.tokenizer) == (3, "t")

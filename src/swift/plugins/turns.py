@@ -47,9 +47,17 @@ class MultiTurnScheduler:
     the request's messages; turns count from 1.
     """
 
-    def __init__(self, infer_engine: Any = None, max_turns: int | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        infer_engine: Any = None,
+        max_turns: int | None = None,
+        *,
+        tokenizer: Any = None,
+        **settings: Any,
+    ) -> None:
         """`infer_engine` is None: the answers of all conversations are drawn together, elsewhere."""
-        self.infer_engine, self.max_turns, self.settings = infer_engine, max_turns, settings
+        self.infer_engine, self.max_turns, self.tokenizer = infer_engine, max_turns, tokenizer
+        self.settings = settings
 
     def on_trajectory_start(self, requests: Sequence[TurnRequest]) -> Any:
         """Before the first answers, for all of them; may change their messages as it likes."""

@@ -52,6 +52,11 @@ class Trajectory:
     num_turns: int = 0
     infos: dict[str, Any] = field(default_factory=dict)  # rollout_infos for the rewards
 
+    @property
+    def text(self) -> str:
+        """The last answer, which rewards read; none was given where the prompt left no room."""
+        return self.messages[-1]["content"] if self.num_turns else ""
+
     def append(self, token_ids: Sequence[int], logps: Sequence[float] | None = None) -> None:
         """Tokens of the model, with their `logps`, or of somebody else."""
         assert logps is None or len(logps) == len(token_ids), (len(token_ids), len(logps or ()))
