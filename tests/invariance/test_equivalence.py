@@ -1,4 +1,4 @@
-"""One step, any layout: losses, gradient norms and the gradient of every parameter against one process.
+"""One step, any layout: losses, gradients of every parameter, and answers, against one process.
 
 Each world of processes is one job that goes through all its cases, so that starting costs once.
 """
@@ -22,7 +22,10 @@ from swift.data.collate import collate
 from swift.engines.ranks import join_ranks
 from swift.engines.transformers.engine import TransformersEngine
 from swift.engines.transformers.wrap import load_zero, wrap
+from swift.models.load import load_tokenizer
 from swift.objectives.sft import Sft
+from swift.rollout.local import LocalRollout
+from swift.rollout.types import Request, Sampling
 
 # Rows of each step. The last are uneven, and leave ranks without a trained token (row 4) or a row.
 STEPS = ((0, 1, 2, 3, 4, 5, 6, 7), (4, 1, 2, 5, 3), (4, 1))
@@ -63,15 +66,35 @@ def run_cases(rank: int, world: int, models: dict[str, str], folder: str) -> Non
             ranks[size], _ = join_ranks(torch.device("cpu"), 120, sequence_size=size)
         lora, recompute = model.endswith("lora"), "recompute" in extras
         engine = build_engine(models[model], kind, ranks[size], lora=lora, recompute=recompute)
-        record(engine, Path(folder) / f"{world}-{layout}-{model}")
+        check_weights(engine, load_file(f"{folder}/{model}/model.safetensors"))
+        record(engine, models[model], Path(folder) / f"{world}-{layout}-{model}")
+
+
+def load_for_training(directory: str, *, lora: bool):
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    if not lora:
+        return model
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return get_peft_model(model, config)
+
+
+def save_merged(directory: str, folder: Path, *, lora: bool) -> None:
+    """What transformers writes of the model that is trained, adapters folded in by PEFT."""
+    model = load_for_training(directory, lora=lora)
+    (model.merge_and_unload() if lora else model).save_pretrained(folder)
+
+
+def check_weights(engine: TransformersEngine, expected: dict[str, torch.Tensor]) -> None:
+    """What every rank of every layout hands to another engine, one after the other: the same bits."""
+    left = dict(expected)
+    for name, tensor in engine.weights():
+        assert torch.equal(tensor, left.pop(name)), name
+    assert left == {}
 
 
 def build_engine(directory: str, kind: str, ranks, *, lora: bool, recompute: bool) -> TransformersEngine:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    if lora:
-        torch.manual_seed(1)
-        config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-        model = get_peft_model(model, config)
+    model = load_for_training(directory, lora=lora)
     wrapper = partial(wrap, parallel=ParallelConfig(fsdp="fsdp2" if kind == "fsdp" else None))
     if kind.startswith("zero"):
         zero = load_zero()
@@ -92,9 +115,24 @@ def build_engine(directory: str, kind: str, ranks, *, lora: bool, recompute: boo
     )  # fmt: skip
 
 
-def record(engine: TransformersEngine, path: Path) -> None:
-    rows, numbers, gradients = make_rows(), [], {}
+def answer(engine: TransformersEngine, directory: str) -> list[list[float]]:
+    """Tokens and log-probabilities of three requests, one for a data rank in turn; a fourth has none."""
+    rollout = LocalRollout(engine, load_tokenizer(Path(directory)), stop_token_ids=[], context=64, max_rows=4)
+    mine = range(engine.data_rank, 3, engine.data_world)
+    requests = [Request([9 + number, 30, 41], Sampling(4 + number), count=2) for number in mine]
+    found = {
+        number: [x for a in answers for x in (*a.token_ids, *a.logps)]
+        for number, answers in zip(mine, rollout.generate(requests), strict=True)
+    }
+    everybody = {number: row for part in engine.ranks.collect(found) for number, row in part.items()}
+    return [everybody[number] for number in range(3)]
+
+
+def record(engine: TransformersEngine, directory: str, path: Path) -> None:
+    rows, numbers, gradients, answers = make_rows(), [], {}, []
     for step, chosen in enumerate(STEPS):
+        if step != 1:  # before anything has run, and between two steps
+            answers.append(answer(engine, directory))
         mine = chosen[engine.data_rank :: engine.data_world]
         batches = [collate([rows[i] for i in mine[j : j + 2]]) for j in range(0, len(mine), 2)]
         sums = engine.forward_backward(batches, Sft())
@@ -107,7 +145,7 @@ def record(engine: TransformersEngine, path: Path) -> None:
         numbers[-1] += engine.measure(batches, Sft()).pairs["loss/tokens"]
     if engine.ranks.is_main:
         save_file(gradients, f"{path}.safetensors")
-        path.with_name(path.name + ".json").write_text(json.dumps(numbers))
+        path.with_name(path.name + ".json").write_text(json.dumps([numbers, answers]))
 
 
 def read_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
@@ -131,13 +169,16 @@ def recorded(workers, make_tiny_model_dir, tmp_path_factory):
         name: str(make_tiny_model_dir(tmp_path_factory.mktemp(name), family, **fields))
         for name, (family, fields) in MODELS.items()
     }
+    for name, directory in models.items():
+        save_merged(directory, folder / name, lora=name.endswith("lora"))
     for world in LAYOUTS:
         arguments = {"world": world, "models": models, "folder": str(folder)}
         result = workers.run([], world, hook=f"{__file__}:run_cases", hook_arguments=arguments)
         assert result.code == 0, result.stderr[-5000:]
 
-    def read(case: str) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
-        return json.loads((folder / f"{case}.json").read_text()), load_file(folder / f"{case}.safetensors")
+    def read(case: str) -> tuple[list[list[float]], list[list[list[float]]], dict[str, torch.Tensor]]:
+        numbers, answers = json.loads((folder / f"{case}.json").read_text())
+        return numbers, answers, load_file(folder / f"{case}.safetensors")
 
     return read
 
@@ -149,8 +190,11 @@ def recorded(workers, make_tiny_model_dir, tmp_path_factory):
 def test_a_layout_gives_what_one_process_gives(recorded, world, layout, model):
     if layout.startswith("zero") and not HAS_DEEPSPEED:
         pytest.skip("deepspeed is not installed")
-    numbers, gradients = recorded(f"{world}-{layout}-{model}")
-    expected_numbers, expected_gradients = recorded(f"1-single-{model}")
+    numbers, answers, gradients = recorded(f"{world}-{layout}-{model}")
+    expected_numbers, expected_answers, expected_gradients = recorded(f"1-single-{model}")
+    for ours, theirs in zip(answers, expected_answers, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert one == pytest.approx(other, abs=1e-5)
     assert gradients.keys() == expected_gradients.keys() and gradients
     for key, expected in expected_gradients.items():
         assert (gradients[key] - expected).norm() <= 1e-6 * expected.norm(), key

@@ -14,8 +14,8 @@ import torch
 from swift.config.generation import GenerationConfig
 from swift.config.model import ModelConfig
 from swift.config.template import TemplateConfig
-from swift.infer.detokenize import TextStream, decode_text
 from swift.infer.engine import PromptTooLong, TransformersInferEngine
+from swift.rollout.detokenize import TextStream, decode_text
 
 GREEDY = GenerationConfig(temperature=0, max_new_tokens=12)
 WILD = GenerationConfig(temperature=2.0, max_new_tokens=60)  # a random model: mostly broken UTF-8

@@ -244,12 +244,12 @@ def test_what_is_no_reward(returned: Any, message: str) -> None:
 def test_column_that_is_missing_is_told_before_anything_runs() -> None:
     panel = panel_of(broken)
     with pytest.raises(RewardError) as caught:
-        panel.expect_columns(["solution", "id"])
+        panel.check_columns(["solution", "id"])
     assert caught.value.message == (
         "--reward_funcs own0: it needs the column target, which the rows do not have"
     )
     assert caught.value.hint == "they have id, solution"
-    panel_of("format", "soft_overlong").expect_columns([])
+    panel_of("format", "soft_overlong").check_columns([])
     with pytest.raises(RewardError, match="needs the column target"):
         panel.judge([answer()])
 
@@ -257,7 +257,7 @@ def test_column_that_is_missing_is_told_before_anything_runs() -> None:
 def test_rows_that_all_lack_a_column_of_others() -> None:
     """One process may have rows of one dataset only."""
     panel = panel_of(lambda completions, target: target)
-    panel.expect_columns(["target", "id"])
+    panel.check_columns(["target", "id"])
     assert np.isnan(panel.judge([answer(), answer()])).all()
     assert panel.judge([answer(), answer(target=2)])[1, 0] == 2
 

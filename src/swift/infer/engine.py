@@ -20,9 +20,9 @@ from swift.config.generation import GenerationConfig
 from swift.config.model import ModelConfig
 from swift.config.option import ConfigError
 from swift.config.template import TemplateConfig
-from swift.infer.detokenize import TextStream, decode_text
 from swift.models.adapters import load_adapter
 from swift.models.load import context_length, load_model, load_tokenizer, pick_device
+from swift.rollout.detokenize import TextStream, decode_text
 from swift.template.chat import ChatTemplate
 from swift.template.types import Message
 

@@ -239,8 +239,8 @@ class Panel:
         assert len(weights) == len(self.names), (self.names, weights)
         return np.asarray(weights, dtype=np.float64)
 
-    def expect_columns(self, names: Iterable[str]) -> None:
-        """The columns that rows of the run have, be it only some of them. Raises RewardError for one more."""
+    def check_columns(self, names: Iterable[str]) -> None:
+        """The columns that rows of the run have, be it some. Raises RewardError when a reward needs another."""
         self._columns = tuple(names)
         columns = build_columns((), None, self._columns)
         for function in self.functions:
