@@ -15,13 +15,14 @@ from swift.config.option import ConfigError
 from swift.config.parallel import ParallelConfig
 from swift.config.plugins import PluginConfig
 from swift.config.quant import QuantConfig
-from swift.config.rewards import RewardConfig
+from swift.config.rewards import RewardConfig, check_rewarded
 from swift.config.schedule import OutputConfig, ScheduleConfig
 from swift.config.serve import ServeOptions
 from swift.config.sft import SftConfig
 from swift.config.task import TaskConfig
 from swift.config.template import TemplateConfig
 from swift.config.tuner import TunerConfig
+from swift.config.turns import TurnConfig
 from swift.config.vllm import RolloutOptions, VllmConfig, VllmRolloutConfig
 
 
@@ -158,6 +159,7 @@ class RlhfRun(TrainRun):
     rlhf: RlhfConfig = field(default_factory=RlhfConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
+    turns: TurnConfig = field(default_factory=TurnConfig)
     vllm: VllmRolloutConfig = field(default_factory=VllmRolloutConfig)
 
     def check_complete(self) -> None:
@@ -165,9 +167,13 @@ class RlhfRun(TrainRun):
         TrainRun.check_complete(self)
         self.rlhf.check()
         self.online.check(self.rlhf.rlhf_type)
-        self.rewards.check_method(self.rlhf.rlhf_type)
+        check_rewarded(self.rlhf.rlhf_type, [*self.rewards.changed, *self.turns.changed])
+        self.turns.check()
         if self.rlhf.rlhf_type in SAMPLES:
-            self.rewards.check(max_completion_length=self.online.max_completion_length)
+            self.rewards.check(
+                max_completion_length=self.online.max_completion_length,
+                has_environment=self.turns.use_gym_env,
+            )
             self.vllm.check_rollout()
         else:
             self.vllm.check_unused(f"--rlhf_type {' or '.join(SAMPLES)}")
