@@ -66,15 +66,35 @@ def run_cases(rank: int, world: int, models: dict[str, str], folder: str) -> Non
             ranks[size], _ = join_ranks(torch.device("cpu"), 120, sequence_size=size)
         lora, recompute = model.endswith("lora"), "recompute" in extras
         engine = build_engine(models[model], kind, ranks[size], lora=lora, recompute=recompute)
+        check_weights(engine, load_file(f"{folder}/{model}/model.safetensors"))
         record(engine, models[model], Path(folder) / f"{world}-{layout}-{model}")
 
 
-def build_engine(directory: str, kind: str, ranks, *, lora: bool, recompute: bool) -> TransformersEngine:
+def load_for_training(directory: str, *, lora: bool):
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    if lora:
-        torch.manual_seed(1)
-        config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-        model = get_peft_model(model, config)
+    if not lora:
+        return model
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return get_peft_model(model, config)
+
+
+def save_merged(directory: str, folder: Path, *, lora: bool) -> None:
+    """What transformers writes of the model that is trained, adapters folded in by PEFT."""
+    model = load_for_training(directory, lora=lora)
+    (model.merge_and_unload() if lora else model).save_pretrained(folder)
+
+
+def check_weights(engine: TransformersEngine, expected: dict[str, torch.Tensor]) -> None:
+    """What every rank of every layout hands to another engine, one after the other: the same bits."""
+    left = dict(expected)
+    for name, tensor in engine.weights():
+        assert torch.equal(tensor, left.pop(name)), name
+    assert left == {}
+
+
+def build_engine(directory: str, kind: str, ranks, *, lora: bool, recompute: bool) -> TransformersEngine:
+    model = load_for_training(directory, lora=lora)
     wrapper = partial(wrap, parallel=ParallelConfig(fsdp="fsdp2" if kind == "fsdp" else None))
     if kind.startswith("zero"):
         zero = load_zero()
@@ -149,6 +169,8 @@ def recorded(workers, make_tiny_model_dir, tmp_path_factory):
         name: str(make_tiny_model_dir(tmp_path_factory.mktemp(name), family, **fields))
         for name, (family, fields) in MODELS.items()
     }
+    for name, directory in models.items():
+        save_merged(directory, folder / name, lora=name.endswith("lora"))
     for world in LAYOUTS:
         arguments = {"world": world, "models": models, "folder": str(folder)}
         result = workers.run([], world, hook=f"{__file__}:run_cases", hook_arguments=arguments)

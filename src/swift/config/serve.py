@@ -16,7 +16,8 @@ class ServeOptions:
     load_args: bool = option(
         True, help="take model, system prompt and template from the checkpoints' args.json"
     )
-    infer_backend: str = option("transformers", help="engine", choices=("transformers", "pt"))
+    infer_backend: str = option("transformers", help="engine", choices=("transformers", "pt", "vllm"))
+    vllm_data_parallel_size: int = option(1, help="engines of vLLM behind the port", range=(1, None))
     max_batch_size: int = option(
         64, help="answers of one model that are computed together", unit="answers", range=(1, None)
     )
@@ -55,7 +56,9 @@ class ServeOptions:
 
     def check(self) -> None:
         """Raises ConfigError where flags contradict each other, or a package is missing."""
-        for package in ("fastapi", "uvicorn"):
+        if self.vllm_data_parallel_size > 1 and self.infer_backend != "vllm":
+            raise ConfigError("--vllm_data_parallel_size has no effect without --infer_backend vllm")
+        for package in ("fastapi", "uvicorn") if self.infer_backend != "vllm" else ():
             require_package(package, flag="swift deploy", install="swiftune[serve]")
         names = self.named_adapters
         if len(names) < len(self.adapters) or (None in names and len(names) > 1):

@@ -23,6 +23,7 @@ from swift.data.datasets import use_plugins
 from swift.infer.run import check_sampling, open_result_file
 from swift.infer.server import Server, build_app
 from swift.infer.server_models import Loaded, load_models, make_plan
+from swift.infer.server_vllm import serve_through_vllm
 from swift.infer.service import Service
 from swift.utils.log import say, warn
 
@@ -37,6 +38,8 @@ def run_deploy(run: DeployRun) -> int:
     use_plugins(run.plugins)
     options = run.serve
     check_certificate(options)
+    if options.infer_backend == "vllm":
+        return serve_through_vllm(run)
     with contextlib.closing(open_socket(options)) as listener:
         plan = make_plan(run)
         open_result_file(Path(options.result_path) if options.result_path else None)
