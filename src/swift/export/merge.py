@@ -23,7 +23,7 @@ from transformers import (
 from swift import __version__
 from swift.config.option import ConfigError
 from swift.export.chat import carry_template
-from swift.export.compare import compare_logits, compute_logits, render_texts
+from swift.export.compare import ROUNDING, compare_logits, compute_logits, render_texts
 from swift.models.adapters import RUN_ARGS, load_adapter, merge
 from swift.models.directory import INDEX_FILES, read_json, weight_files
 from swift.models.heads import count_labels, load_scoring_model
@@ -119,7 +119,7 @@ def write_merged(plan: MergePlan, staging: Path) -> Reference | None:
     cast_parameters(merged, torch.float32)
     written = compute_logits(merged, tokenizer, texts)
     rounded = compare_logits(logits, written)
-    say(f"rounded to {plan.dtype}: {rounded.describe_divergence(plan.dtype)}")
+    say(f"rounded to {plan.dtype}: {rounded.describe_divergence(ROUNDING[plan.dtype])}")
     if not rounded.close(plan.dtype):
         say(
             f"error: {plan.dtype} is too coarse for these weights; --torch_dtype float32 keeps them",
