@@ -75,7 +75,7 @@ class ChatTemplate:
     def deployed(self) -> str:
         """`source` with the system prompt and the other settings in it, for programs that know none of ours.
 
-        Raises ConfigError unless it gives the prompts that `prompt` gives, up to --response_prefix.
+        It gives the prompts that `prompt` gives, up to --response_prefix.
         """
         settings = {"system": self.system or "", "enable_thinking": self.config.enable_thinking}
         source = with_defaults(self.source, **settings, folds_system=self._shape.folds_system)
@@ -84,8 +84,8 @@ class ChatTemplate:
         user, answer = {"role": "user", "content": "zquser"}, {"role": "assistant", "content": "zqanswer"}
         for chat in ([user], [user, answer, user], [{"role": "system", "content": "zqsystem"}, user]):
             expected = self.prompt(chat).removesuffix(self.response_prefix)
-            if alone.text(chat, add_generation_prompt=True) != expected:
-                raise ConfigError("the model's chat template cannot hold the system prompt of its training")
+            rendered = alone.text(chat, add_generation_prompt=True)
+            assert rendered == expected, (rendered, expected)
         return source
 
     def _prepare(self, messages: Sequence[Message], tools: list[Any] | None) -> list[Message]:
