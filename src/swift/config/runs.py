@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from swift.config.data import DataConfig
 from swift.config.dataset import DatasetOptions
-from swift.config.export import ExportOptions
+from swift.config.export import ExportOptions, PublishOptions, QuantizeOptions
 from swift.config.generation import GenerationConfig, InferOptions
 from swift.config.layout import LayoutConfig
 from swift.config.model import ModelConfig
@@ -293,13 +293,24 @@ class ExportRun:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     export: ExportOptions = field(default_factory=ExportOptions)
+    quant: QuantizeOptions = field(default_factory=QuantizeOptions)
+    publish: PublishOptions = field(default_factory=PublishOptions)
     data: DataConfig = field(default_factory=DataConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     plugins: PluginConfig = field(default_factory=PluginConfig)
 
     def check(self) -> None:
         """Raises ConfigError where flags contradict each other or one is missing."""
-        self.export.check(self.model.model)
+        pushes = self.publish.push_to_hub
+        self.export.check(self.model.model, quant_method=self.quant.quant_method, pushes=pushes)
+        self.quant.check(self.data.dataset)
+        self.publish.check()
+        if not self.export.converts and not self.model.model and not self.export.adapters:
+            raise ConfigError("--model or --adapters is missing: it names what is exported")
+        if pushes and not self.export.merge_lora and self.model.model and self.export.adapters:
+            raise ConfigError(
+                "--model and --adapters are two things to push", hint="name one, or add --merge_lora true"
+            )
         if self.export.to_cached_dataset:
             if not self.model.model or not self.data.dataset:
                 raise ConfigError("--to_cached_dataset needs --model and --dataset")
