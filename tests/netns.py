@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,8 +99,8 @@ class Network:
             f"  UserKnownHostsFile {self.folder / 'known'}\n"
         )
 
-    def start_sshd(self, machine: Machine, *lines: str) -> None:
-        """Starts it, or again with other settings."""
+    def start_sshd(self, machine: Machine, *lines: str, mounts: Sequence[tuple[Path, Path]] = ()) -> None:
+        """Starts it, or again with other settings, and with files of its own: (the file, what it hides)."""
         self.stop_sshd(machine)
         shutil.copy(self.folder / "user.pub", self.folder / "authorized")
         for path in (self.folder, self.folder / "authorized"):
@@ -111,8 +112,10 @@ class Network:
         )
         config.write_text(text + "".join(f"{line}\n" for line in lines))
         Path("/run/sshd").mkdir(exist_ok=True)
+        # `ip netns exec` has made a mount namespace, so nobody else sees these.
+        hide = "".join(f"mount --bind {file} {place}; " for file, place in mounts)
         machine.sshd = subprocess.Popen(
-            ["ip", "netns", "exec", machine.name, SSHD, "-D", "-e", "-f", str(config)],
+            ["ip", "netns", "exec", machine.name, "sh", "-ec", f"{hide}exec {SSHD} -D -e -f {config}"],
             stderr=(self.folder / f"{machine.name}.log").open("ab"),
         )
         machine.run(sys.executable, "-c", WAIT, machine.address)
