@@ -110,8 +110,8 @@ def fake_package(folder: Path, name: str, version: str) -> Path:
 def test_what_is_wrong_is_found_before_anything_starts(
     network: Network, tiny_qwen3_dir: Path, rows: Path, tmp_path: Path
 ) -> None:
-    """Another version, another dataset, a directory that is not shared, a closed port, a node that is down."""
-    head, one, two, three = network.machines
+    """Another version, other rows, a directory that is not shared, a closed port, a node that is down."""
+    _, one, two, three = network.machines
     other = fake_package(tmp_path / "other", "peft", "9.9")
     hidden = tmp_path / "hidden"
     hidden.mkdir()
@@ -200,8 +200,8 @@ def test_who_may_not_log_in(network: Network, tiny_qwen3_dir: Path, rows: Path, 
 
 def curve(run: Path) -> dict[int, float]:
     lines = (run / "logging.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return {int(row["global_step/max_steps"].split("/")[0]): row["loss"] for row in rows if "loss" in row}
 
 
 def await_step(run: Path, step: int, process: "subprocess.Popen[str]") -> None:
@@ -243,7 +243,7 @@ def single(workers: Workers, words: list[str], output: Path) -> dict[int, float]
 def test_two_machines_train_as_one(
     network: Network, workers: Workers, tiny_qwen3_dir: Path, rows: Path, tmp_path: Path
 ) -> None:
-    """A rank is killed, all go on from the last checkpoint; Ctrl-C ends it; the losses are those of one host."""
+    """A rank is killed, all go on from the last checkpoint; Ctrl-C ends it; losses are those of one host."""
     _, one, two, _ = network.machines
     output = tmp_path / "output"
     steps = 400
