@@ -43,6 +43,14 @@ def missing() -> str | None:
     return None if link.returncode == 0 else f"no veth links: {link.stderr.strip()}"
 
 
+def words_of(pid: int) -> str:
+    """Its arguments, nothing when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
 @dataclass
 class Machine:
     """One namespace; what ran in it is found by `processes`."""
@@ -55,8 +63,9 @@ class Machine:
         return call("ip", "netns", "exec", self.name, *words, check=check)
 
     def processes(self) -> list[int]:
-        found = call("ip", "netns", "pids", self.name).stdout.split()
-        return [int(pid) for pid in found if self.sshd is None or int(pid) != self.sshd.pid]
+        """What runs there beside sshd, which may keep a process for a connection that is dead."""
+        found = [int(pid) for pid in call("ip", "netns", "pids", self.name).stdout.split()]
+        return [pid for pid in found if not words_of(pid).startswith("sshd:") and words_of(pid)]
 
 
 @dataclass
@@ -129,9 +138,9 @@ class Network:
     def clear(self) -> None:
         """Removes what an interrupted test run left."""
         for machine in self.machines:
-            for pid in machine.processes():
-                call("kill", "-9", str(pid), check=False)
             self.stop_sshd(machine)
+            for pid in call("ip", "netns", "pids", machine.name).stdout.split():
+                call("kill", "-9", pid, check=False)
         for name in [f"{BRIDGE}net", *(f"sw{i}" for i in range(8))]:
             call("ip", "netns", "del", name, check=False)
 
