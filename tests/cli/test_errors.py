@@ -155,7 +155,8 @@ def test_several_processes(
     monkeypatch.setattr("swift.engines.launch.launch", launch)
     monkeypatch.setenv("NPROC_PER_NODE", "1")
     assert run(RUNNABLE) == 7 and started == []
-    monkeypatch.setenv("NNODES", "2")
+    for name, value in (("NNODES", "2"), ("NODE_RANK", "1"), ("MASTER_ADDR", "192.0.2.1")):
+        monkeypatch.setenv(name, value)
     assert run(RUNNABLE) == 5 and started == [("swift", RUNNABLE)] and len(calls) == 1
     monkeypatch.setenv("LOCAL_RANK", "0")  # already one of the processes
     assert run(RUNNABLE) == 7 and len(started) == 1

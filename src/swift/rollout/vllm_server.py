@@ -36,8 +36,13 @@ def server_command(model: Path, arguments: dict[str, Any], *, host: str, port: i
         "worker_extension_cls": RECEIVER, "logprobs_mode": "processed_logprobs", "generation_config": "vllm",
         "disable_uvicorn_access_log": True,
     }  # fmt: skip
+    return command_line(fixed | arguments)
+
+
+def command_line(arguments: dict[str, Any]) -> list[str]:
+    """vLLM's server with arguments of its own, by name."""
     words = [sys.executable, "-m", MODULE]
-    for name, value in (fixed | arguments).items():
+    for name, value in arguments.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")

@@ -22,10 +22,28 @@ VARIABLES = {
     "LOCAL_RANK": "rank on this node, set by torchrun",
     "LOCAL_WORLD_SIZE": "number of processes on this node, set by torchrun",
     "MEGATRON_LM_PATH": "no effect: megatron-core is an installed package, not a checkout",
+    "SLURM_JOB_NODELIST": "nodes of a Slurm job, for swift launch",
+    "SLURM_STEP_NODELIST": "nodes of a Slurm job step",
+    "SLURM_NNODES": "how many there are",
+    "SLURM_STEP_NUM_NODES": "how many there are in the step",
+    "SLURM_STEP_NUM_TASKS": "tasks of the step; swift launch wants one on each node",
+    "SLURM_STEP_ID": "set where srun started this process",
+    "SLURM_NODEID": "index of this node",
+    "PET_NNODES": "nodes, from operators that start torchrun on Kubernetes",
+    "PET_NODE_RANK": "index of this node, from them",
+    "PET_NPROC_PER_NODE": "processes on this node, from them",
+    "SSHPASS": "password that swift launch gives to ssh",
     "SWIFT_DEBUG": "1 = show the traceback behind an error line",
     "OMP_NUM_THREADS": "CPU threads of torch",
     "OMP_WAIT_POLICY": "how idle CPU threads wait; PASSIVE unless set",
 }
+# Settings that swift launch takes along to other nodes; others go with --env.
+PREFIXES = (
+    "CUDA_", "FLASH_", "GLOO_", "HF_", "HUGGINGFACE_", "MLFLOW_", "MODELSCOPE_", "NCCL_", "NVTE_", "OMP_",
+    "PYTORCH_", "SWANLAB_", "SWIFT_", "TOKENIZERS_", "TORCH_", "TRANSFORMERS_", "TRITON_",
+    "UCX_", "VLLM_", "WANDB_",
+)  # fmt: skip
+TRAVEL = ("PYTHONPATH", "XDG_CACHE_HOME", "USE_HF", "http_proxy", "https_proxy", "no_proxy")
 
 OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -45,6 +63,25 @@ def set_defaults(variables: Mapping[str, str]) -> None:
     """Sets what is not set yet: the ENV block of a config file, any names."""
     for name, value in variables.items():
         os.environ.setdefault(name, value)
+
+
+def put(variables: Mapping[str, str | None]) -> None:
+    """Sets variables, or takes them away with None."""
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def inherited() -> dict[str, str]:
+    """A copy of everything that is set, for a process to be started."""
+    return dict(os.environ)
+
+
+def travelling() -> dict[str, str]:
+    """What is set here and means something to training on another node."""
+    return {name: value for name, value in os.environ.items() if name in TRAVEL or name.startswith(PREFIXES)}
 
 
 def visible_gpus(devices: Path = Path("/dev")) -> list[str]:

@@ -65,10 +65,11 @@ class MegatronEngine:
         context: ContextRanks | None = None,
         frozen: Sequence[GPTModel] | None = None,
         files: Files | None = None,
+        temperature: float = 1.0,
     ) -> None:
         """`frozen`: the reference of full-parameter training, laid out as the model is.
 
-        Chunks with adapters (lora.py) are their own reference.
+        Chunks with adapters (lora.py) are their own reference. `temperature`: what all logits are divided by.
         """
         self.settings, self.ranks, self.wrapping = settings, ranks, wrapping or Wrapping()
         self.data_rank, self.data_world = ranks.data_rank, ranks.data_world
@@ -81,7 +82,8 @@ class MegatronEngine:
         self.frozen = None if frozen is None else [chunk.requires_grad_(False).eval() for chunk in frozen]
         for chunk in (*self.plain, *(self.frozen or ())):
             keep_rows(chunk)
-        self.schedule = Schedule(Form(settings, vocabulary, self.device, context or ContextRanks()))
+        form = Form(settings, vocabulary, self.device, context or ContextRanks(), temperature)
+        self.schedule = Schedule(form)
         self.num_parameters = count_parameters(self.plain, ranks)
         self.adapters = adapters_of(self.plain)
         self.chunks = self._wrap()
