@@ -121,8 +121,8 @@ class OnlineStage:
         stops = find_stops(run, ready)
         if run.vllm.use_vllm:
             return start_rollout(
-                run.vllm, ready.model_path, dtype=engine.dtype, stop_token_ids=stops, ranks=self.ranks,
-                seed=run.schedule.seed,
+                run.vllm, ready.model_path, dtype=engine.dtype, tokenizer=ready.tokenizer,
+                stop_token_ids=stops, ranks=self.ranks, seed=run.schedule.seed,
             )  # fmt: skip
         rows = [rows for rows in (ready.rows, ready.eval_rows) if rows is not None]
         context = max(int(one.lengths.max()) for one in rows) + longest
