@@ -9,7 +9,7 @@ from swift.config.generation import GenerationConfig, InferOptions
 from swift.config.layout import LayoutConfig
 from swift.config.model import ModelConfig
 from swift.config.objective import RlhfConfig
-from swift.config.online import SAMPLES, OnlineConfig
+from swift.config.online import ANSWERS, SAMPLES, OnlineConfig
 from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
 from swift.config.parallel import ParallelConfig
@@ -174,13 +174,14 @@ class RlhfRun(TrainRun):
                 max_completion_length=self.online.max_completion_length,
                 has_environment=self.turns.use_gym_env,
             )
-            self.vllm.check_rollout()
             if "cispo" in self.rlhf.losses and self.online.epsilon_high is None:
                 raise ConfigError(
                     "--loss_type cispo needs --epsilon_high, the largest weight of a token", hint="5 is usual"
                 )
+        if self.rlhf.rlhf_type in ANSWERS:
+            self.vllm.check_rollout()
         else:
-            self.vllm.check_unused(f"--rlhf_type {' or '.join(SAMPLES)}")
+            self.vllm.check_unused(f"--rlhf_type {' or '.join(ANSWERS)}")
         if self.data.cached_dataset:
             raise ConfigError("--cached_dataset holds conversations for swift sft", hint="give --dataset")
         if self.rlhf.needs_reference and self.tuner.init_weights.startswith(("pissa", "olora")):
