@@ -14,6 +14,7 @@ from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
 from swift.config.parallel import ParallelConfig
 from swift.config.plugins import PluginConfig
+from swift.config.ppo import PpoConfig
 from swift.config.quant import QuantConfig
 from swift.config.rewards import RewardConfig, check_rewarded
 from swift.config.schedule import OutputConfig, ScheduleConfig
@@ -160,6 +161,7 @@ class RlhfRun(TrainRun):
     online: OnlineConfig = field(default_factory=OnlineConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
     turns: TurnConfig = field(default_factory=TurnConfig)
+    ppo: PpoConfig = field(default_factory=PpoConfig)
     vllm: VllmRolloutConfig = field(default_factory=VllmRolloutConfig)
 
     def check_complete(self) -> None:
@@ -167,6 +169,7 @@ class RlhfRun(TrainRun):
         TrainRun.check_complete(self)
         self.rlhf.check()
         self.online.check(self.rlhf.rlhf_type)
+        self.ppo.check(self.rlhf.rlhf_type)
         check_rewarded(self.rlhf.rlhf_type, [*self.rewards.changed, *self.turns.changed])
         self.turns.check()
         if self.rlhf.rlhf_type in SAMPLES:
