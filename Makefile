@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 TWO := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-slow check format clean
+.PHONY: help setup demo demo-rl test test-fast test-slow check format clean
 
 help: ## show this list
 	@awk -F ':[^#]*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ $(STAMP): pyproject.toml scripts/setup.sh
 
 demo: $(STAMP) ## teach a small model a new name and ask it who it is (about three minutes)
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo.py
+
+demo-rl: $(STAMP) ## teach it sums of one digit by rewards alone (about three minutes)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo_rl.py
 
 test: $(STAMP) ## run every test, as continuous integration does (about a quarter of an hour on two cores)
 	$(PYTEST) $(TWO) --durations=10 -m 'not slow_suite' $(ARGS)

@@ -98,11 +98,10 @@ def test_later_flags_stop_before_anything_is_loaded(
     assert errors([*RUNNABLE, "--push_to_hub", "true"], capsys) == [
         "error: --push_to_hub is not yet supported in this version; remove it"
     ]
-    argv = ["infer", "--infer_backend", "vllm", "--tensor_parallel_size", "2"]
+    argv = ["infer", "--rope_scaling", "linear", "--data_parallel_size", "2"]
     assert errors(argv, capsys) == [
-        "note: --tensor_parallel_size is --vllm_tensor_parallel_size here",
-        "error: --infer_backend vllm, --vllm_tensor_parallel_size are not yet supported in this version; "
-        "remove them",
+        "note: --data_parallel_size is --vllm_data_parallel_size here",
+        "error: --rope_scaling, --vllm_data_parallel_size are not yet supported in this version; remove them",
     ]
     assert calls == []
 
@@ -156,7 +155,8 @@ def test_several_processes(
     monkeypatch.setattr("swift.engines.launch.launch", launch)
     monkeypatch.setenv("NPROC_PER_NODE", "1")
     assert run(RUNNABLE) == 7 and started == []
-    monkeypatch.setenv("NNODES", "2")
+    for name, value in (("NNODES", "2"), ("NODE_RANK", "1"), ("MASTER_ADDR", "192.0.2.1")):
+        monkeypatch.setenv(name, value)
     assert run(RUNNABLE) == 5 and started == [("swift", RUNNABLE)] and len(calls) == 1
     monkeypatch.setenv("LOCAL_RANK", "0")  # already one of the processes
     assert run(RUNNABLE) == 7 and len(started) == 1

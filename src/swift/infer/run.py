@@ -16,6 +16,7 @@ from swift.config.runs import InferRun
 from swift.data.datasets import use_plugins
 from swift.data.sources import open_rows
 from swift.engines.ranks import join_ranks, leave_ranks
+from swift.engines.transformers.scorer import TextScorer
 from swift.infer.batch import (
     Stats,
     answer_rows,
@@ -26,7 +27,7 @@ from swift.infer.batch import (
 )
 from swift.infer.chat import Chat
 from swift.infer.engine import TransformersInferEngine
-from swift.infer.scoring import TextScorer
+from swift.infer.scoring import score_rows
 from swift.models.adapters import TAKEN, adapter_base, load_run_args
 from swift.models.heads import count_labels
 from swift.models.hub import resolve_adapter, resolve_model
@@ -125,8 +126,12 @@ def score_texts(source: Source, labels: int, specs: tuple[str, ...], columns: di
     path = Path(run.infer.result_path) if run.infer.result_path else default_result_path(source)
     open_result_file(path)
     problem = source.saved.get("problem_type")
-    scorer = TextScorer.load(source.model, source.adapter, labels, problem, run)
-    count = scorer.score_rows(chosen, path, batch_size=run.infer.max_batch_size or 8, strict=run.infer.strict)
+    scorer = TextScorer.load(
+        source.model, adapter=source.adapter, num_labels=labels, problem=problem,
+        model=run.model, template=run.template,
+    )  # fmt: skip
+    size = run.infer.max_batch_size or 8
+    count = score_rows(scorer, chosen, path, batch_size=size, strict=run.infer.strict)
     say(f"{count} scores: {path}")
     return 0
 
