@@ -12,7 +12,7 @@ from swift.config.option import ConfigError, build
 from swift.config.runs import InferRun
 from swift.infer.batch import describe_logprobs
 from swift.infer.engine import Completion
-from swift.infer.run import check_sampling, find_source, load_engine
+from swift.infer.run import check_options, check_sampling, find_source, load_engine
 from swift.rollout.types import Request
 from swift.template.types import Message
 
@@ -72,6 +72,7 @@ class InferEngine:
         run: InferRun = build(InferRun, flags | named | ({"model": str(model)} if model else {}))
         run.check()
         check_sampling(run)
+        check_options(run)
         source = find_source(run)
         self.run = source.run
         self.engine = load_engine(source)
