@@ -9,7 +9,7 @@ from swift.config.generation import GenerationConfig, InferOptions
 from swift.config.layout import LayoutConfig
 from swift.config.model import ModelConfig
 from swift.config.objective import RlhfConfig
-from swift.config.online import SAMPLES, OnlineConfig
+from swift.config.online import ANSWERS, SAMPLES, OnlineConfig
 from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
 from swift.config.parallel import ParallelConfig
@@ -23,7 +23,7 @@ from swift.config.task import TaskConfig
 from swift.config.template import TemplateConfig
 from swift.config.tuner import TunerConfig
 from swift.config.turns import TurnConfig
-from swift.config.vllm import RolloutOptions, VllmConfig, VllmRolloutConfig
+from swift.config.vllm import RolloutOptions, VllmConfig, VllmRolloutConfig, check_chosen_by_vllm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,9 +174,14 @@ class RlhfRun(TrainRun):
                 max_completion_length=self.online.max_completion_length,
                 has_environment=self.turns.use_gym_env,
             )
+            if "cispo" in self.rlhf.losses and self.online.epsilon_high is None:
+                raise ConfigError(
+                    "--loss_type cispo needs --epsilon_high, the largest weight of a token", hint="5 is usual"
+                )
+        if self.rlhf.rlhf_type in ANSWERS:
             self.vllm.check_rollout()
         else:
-            self.vllm.check_unused(f"--rlhf_type {' or '.join(SAMPLES)}")
+            self.vllm.check_unused(f"--rlhf_type {' or '.join(ANSWERS)}")
         if self.data.cached_dataset:
             raise ConfigError("--cached_dataset holds conversations for swift sft", hint="give --dataset")
         if self.rlhf.needs_reference and self.tuner.init_weights.startswith(("pissa", "olora")):
@@ -224,22 +229,16 @@ class InferRun:
                 hint="for example --model smollm2-135m, or --adapters CHECKPOINT",
             )
         self.quant.check(train_type="lora", slicer=None, init_weights="")
-        if self.infer.infer_backend == "vllm":
-            check_chosen_by_vllm(self.model, "--infer_backend vllm")
-        else:
+        if self.infer.infer_backend != "vllm":
             self.vllm.check_unused("--infer_backend vllm")
-
-
-def check_chosen_by_vllm(model: ModelConfig, flag: str) -> None:
-    """ConfigError for what vLLM chooses by itself."""
-    for name in ("attn_impl", "device"):
-        if getattr(model, name):
-            hint = (
-                "CUDA_VISIBLE_DEVICES"
-                if name == "device"
-                else '--vllm_engine_kwargs {"attention_config": ...}'
-            )
-            raise ConfigError(f"--{name} has no effect on {flag}: vLLM chooses it", hint=hint)
+            return
+        check_chosen_by_vllm(self.model, "--infer_backend vllm")
+        for flag, is_given, hint in (
+            ("--quant_method", self.quant.quant_method, "--vllm_quantization"),
+            ("--merge_lora", self.infer.merge_lora, "swift export --merge_lora true, or leave it out"),
+        ):
+            if is_given:
+                raise ConfigError(f"{flag} has no effect on --infer_backend vllm", hint=hint)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

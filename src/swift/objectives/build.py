@@ -5,6 +5,7 @@ from dataclasses import fields
 
 from swift.config.objective import RlhfConfig
 from swift.config.online import OnlineConfig
+from swift.objectives.distill import Distill
 from swift.objectives.kto import Kto
 from swift.objectives.policy import Policy, PolicyRule
 from swift.objectives.preference import Preference
@@ -62,11 +63,16 @@ def _build_policy(config: RlhfConfig, online: OnlineConfig) -> Policy:
     )
 
 
+def _build_gkd(config: RlhfConfig) -> Distill:
+    return Distill(config.beta_value, config.gkd_logits_topk, config.sft_alpha)
+
+
 BUILDERS: dict[str, Callable[[RlhfConfig], Objective]] = {
     "dpo": _build_dpo,
     "cpo": _build_cpo,
     "simpo": _build_cpo,
     "orpo": lambda c: Preference(("orpo",), beta=c.beta_value, rpo_alpha=1.0, reference_free=True),
     "kto": _build_kto,
+    "gkd": _build_gkd,
     "rm": lambda config: Reward(center=config.center_rewards_coefficient or 0.0),
 }

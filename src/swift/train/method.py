@@ -24,6 +24,7 @@ class Method:
     objective: Objective
     shape: str = "chat"
     samples: bool = False  # its own answers to prompts
+    teaches: bool = False  # the reference is a teacher
     score: Scorer = score_nothing
     needs_reference: bool = False
     needs_mismatched: bool = False  # `score` also wants prompts with the answers of other rows
@@ -61,6 +62,8 @@ def rlhf_method(config: RlhfConfig, online: OnlineConfig) -> Method:
             mix_every=config.ref_model_sync_steps if config.sync_ref_model else None,
             mix_share=config.ref_model_mixup_alpha,
         )  # fmt: skip
+    if config.rlhf_type == "gkd":
+        return Method(objective, needs_reference=True, teaches=True)
     if config.rlhf_type == "rm":
         return Method(objective, "pair", num_labels=1)
     # Rows that bring the reference along do so on every rank, also where a step has no row for it.

@@ -235,7 +235,10 @@ class RolloutFeed:
     def _keep(self, step: int, judged: Judged, found: Advantages) -> None:
         """Every answer, its rewards and its advantage, in one line a rollout."""
         rows = self.sampler.rows
-        mine = [(rows.samples[a.row].messages, a.text, a.finish_reason) for a in judged.mine]
+        mine = [
+            (a.messages[:-1] if a.messages else rows.samples[a.row].messages, a.text, a.finish_reason)
+            for a in judged.mine
+        ]
         texts = list(chain.from_iterable(self._collect(mine)))
         if not (self.ranks.is_main and self.keep):
             return
@@ -265,7 +268,8 @@ class RolloutFeed:
         shares = np.array_split(np.arange(len(mine)), self.plan.parts)
         part_of = [part for part, share in enumerate(shares) for _ in share]
         return [
-            {"answer": asdict(a), "token": t, "part": p} for a, t, p in zip(mine, spans, part_of, strict=True)
+            {"answer": asdict(replace(answer, infos={})), "token": columns, "part": part}
+            for answer, columns, part in zip(mine, spans, part_of, strict=True)
         ]
 
     def _restore(self, number: int) -> Held:
