@@ -226,9 +226,8 @@ def test_log_probabilities_are_those_of_each_model_by_teacher_forcing(client, mo
             extra_body={"return_token_ids": True},
         )  # fmt: skip
         (choice,) = answer.choices
-        engine = TransformersInferEngine.load(
-            model, adapter_path=adapters.get(name), model=ModelConfig(device="cpu", torch_dtype="float32")
-        )
+        config = ModelConfig(device="cpu", torch_dtype="float32", attn_impl="eager")
+        engine = TransformersInferEngine.load(model, adapter_path=adapters.get(name), model=config)
         ids = torch.tensor([[5, 6, 7, *choice.token_ids]])
         with torch.no_grad():
             logps = engine.model(ids).logits[0, 2:-1].log_softmax(-1)

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedTokenizerBase
-from transformers import GenerationConfig as HfGenerationConfig
 
-from swift.config.generation import GenerationConfig
 from swift.config.option import ConfigError, fill_defaults
 from swift.config.runs import DeployRun
 from swift.config.template import TemplateConfig
@@ -26,6 +24,7 @@ from swift.models.heads import count_labels
 from swift.models.hub import resolve_adapter, resolve_model
 from swift.models.load import load_model, load_tokenizer, pick_device
 from swift.rollout.decoder import Decoder
+from swift.rollout.slots import spare_bytes
 from swift.rollout.types import Sampling
 from swift.template.chat import ChatTemplate
 from swift.utils.log import say
@@ -97,7 +96,7 @@ class Served:
             self.sampling,
             **given,
             max_tokens=limit,
-            stop=stops,
+            stop=(*self.sampling.stop, *stops),
             stop_token_ids=tuple(request.stop_token_ids),
             seed=seed if request.seed is None else request.seed,
             top_logps=logprobs,
@@ -195,12 +194,12 @@ def load_models(plan: Plan) -> Loaded:
         engine = TransformersInferEngine(network, tokenizer, source.template)
         models[source.name] = Served(
             source.name, tokenizer, source.template, context=engine.context,
-            sampling=default_sampling(run.generation, network.generation_config),
+            sampling=engine.settle(run.generation),
             max_tokens=run.generation.max_new_tokens,
         )  # fmt: skip
         decoders[source.name] = Decoder(
             network, tokenizer, stop_token_ids=engine.stop_token_ids, context=engine.context,
-            max_rows=options.max_batch_size,
+            max_rows=options.max_batch_size, memory_bytes=spare_bytes(device) // len(plan.sources),
         )  # fmt: skip
     adapters = {source.name for source in plan.sources if source.adapter}
     return Loaded(models, decoders, partial(activate, network, adapters))
@@ -213,14 +212,3 @@ def activate(network: Any, adapters: set[str], name: str) -> None:
         network.set_adapter(name)
     elif adapters:
         network.base_model.disable_adapter_layers()
-
-
-def default_sampling(flags: GenerationConfig, file: HfGenerationConfig) -> Sampling:
-    """Where a request says nothing: the flags, then generation_config.json; greedy unless one samples."""
-    names = ("temperature", "top_p", "top_k", "repetition_penalty")
-    given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
-    drawn = file.do_sample or any(name in given for name in names[:3])
-    found = {name: getattr(file, name) for name in names if getattr(file, name) is not None} if drawn else {}
-    chosen = {"temperature": 1.0 if drawn else 0.0} | found | given
-    chosen["top_k"] = max(chosen.get("top_k", 0), 0)
-    return Sampling(max_tokens=1, **chosen)
