@@ -274,6 +274,7 @@ class DeployRun:
                 "--stream has no effect on swift deploy: each request says whether it streams",
                 hint="leave it out",
             )
+        self.generation.check()
         self.serve.check()
         if self.serve.infer_backend == "vllm":
             check_chosen_by_vllm(self.model, "--infer_backend vllm")

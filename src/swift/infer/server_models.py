@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedTokenizerBase
-from transformers import GenerationConfig as HfGenerationConfig
 
-from swift.config.generation import GenerationConfig
 from swift.config.option import ConfigError, fill_defaults
 from swift.config.runs import DeployRun
 from swift.config.template import TemplateConfig
-from swift.engines.transformers.attention import FLAT_ATTENTION
 from swift.engines.transformers.forward import refusal_of_flat
 from swift.infer.engine import TransformersInferEngine
 from swift.infer.openai_requests import ApiError, SampledRequest
@@ -97,7 +94,7 @@ class Served:
             self.sampling,
             **given,
             max_tokens=limit,
-            stop=stops,
+            stop=self.sampling.stop + stops,
             stop_token_ids=tuple(request.stop_token_ids),
             seed=seed if request.seed is None else request.seed,
             top_logps=logprobs,
@@ -183,11 +180,9 @@ def load_models(plan: Plan) -> Loaded:
     model = run.model
     device = pick_device(model.device)
     network: Any = load_model(plan.model, dtype=model.torch_dtype, attention=model.attn_impl, device=device)
-    network.set_attn_implementation(FLAT_ATTENTION)
     for source in plan.sources:
         if source.adapter:
             network = load_adapter(network, source.adapter, trainable=False, name=source.name)
-    network.eval()
     models, decoders = {}, {}
     for source in plan.sources:
         own = source.adapter and (source.adapter / "tokenizer_config.json").is_file()
@@ -195,8 +190,7 @@ def load_models(plan: Plan) -> Loaded:
         engine = TransformersInferEngine(network, tokenizer, source.template)
         models[source.name] = Served(
             source.name, tokenizer, source.template, context=engine.context,
-            sampling=default_sampling(run.generation, network.generation_config),
-            max_tokens=run.generation.max_new_tokens,
+            sampling=engine.settle(run.generation), max_tokens=run.generation.max_new_tokens,
         )  # fmt: skip
         decoders[source.name] = Decoder(
             network, tokenizer, stop_token_ids=engine.stop_token_ids, context=engine.context,
@@ -213,14 +207,3 @@ def activate(network: Any, adapters: set[str], name: str) -> None:
         network.set_adapter(name)
     elif adapters:
         network.base_model.disable_adapter_layers()
-
-
-def default_sampling(flags: GenerationConfig, file: HfGenerationConfig) -> Sampling:
-    """Where a request says nothing: the flags, then generation_config.json; greedy unless one samples."""
-    names = ("temperature", "top_p", "top_k", "repetition_penalty")
-    given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
-    drawn = file.do_sample or any(name in given for name in names[:3])
-    found = {name: getattr(file, name) for name in names if getattr(file, name) is not None} if drawn else {}
-    chosen = {"temperature": 1.0 if drawn else 0.0} | found | given
-    chosen["top_k"] = max(chosen.get("top_k", 0), 0)
-    return Sampling(max_tokens=1, **chosen)
