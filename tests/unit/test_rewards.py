@@ -107,7 +107,7 @@ def test_hostile_answers_cost_their_worker_and_nothing_else(accuracy) -> None:
     graders.pair_seconds = 60
     assert graders.grade([hostile, ("5", "5"), hostile]) == [False, True, False]
     graders._workers[0].process.kill()
-    graders._workers[0].process.join()
+    graders._workers[0].process.wait()
     assert graders.grade([("3", "4"), ("2+2", "4")]) == [False, True]  # the first one died with it
     assert graders.killed == 2
     graders.close()

@@ -179,11 +179,11 @@ def test_one_that_is_late(kind: str) -> None:
         "second": [quick, slow],
         "coroutine": [waits],
     }
-    panel = panel_of(*rewards[kind], reward_timeout=0.3)
+    panel = panel_of(*rewards[kind], reward_timeout=1.0)
     asked = panel.functions[-1 if kind == "second" else 0].asked
     with pytest.raises(RewardError) as caught:
         panel.judge([answer(), answer()])
-    assert caught.value.message == f"{asked} was not done with 2 answers after 0.3 s"
+    assert caught.value.message == f"{asked} was not done with 2 answers after 1 s"
     assert caught.value.hint == "raise --reward_timeout, or let it wait for less"
     release.set()
 
@@ -249,10 +249,17 @@ def test_column_that_is_missing_is_told_before_anything_runs() -> None:
         "--reward_funcs own0: it needs the column target, which the rows do not have"
     )
     assert caught.value.hint == "they have id, solution"
-    panel.check_columns(["target"])
     panel_of("format", "soft_overlong").check_columns([])
     with pytest.raises(RewardError, match="needs the column target"):
         panel.judge([answer()])
+
+
+def test_rows_that_all_lack_a_column_of_others() -> None:
+    """One process may have rows of one dataset only."""
+    panel = panel_of(lambda completions, target: target)
+    panel.check_columns(["target", "id"])
+    assert np.isnan(panel.judge([answer(), answer()])).all()
+    assert panel.judge([answer(), answer(target=2)])[1, 0] == 2
 
 
 def test_names_and_classes_that_cannot_be_used(tmp_path: Path) -> None:
@@ -289,7 +296,7 @@ def test_environment_and_models_come_after_functions() -> None:
     panel = Panel.build(config, settings=SETTINGS, has_environment=True)
     panel.add_models([Model()])
     assert panel.names == ["Format", "gym_reward", "my-model"]
-    rows = [replace(answer("abc"), rollout_infos=infos) for infos in ({}, {"gym_reward": 0.5})]
+    rows = [replace(answer("abc"), rollout_infos=infos) for infos in ({}, {"total_reward": 0.5})]
     assert np.array_equal(panel.judge(rows), [[0, np.nan, 3], [0, 0.5, 3]], equal_nan=True)
 
 

@@ -10,6 +10,15 @@ REWARDED = ("grpo", "ppo")  # methods
 SHIPPED = ("accuracy", "format", "react_format", "cosine", "repetition", "soft_overlong")
 
 
+def check_rewarded(rlhf_type: str, changed: list[str]) -> None:
+    """Raises ConfigError when a flag of this file, or of turns.py, is given for a method without rewards."""
+    if changed and rlhf_type not in REWARDED:
+        raise ConfigError(
+            f"--{changed[0]} has no effect with --rlhf_type {rlhf_type}",
+            hint=f"it belongs to {', '.join(REWARDED)}; leave it out",
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardConfig:
     reward_funcs: tuple[str, ...] = option(
@@ -52,14 +61,6 @@ class RewardConfig:
     def changed(self) -> list[str]:
         """Flags that are not at their defaults."""
         return [f.name for f in fields(self) if getattr(self, f.name) != default_of(f)]
-
-    def check_method(self, rlhf_type: str) -> None:
-        """Raises ConfigError when a flag is given for a method without rewards."""
-        if self.changed and rlhf_type not in REWARDED:
-            raise ConfigError(
-                f"--{self.changed[0]} has no effect with --rlhf_type {rlhf_type}",
-                hint=f"it belongs to {', '.join(REWARDED)}; leave it out",
-            )
 
     def check(self, *, max_completion_length: int, has_environment: bool = False) -> None:
         """Raises ConfigError. For methods that have rewards; names of plugins are looked up by the panel."""

@@ -189,7 +189,7 @@ def answer_rows(
     """
     ranks = ranks or Ranks()
     window = options.write_batch_size if options.write_batch_size > 0 else max(len(questions), 1)
-    mine = questions[ranks.rank :: ranks.world]
+    mine = questions[ranks.data_rank :: ranks.data_world]
     done: dict[int, dict[str, Any] | None] = {}  # by number; None = cannot be answered
     answers = engine.complete(
         encode_questions(engine, mine, rejects, done),
@@ -236,7 +236,7 @@ def answer_rows(
                 write(result_path, [rows[number] for number in numbers])
             left = len(questions) - start - len(numbers)
             if progress.disable and left > 0:
-                time_left = stats.seconds_left(left // ranks.world)
+                time_left = stats.seconds_left(left // ranks.data_world)
                 answered = f"answered {start + len(numbers)} of {len(questions)} rows"
                 say(f"{answered}, {stats.describe_rates()}, {time_left} left")
 

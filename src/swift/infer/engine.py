@@ -136,10 +136,7 @@ class TransformersInferEngine:
         limits = [limit for limit in (context_length(model), config.max_length) if limit]
         self.context = min(limits, default=UNKNOWN_CONTEXT)
         self.defaults: HfGenerationConfig = model.generation_config
-        ends = self.defaults.eos_token_id
-        file_ends = ends if isinstance(ends, list) else [ends]
-        known = {*self.template.stop_token_ids, *file_ends, tokenizer.eos_token_id} - {None}
-        self.stop_token_ids = sorted(known)
+        self.stop_token_ids = find_ends(self.defaults, self.template)
         self.by_decoder = own_attention and takes_flat(model)
 
     @classmethod
@@ -284,6 +281,13 @@ class TransformersInferEngine:
             flags.max_new_tokens or self.context, **settled, stop=flags.stop_words, seed=flags.seed,
             top_logps=top_logps,
         )  # fmt: skip
+
+
+def find_ends(defaults: HfGenerationConfig, template: ChatTemplate) -> list[int]:
+    """Tokens that end an answer: the template's, generation_config.json's, the tokenizer's."""
+    ends = defaults.eos_token_id
+    file_ends = ends if isinstance(ends, list) else [ends]
+    return sorted({*template.stop_token_ids, *file_ends, template.tokenizer.eos_token_id} - {None})
 
 
 def takes_flat(model: Any) -> bool:

@@ -15,7 +15,7 @@ from swift.config.option import ConfigError, fill_defaults
 from swift.config.runs import InferRun
 from swift.data.datasets import use_plugins
 from swift.data.sources import open_rows
-from swift.engines.ranks import join_ranks, leave_ranks
+from swift.engines.ranks import Ranks, join_ranks, leave_ranks
 from swift.engines.transformers.scorer import TextScorer
 from swift.infer.batch import (
     Stats,
@@ -28,10 +28,12 @@ from swift.infer.batch import (
 from swift.infer.chat import Chat
 from swift.infer.engine import TransformersInferEngine
 from swift.infer.scoring import score_rows
+from swift.infer.vllm_engine import VllmInferEngine, load_vllm
 from swift.models.adapters import TAKEN, adapter_base, load_run_args
 from swift.models.heads import count_labels
 from swift.models.hub import resolve_adapter, resolve_model
 from swift.models.load import pick_device
+from swift.rollout.vllm import check_group, check_vllm
 from swift.template.loss_scale import build_weights
 from swift.utils import env
 from swift.utils.log import say, warn
@@ -55,6 +57,8 @@ class Source:
 def run_infer(run: InferRun) -> int:
     """Answers as `run` says; returns the exit code."""
     run.check()
+    if run.infer.infer_backend == "vllm":
+        check_vllm("--infer_backend vllm")
     check_sampling(run)
     use_plugins(run.plugins)
     build_weights(run.template.loss_scale)  # a wrong name is told before anything is downloaded
@@ -80,26 +84,40 @@ def run_infer(run: InferRun) -> int:
         model_author=source.saved.get("model_author") or (),
         **run.model.hub,
     )
-    ranks, device = join_ranks(pick_device(run.model.device), TIMEOUT_SECONDS)
+    ranks, device = join_ranks(
+        pick_device(run.model.device), TIMEOUT_SECONDS, sequence_size=sharing_ranks(run)
+    )
     result_path = ranks.share(result_path or default_result_path(source))
-    stats, left = Stats(), []
+    stats, left, engine = Stats(), [], None
     if ranks.is_main:
         open_result_file(result_path)
         left = [number for number, _ in leave_out_answered(questions, result_path, stats)]
     left = ranks.share(left)
     if left:
-        engine = load_engine(source, device)
+        engine = load_engine(source, device, ranks)
         stats.started = time.perf_counter()
         answer_rows(
             engine, [(number, questions[number]) for number in left], rejects, stats,
             options=run.infer, sampling=run.generation, result_path=result_path, ranks=ranks,
         )  # fmt: skip
-    for other_stats, other_rejects in ranks.collect((stats, rejects))[1:]:
-        stats.merge(other_stats)
-        rejects.merge(other_rejects)
+    everyone = ranks.collect((stats, rejects))
+    for speaker in ranks.speakers[1:]:
+        stats.merge(everyone[speaker][0])
+        rejects.merge(everyone[speaker][1])
     report(stats, rejects, metric=run.infer.metric, result_path=result_path)
+    if isinstance(engine, VllmInferEngine):
+        engine.local.close()  # before the process group that it shares
     leave_ranks()
     return 0
+
+
+def sharing_ranks(run: InferRun) -> int:
+    """Neighbouring processes that answer the same rows together: those among which vLLM cuts a model."""
+    world = int(env.read("WORLD_SIZE", "1") or 1)
+    if world == 1 or run.infer.infer_backend != "vllm":
+        return 1  # of one process vLLM starts those that it needs by itself
+    check_group(run.vllm, world)
+    return run.vllm.vllm_tensor_parallel_size
 
 
 def check_single(what: str) -> None:
@@ -222,12 +240,19 @@ def open_result_file(path: Path | None) -> None:
     mend_last_line(path)
 
 
-def load_engine(source: Source, device: torch.device | None = None) -> TransformersInferEngine:
+def load_engine(
+    source: Source, device: torch.device | None = None, ranks: Ranks | None = None
+) -> TransformersInferEngine:
     run = source.run
-    engine = TransformersInferEngine.load(
-        source.model, adapter_path=source.adapter, model=run.model, template=run.template, quant=run.quant,
-        merged=run.infer.merge_lora, device=device,
-    )  # fmt: skip
+    if run.infer.infer_backend == "vllm":
+        engine: TransformersInferEngine = load_vllm(
+            source.model, source.adapter, run.model, run.template, run.vllm, ranks or Ranks()
+        )
+    else:
+        engine = TransformersInferEngine.load(
+            source.model, adapter_path=source.adapter, model=run.model, template=run.template,
+            quant=run.quant, merged=run.infer.merge_lora, device=device,
+        )  # fmt: skip
     if run.infer.logprobs and not engine.by_decoder:
         raise ConfigError("--logprobs: transformers' generate, which this model needs, does not tell them")
     adapters = f", adapters {source.adapter}" if source.adapter else ""

@@ -4,10 +4,11 @@ They run in a thread, in an event loop or in the main thread. Not here: what is 
 """
 
 import asyncio
+import inspect
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import cache
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from swift.plugins.turns import settle
 
 
 class LateError(BaseException):
@@ -91,6 +94,18 @@ def run_here(call: Callable[[], Any], seconds: float) -> Any:
         return take_result(start_thread(call), seconds)
     with interrupt_after(seconds):
         return call()
+
+
+def call_all(calls: Sequence[Callable[[], Any]], seconds: float) -> list[Any]:
+    """What each gives: called one after the other; those that are coroutines wait together."""
+    values = run_here(lambda: [call() for call in calls], seconds)
+
+    async def settle_all() -> list[Any]:
+        return await asyncio.gather(*map(settle, values))
+
+    if not any(map(inspect.isawaitable, values)):
+        return values
+    return take_result(start_coroutine(settle_all), seconds)
 
 
 def tell_error(error: Exception, file: str) -> str:

@@ -6,17 +6,18 @@ time-outs need the main thread of a process. So it runs in worker processes, whi
 
 import logging
 import math
-import multiprocessing
 import re
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
 from math_verify import parse, verify
@@ -72,12 +73,18 @@ def _give_up(*_: object) -> None:
     raise _TooLongError
 
 
-def _serve(pipe: Connection) -> None:
-    """A worker: answers pairs until the pipe is closed."""
+def _limit(kind: int, value: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
+
+def serve(file: int) -> None:
+    """A worker: answers pairs until the pipe, of which it has the number, is closed."""
+    pipe = Connection(file)
     logging.disable()  # math-verify warns that nobody limits it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the process that started this one
     signal.signal(signal.SIGPROF, _give_up)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    _limit(resource.RLIMIT_AS, MEMORY_BYTES)
     is_equal(r"\boxed{\frac12}", "0.5")  # what it imports late
     pipe.send(None)
     while True:
@@ -85,6 +92,7 @@ def _serve(pipe: Connection) -> None:
             pair = pipe.recv()
         except EOFError:
             return
+        _limit(resource.RLIMIT_CPU, int(time.process_time() + PAIR_SECONDS))  # if nobody is left to kill it
         try:
             signal.setitimer(signal.ITIMER_PROF, COMPUTE_SECONDS)
             verdict = is_equal(*pair)
@@ -99,10 +107,11 @@ class _Worker:
     """A process and what it is at: starting, a pair, or nothing."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would have threads of torch, and hold a GPU
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self.process.start()
+        # No fork: it would have torch's threads, and a GPU. No multiprocessing: it runs the main file again.
+        self.pipe, theirs = Pipe()
+        code = f"import sys; sys.path[:] = {sys.path}; from {__name__} import serve; serve({theirs.fileno()})"
+        command = [sys.executable, "-c", code]
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
         theirs.close()
         self.pair: Pair | None = None
         self.is_free = False
@@ -127,7 +136,7 @@ class _Worker:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.join()
+        self.process.wait()
         self.pipe.close()
 
 
@@ -212,7 +221,7 @@ class MathAccuracy(ORM):
 class CosineReward(ORM):
     """From the value of a short answer to that of a long one along half a cosine.
 
-    Source: arXiv:2502.03373 section 4.2; answers beyond `cosine_max_len` keep its value.
+    Source: arXiv:2502.03373; answers beyond `cosine_max_len` keep its value.
     """
 
     def __init__(

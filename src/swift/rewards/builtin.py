@@ -28,7 +28,7 @@ class ReActFormat(ORM):
 
 
 class RepetitionPenalty(ORM):
-    """(1 - different n-grams / n-grams) * the greatest penalty, over lower-cased words."""
+    """(1 - different n-grams / n-grams) * the greatest penalty, over lower-cased words. arXiv:2502.03373."""
 
     def __init__(self, repetition_n_grams: int = 3, repetition_max_penalty: float = -1.0) -> None:
         self.size, self.penalty = repetition_n_grams, repetition_max_penalty
@@ -63,4 +63,4 @@ class GymReward(ORM):
     def __call__(
         self, _completions: list[str], rollout_infos: Sequence[dict[str, Any]], **_columns: Any
     ) -> list[float | None]:
-        return [infos.get("gym_reward") for infos in rollout_infos]
+        return [infos.get("total_reward") for infos in rollout_infos]

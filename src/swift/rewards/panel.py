@@ -57,9 +57,14 @@ class Judge(Protocol):
     def judge(self, answers: Sequence[Answer]) -> Sequence[float | None]: ...
 
 
-def build_columns(answers: Sequence[Answer], trainer_state: Any) -> dict[str, Any]:
-    """What rewards get by keyword: columns of the rows as lists, None where a row lacks one, and our own."""
-    names = dict.fromkeys(name for answer in answers for name in answer.columns)
+def build_columns(
+    answers: Sequence[Answer], trainer_state: Any = None, expected: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What rewards get by keyword: columns of the rows as lists, None where a row lacks one, and our own.
+
+    `expected`: columns that are there even if none of these rows has them.
+    """
+    names = dict.fromkeys([*expected, *(name for answer in answers for name in answer.columns)])
     columns: dict[str, Any] = {name: [a.columns.get(name) for a in answers] for name in names}
     columns.pop("completions", None)
     return columns | {
@@ -113,7 +118,7 @@ class Function:
         for parameter in self.parameters:
             is_named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
             if is_named and parameter.default is parameter.empty and parameter.name not in columns:
-                own = [name for name in columns if name not in build_columns((), None)]
+                own = [name for name in columns if name not in build_columns(())]
                 raise RewardError(
                     f"{self.asked}: it needs the column {parameter.name}, which the rows do not have",
                     hint=f"they have {', '.join(sorted(own)) or 'no other columns'}",
@@ -195,6 +200,7 @@ class Panel:
     ) -> None:
         self.functions, self.timeout_seconds = list(functions), timeout_seconds
         self.models: list[Judge] = []
+        self._columns: tuple[str, ...] = ()
         self._weights = weights
         plain = [f for f in self.functions if not f.is_async]
         bound = [f for f in plain if f.needs_main_thread]
@@ -234,8 +240,9 @@ class Panel:
         return np.asarray(weights, dtype=np.float64)
 
     def check_columns(self, names: Iterable[str]) -> None:
-        """Raises RewardError when a reward needs a column that rows with these columns do not have."""
-        columns = build_columns((), None) | dict.fromkeys(names)
+        """The columns that rows of the run have, be it some. Raises RewardError when a reward needs another."""
+        self._columns = tuple(names)
+        columns = build_columns((), None, self._columns)
         for function in self.functions:
             function.check_columns(columns)
 
@@ -243,7 +250,7 @@ class Panel:
         """[N, F] float64, NaN where a reward does not judge a row. Raises RewardError."""
         if not answers:
             return np.zeros((0, len(self.names)))
-        columns = build_columns(answers, trainer_state)
+        columns = build_columns(answers, trainer_state, self._columns)
         for function in self.functions:
             function.check_columns(columns)
         calls = {f: partial(f.start, answers, columns) for f in self.functions}
@@ -283,7 +290,7 @@ class Panel:
         """The first row that raises the error when it is judged alone; all of them if none does."""
         end = time.monotonic() + SEARCH_SECONDS
         for answer in answers:
-            call = partial(function.start, [answer], build_columns([answer], trainer_state))
+            call = partial(function.start, [answer], build_columns([answer], trainer_state, self._columns))
             seconds = end - time.monotonic()
             if seconds <= 0:
                 break
