@@ -17,9 +17,7 @@ class PpoConfig:
     cliprange_value: float = option(0.2, help="how far a value may move from the old one", range=(0, None))
     vf_coef: float = option(0.1, help="weight of the value model's loss", range=(0, None))
     gamma: float = option(1.0, help="what a later reward is worth now", range=(0, 1))
-    lam: float = option(
-        0.95, help="how far advantages look ahead: 0 = a token, 1 = to the end", range=(0, 1)
-    )
+    lam: float = option(0.95, help="how far advantages look ahead: 0 = a token, 1 = to the end", range=(0, 1))
 
     def check(self, rlhf_type: str) -> None:
         """Raises ConfigError where a flag is given for another method."""
