@@ -25,6 +25,7 @@ LARGE = 20_000  # bytes from which a file goes the way of large files
 @dataclass
 class Repository:
     private: bool = False
+    gated: bool = False
     files: dict[str, bytes] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)  # of commits
 
@@ -129,6 +130,9 @@ class Requests(BaseHTTPRequestHandler):
         found = self.hub.repositories.get(name)
         if found is None or (found.private and self.token not in (TOKEN, READ_TOKEN)):
             self.answer(404, {"error": "not found", "Code": 10010205001}, X_Error_Code="RepoNotFound")
+            return None
+        if found.gated:
+            self.answer(403, {"error": "gated"}, X_Error_Code="GatedRepo")
             return None
         return found
 

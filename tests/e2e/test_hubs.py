@@ -182,10 +182,14 @@ def test_what_the_hub_does_not_have(use_hf, hub, monkeypatch) -> None:
         export(model="ann/none", hub_model_id="ann/tiny", use_hf=use_hf)
 
 
-def test_a_revision_that_is_not_there(hub: Hub) -> None:
+def test_a_revision_that_is_not_there_and_a_gate(hub: Hub, monkeypatch) -> None:
+    monkeypatch.setenv("USE_HF", "1")
     hub.repositories["ann/tiny"] = Repository(files={"config.json": b"{}"})
     with pytest.raises(ConfigError, match="--model ann/tiny has no revision v9 on HuggingFace"):
-        resolve_model("ann/tiny", use_hf=True, revision="v9")
+        resolve_model("ann/tiny", revision="v9")
+    hub.repositories["ann/tiny"].gated = True
+    with pytest.raises(ConfigError, match="--model ann/tiny is gated on HuggingFace"):
+        resolve_model("ann/tiny")
 
 
 @BOTH
