@@ -99,7 +99,7 @@ def write_texts(run: ExportRun, source: Path, staging: Path, output: Path) -> No
             if file.is_file():
                 shutil.copyfile(file, staging / file.name)
     run_args = load_run_args(source) if run.export.load_args else {}
-    carry_template(staging, run_args)
+    run_args = carry_template(staging, run_args)
     own: dict[str, Any] = {"model": str(output), "adapters": [], "command": "export", "model_revision": None}
     origin = {"base_model": run_args.get("base_model") or run.model.model or str(source)}
     write_json(
