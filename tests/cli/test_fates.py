@@ -18,7 +18,9 @@ from swift.config.option import iterate_knobs
 
 TRAIN = ("pt", "sft", "rlhf")
 SERVE = ("infer", "deploy", "rollout", "eval", "app")
-PLAIN = {c.title for c in COMMANDS if c.name not in ("web-ui", "merge-lora", "dataset")}  # dataset is ours
+PLAIN = {
+    c.title for c in COMMANDS if c.name not in ("web-ui", "merge-lora", "dataset", "launch")
+}  # two are ours
 MEGATRON = {c.title for c in COMMANDS if c.program == "megatron"}
 INNER = {"TeacherServerConfig", "TeacherOutput", "DataCache"}  # not parsed from a command line
 

@@ -62,11 +62,16 @@ def dispatch(argv: list[str], program: str) -> int:
     if argv[0] == "--version":
         return show(__version__)
     command = find_command(program, argv[0])
+    behind: list[str] = []
+    if command.wraps:
+        argv, behind = load("swift.cli.launch:split_command")(argv)
     if any(word in HELP for word in argv[1:]):
         return show(load("swift.cli.helptext:command_help")(command))
     if env.read("MEGATRON_LM_PATH"):
         note(f"note: MEGATRON_LM_PATH has {env.VARIABLES['MEGATRON_LM_PATH']}")
     given = read_given(name_leading(argv[1:], command.leading))
+    if behind:
+        given.append(Given("the command", "command", tuple(behind)))
     wants_print = [item for item in given if item.name == "print_config"]
     resolved = resolve(command, [item for item in given if item.name != "print_config"])
     for line in resolved.notes:
@@ -102,6 +107,28 @@ def execute(command: Command, resolved: Resolved, argv: list[str]) -> int:
         raise ConfigError(
             f"{command.title}: not yet in this version", hint="--print_config shows what it would be given"
         )
+    config, values = build_config(resolved)
+    if command.distributed and asks_for_processes():
+        check_place()
+        spread: int = load("swift.engines.launch:launch")(command.program, argv)
+        return spread
+    if command.can_spread and env.read("LOCAL_RANK") is None:
+        check_place()
+    if command.can_spread and may_take_all_gpus(values) and env.count_gpus() > 1:
+        taken: int | None = load("swift.engines.launch:launch_on_gpus")(command.program, argv)
+        if taken is not None:
+            return taken
+    # Before torch is loaded: its CPU threads otherwise wait by spinning, which on a machine that is busy with
+    # anything else made a training step four times as long.
+    env.set_defaults({"OMP_WAIT_POLICY": "PASSIVE"})
+    quiet_deepspeed()
+    code: int = load(command.run)(config)
+    return code
+
+
+def build_config(resolved: Resolved) -> tuple[Any, dict[str, Any]]:
+    """The config of a command, checked, and the values by flag. ConfigError for flags that are to come."""
+    command = resolved.command
     if resolved.stops:
         many = len(resolved.stops) > 1
         raise ConfigError(
@@ -114,23 +141,7 @@ def execute(command: Command, resolved: Resolved, argv: list[str]) -> int:
             values[name] = load("swift.cli.configfile:read_json_object")(name, Path(values[name]))
     config = build(load(command.config), values)
     config.check()
-    if command.distributed and asks_for_processes():
-        if not command.can_spread:
-            raise ConfigError(
-                f"{command.title} on several processes: not yet", hint="unset NPROC_PER_NODE, NNODES"
-            )
-        spread: int = load("swift.engines.launch:launch")(command.program, argv)
-        return spread
-    if command.can_spread and may_take_all_gpus(values) and env.count_gpus() > 1:
-        taken: int | None = load("swift.engines.launch:launch_on_gpus")(command.program, argv)
-        if taken is not None:
-            return taken
-    # Before torch is loaded: its CPU threads otherwise wait by spinning, which on a machine that is busy with
-    # anything else made a training step four times as long.
-    env.set_defaults({"OMP_WAIT_POLICY": "PASSIVE"})
-    quiet_deepspeed()
-    code: int = load(command.run)(config)
-    return code
+    return config, values
 
 
 def quiet_deepspeed() -> None:
@@ -149,6 +160,15 @@ def asks_for_processes() -> bool:
                 f"{name}={text} is not a number of processes", hint=f"unset {name}, or give a number"
             )
     return env.read("LOCAL_RANK") is None and any(text != "1" for text in counts.values())
+
+
+def check_place() -> None:
+    """Whether the variables of several nodes, where there are any, make one job of them."""
+    names = ("NNODES", "NODE_RANK", "MASTER_ADDR", "WORLD_SIZE", "SLURM_STEP_NUM_NODES")
+    if any(env.read(name) for name in names):
+        warning = load("swift.cli.launch_cluster:check_place")()
+        if warning:
+            note(f"warning: {warning}")
 
 
 def may_take_all_gpus(values: dict[str, Any]) -> bool:

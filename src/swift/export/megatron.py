@@ -28,8 +28,9 @@ from rich.progress import (
 from swift import __version__
 from swift.config.export import ExportOptions
 from swift.config.layout import Layout, choose_layout, model_sizes
+from swift.config.megatron_runs import MegatronExportRun
 from swift.config.option import ConfigError
-from swift.config.runs import ExportRun, MegatronExportRun
+from swift.config.runs import ExportRun
 from swift.engines.megatron.bridge import open_weights
 from swift.engines.megatron.convert import (
     build_model,

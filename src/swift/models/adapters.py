@@ -122,17 +122,25 @@ def quiet(*categories: type[Warning]) -> Iterator[None]:
         yield
 
 
-def load_adapter(model: PreTrainedModel, path: Path, *, trainable: bool) -> PeftModel:
-    """The model with the adapters of a checkpoint; ConfigError when they were made for another model."""
+def load_adapter(
+    model: PreTrainedModel | PeftModel, path: Path, *, trainable: bool, name: str = "default"
+) -> PeftModel:
+    """The model with the adapters of a checkpoint; ConfigError when they were made for another model.
+
+    One that has adapters already gets these beside them, under their own name.
+    """
     check_adapter_directory(path)
     misfit = f"--adapters {path} does not fit the model {model.name_or_path}"
     hint = f"it was trained on {adapter_base(path)}"
     try:
         stored = stored_names(path)
         with quiet(FutureWarning, UserWarning):
-            peft_model = PeftModel.from_pretrained(
-                model, str(path), is_trainable=trainable, torch_device=str(model.device)
-            )
+            options = {"is_trainable": trainable, "torch_device": str(model.device), "adapter_name": name}
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(path), **options)
+                peft_model = model
+            else:
+                peft_model = PeftModel.from_pretrained(model, str(path), **options)
     except SafetensorError as error:
         raise ConfigError(f"--adapters {path}: {ADAPTER_WEIGHTS[0]} is damaged: {error}") from error
     except (RuntimeError, ValueError) as error:  # other shapes; none of the modules
@@ -140,7 +148,7 @@ def load_adapter(model: PreTrainedModel, path: Path, *, trainable: bool) -> Peft
         named = f": {shapes[1]} is [{shapes[2]}], not [{shapes[3]}]" if shapes else ""
         raise ConfigError(misfit + named, hint=hint) from error
     # PEFT only warns about adapters that are missing or left over, and runs with zeros in their place.
-    expected = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
+    expected = set(get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False))
     if stored is not None and {n for n in stored ^ expected if "lora_" in n}:
         raise ConfigError(misfit, hint=hint)
     return peft_model

@@ -35,6 +35,7 @@ class Request:
     sampling: Sampling
     count: int = 1
     first: int = 0
+    continued: int = 0  # tokens at the prompt's end whose text the answer continues
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Every environment variable that the project reads, with what it means. Nobody else touches os.environ."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 VARIABLES = {
@@ -20,11 +20,32 @@ VARIABLES = {
     "RANK": "global rank, set by torchrun",
     "WORLD_SIZE": "number of processes, set by torchrun",
     "LOCAL_RANK": "rank on this node, set by torchrun",
+    "LOCAL_WORLD_SIZE": "number of processes on this node, set by torchrun",
     "MEGATRON_LM_PATH": "no effect: megatron-core is an installed package, not a checkout",
+    "SLURM_JOB_NODELIST": "nodes of a Slurm job, for swift launch",
+    "SLURM_STEP_NODELIST": "nodes of a Slurm job step",
+    "SLURM_NNODES": "how many there are",
+    "SLURM_STEP_NUM_NODES": "how many there are in the step",
+    "SLURM_STEP_NUM_TASKS": "tasks of the step; swift launch wants one on each node",
+    "SLURM_STEP_ID": "set where srun started this process",
+    "SLURM_NODEID": "index of this node",
+    "PET_NNODES": "nodes, from operators that start torchrun on Kubernetes",
+    "PET_NODE_RANK": "index of this node, from them",
+    "PET_NPROC_PER_NODE": "processes on this node, from them",
+    "SSHPASS": "password that swift launch gives to ssh",
     "SWIFT_DEBUG": "1 = show the traceback behind an error line",
     "OMP_NUM_THREADS": "CPU threads of torch",
     "OMP_WAIT_POLICY": "how idle CPU threads wait; PASSIVE unless set",
 }
+# Settings that swift launch takes along to other nodes; others go with --env.
+PREFIXES = (
+    "CUDA_", "FLASH_", "GLOO_", "HF_", "HUGGINGFACE_", "MLFLOW_", "MODELSCOPE_", "NCCL_", "NVTE_", "OMP_",
+    "PYTORCH_", "SWANLAB_", "SWIFT_", "TOKENIZERS_", "TORCH_", "TRANSFORMERS_", "TRITON_",
+    "UCX_", "VLLM_", "WANDB_",
+)  # fmt: skip
+TRAVEL = ("PYTHONPATH", "XDG_CACHE_HOME", "USE_HF", "http_proxy", "https_proxy", "no_proxy")
+
+OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def read(name: str, default: str | None = None) -> str | None:
@@ -44,13 +65,44 @@ def set_defaults(variables: Mapping[str, str]) -> None:
         os.environ.setdefault(name, value)
 
 
-def count_gpus(devices: Path = Path("/dev")) -> int:
+def put(variables: Mapping[str, str | None]) -> None:
+    """Sets variables, or takes them away with None."""
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def inherited() -> dict[str, str]:
+    """A copy of everything that is set, for a process to be started."""
+    return dict(os.environ)
+
+
+def travelling() -> dict[str, str]:
+    """What is set here and means something to training on another node."""
+    return {name: value for name, value in os.environ.items() if name in TRAVEL or name.startswith(PREFIXES)}
+
+
+def visible_gpus(devices: Path = Path("/dev")) -> list[str]:
     """GPUs that may be used, without importing torch: those of CUDA_VISIBLE_DEVICES, else of /dev."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:
-        return sum(path.name.removeprefix("nvidia").isdecimal() for path in devices.glob("nvidia*"))
+        found = [path.name.removeprefix("nvidia") for path in devices.glob("nvidia*")]
+        return sorted((name for name in found if name.isdecimal()), key=int)
     names = [name.strip() for name in listed.split(",")]
-    return len(names[: names.index("-1")] if "-1" in names else [name for name in names if name])
+    return names[: names.index("-1")] if "-1" in names else [name for name in names if name]
+
+
+def count_gpus(devices: Path = Path("/dev")) -> int:
+    """How many `visible_gpus` there are."""
+    return len(visible_gpus(devices))
+
+
+def with_gpus(gpus: Sequence[str]) -> dict[str, str]:
+    """The environment of a process that has these GPUs and is no rank of this job."""
+    own = {name: value for name, value in os.environ.items() if name not in OF_TORCHRUN}
+    return own | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
 
 
 def cache_root() -> Path:
