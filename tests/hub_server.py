@@ -354,7 +354,8 @@ ROUTES: tuple[tuple[str, Callable[..., None]], ...] = (
     (rf"GET /api/v1/models/{_NAME}/revisions", Requests.ms_revisions),
     (r"POST /api/v1/models", Requests.ms_create),
     (rf"GET /api/v1/models/{_NAME}/repo/files", Requests.ms_files),
-    (rf"(?:HEAD|GET) /api/v1/models/{_NAME}/repo", Requests.ms_file),
+    (rf"GET /api/v1/datasets/{_NAME}/repo/tree", Requests.ms_files),
+    (rf"(?:HEAD|GET) /api/v1/(?:models|datasets)/{_NAME}/repo", Requests.ms_file),
     (rf"POST /api/v1/repos/models/{_NAME}/info/lfs/objects/batch", Requests.lfs_batch),
     (rf"POST /api/v1/repos/models/{_NAME}/commit/master", Requests.ms_commit),
 )
