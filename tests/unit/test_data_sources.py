@@ -177,7 +177,7 @@ def test_missing_file_and_near_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("spec", "package", "hub"),
-    [("owner/name#5", "modelscope", "ModelScope"), ("hf::owner/name:x", "datasets", "HuggingFace")],
+    [("owner/name#5", "modelscope_hub", "ModelScope"), ("hf::owner/name:x", "datasets", "HuggingFace")],
 )
 def test_hub_id_without_the_package(
     monkeypatch: pytest.MonkeyPatch, spec: str, package: str, hub: str
@@ -185,7 +185,7 @@ def test_hub_id_without_the_package(
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     for module in ("swift.data.hub_ms", "swift.data.hub_hf"):
         monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.setitem(sys.modules, {"modelscope": "modelscope_hub"}.get(package, package), None)
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError) as caught:
         load(spec)
     assert f"dataset {spec}: no such file, and taking it from {hub} needs the package {package}" in str(
