@@ -175,6 +175,10 @@ class RlhfRun(TrainRun):
                 has_environment=self.turns.use_gym_env,
             )
             self.vllm.check_rollout()
+            if "cispo" in self.rlhf.losses and self.online.epsilon_high is None:
+                raise ConfigError(
+                    "--loss_type cispo needs --epsilon_high, the largest weight of a token", hint="5 is usual"
+                )
         else:
             self.vllm.check_unused(f"--rlhf_type {' or '.join(SAMPLES)}")
         if self.data.cached_dataset:
