@@ -22,7 +22,7 @@ from swift.cli.flags import resolve
 from swift.cli.launch_checks import Plan, Report, check_nodes, node_variables, settle
 from swift.cli.launch_cluster import enter, find_place
 from swift.cli.launch_link import Link, LinkError, ask_all, close_all, open_links
-from swift.cli.launch_watch import Failure, Output, watch
+from swift.cli.launch_watch import Failure, Output, Watch
 from swift.config.launch import LaunchRun
 from swift.config.layout import DEGREES
 from swift.config.option import ConfigError
@@ -192,7 +192,7 @@ class Launch:
         for link, answer in answers.items():
             if isinstance(answer, LinkError):
                 return Failure(1, f"{link.host}: {answer.message}")
-        return watch(links, self.events, output)
+        return Watch(links, self.events, output).follow()
 
     def _gather_again(self, links: list[Link], report: Report) -> list[Link]:
         """The nodes for another start: all of them, or those that are left where the layout allows it."""
