@@ -11,6 +11,7 @@ _PUBLIC = {
         ("DatasetMeta", "ResponsePreprocessor", "RowPreprocessor", "register_dataset"), "swift.llm"
     ),
     **dict.fromkeys(("ORM", "AsyncORM", "LossScale", "orms", "rm_plugins", "loss_scale_map"), "swift.plugin"),
+    **dict.fromkeys(("MultiTurnScheduler", "multi_turns", "Env", "envs"), "swift.plugin"),
 }
 
 

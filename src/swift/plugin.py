@@ -10,17 +10,22 @@ from swift.plugins.hooks import (
     orms,
     rm_plugins,
 )
+from swift.plugins.turns import Env, MultiTurnScheduler, envs, multi_turns
 
 __all__ = [
     "ORM",
     "AsyncORM",
     "Callback",
+    "Env",
     "LossScale",
+    "MultiTurnScheduler",
     "Save",
     "Stop",
     "callbacks_map",
+    "envs",
     "extra_callbacks",
     "loss_scale_map",
+    "multi_turns",
     "optimizers_map",
     "orms",
     "rm_plugins",

@@ -9,9 +9,10 @@ from swift.cli.commands import find_command
 from swift.cli.flags import resolve, split_arguments
 from swift.cli.main import run
 from swift.cli.shell import repair_arguments
-from swift.config.generation import ExportOptions
+from swift.config.export import ExportOptions
+from swift.config.megatron_runs import MegatronExportRun
 from swift.config.option import ConfigError
-from swift.config.runs import ExportRun, MegatronExportRun, ModelConfig
+from swift.config.runs import ExportRun, ModelConfig
 from user_calls import FILES, record_calls
 
 MEGATRON = "megatron"

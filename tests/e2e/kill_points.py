@@ -14,19 +14,19 @@ from pathlib import Path
 
 from swift.engines.transformers import slices
 from swift.train import saving
-from swift.train.offline import Offline
+from swift.train.loop import Loop
 from swift.utils import files
 
 CALLS = ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"),
          (os, "symlink"), (io, "open"), (builtins, "open"), (slices, "write_tensors"),
-         (files, "file_sha256"), (Offline, "_train_step"))  # fmt: skip
+         (files, "file_sha256"), (Loop, "_train_step"))  # fmt: skip
 
 
 def kill_at(rank: int, event: int, counted: str, victim: int = 0, saved: str | None = None) -> None:
     """SIGKILL at the event-th call of CALLS since training began, before it or after it; 0 = never.
 
-    With `saved`, a run's directory, calls count only once a checkpoint of its is whole. The number of calls is
-    left in the file `counted` when training ends.
+    With `saved`, a run's directory, calls count only once a checkpoint of its is whole. The number of calls
+    is left in the file `counted` when training ends.
     """
     if rank != victim:
         return
@@ -52,7 +52,7 @@ def kill_at(rank: int, event: int, counted: str, victim: int = 0, saved: str | N
 
         setattr(owner, name, call)
 
-    train = Offline.run
+    train = Loop.run
 
     def run(self, state):
         for owner, name in CALLS:
@@ -61,19 +61,19 @@ def kill_at(rank: int, event: int, counted: str, victim: int = 0, saved: str | N
         total = count[0]
         Path(counted).write_text(str(total))
 
-    Offline.run = run
+    Loop.run = run
 
 
 def after_step(step: int, action) -> None:
     """Calls `action` with the loop when the step is done and before anyone looks at flags."""
-    train_step = Offline._train_step
+    train_step = Loop._train_step
 
     def run_step(self, state, clock):
         train_step(self, state, clock)
         if state.step == step:
             action(self)
 
-    Offline._train_step = run_step
+    Loop._train_step = run_step
 
 
 def signal_at(rank: int, step: int, name: str, victim: int = 0) -> None:
@@ -103,7 +103,7 @@ def interrupt_while_saving(rank: int, step: int) -> None:
 def limit_files(rank: int, step: int, limit_bytes: int, victim: int = 0) -> None:
     """From that step on, once nothing is being saved, the system refuses to write more into one file."""
 
-    def limit(loop: Offline) -> None:
+    def limit(loop: Loop) -> None:
         loop.saver.flight.thread.join()
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
 

@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 from megatron_jobs import run_each
-from safetensors.torch import save_file
-from steps import OPTIM, RATE, UNSEEN, make_batches, make_objective
+from safetensors.torch import load_file, save_file
+from steps import OPTIM, RATE, STATS, TEMPERATURE, UNSEEN, make_batches, make_objective, take_online_steps
 from transformers import AutoConfig
 
 from swift.config.layout import Layout
 from swift.engines.megatron.bridge import Bridge
+from swift.engines.megatron.checkpoint import Files
 from swift.engines.megatron.engine import MegatronEngine, Wrapping
 from swift.engines.megatron.model import build_chunks
 from swift.engines.megatron.settings import model_settings
@@ -36,8 +37,13 @@ def run_case(ranks: Ranks, layout: Layout, case: dict[str, Any]) -> None:
                         overlap_param_gather=case["overlap"] and case["sliced"])  # fmt: skip
     engine = MegatronEngine(
         chunks, settings, OPTIM, vocabulary=config.vocab_size, learning_rate=RATE, total_steps=case["steps"],
-        ranks=ranks, context=context_ranks(case["context"]), wrapping=wrapping,
+        ranks=ranks, context=context_ranks(case["context"]), wrapping=wrapping, files=Files(config, source),
+        temperature=TEMPERATURE,
     )  # fmt: skip
+    left = load_file(source / "model.safetensors")
+    for name, tensor in engine.weights():  # on every rank
+        assert torch.equal(tensor, left.pop(name)), name
+    assert left == {}
     found: dict[str, Any] = {"rows": [], "parameters": list(engine.num_parameters)}
     for step in range(case["steps"]):
         batches = make_batches(step)[engine.data_rank :: engine.data_world]
@@ -52,12 +58,12 @@ def run_case(ranks: Ranks, layout: Layout, case: dict[str, Any]) -> None:
                 save_file(gradients, result.with_suffix(".safetensors"))
         info = engine.optim_step()
         found["rows"].append([sums.means()["loss/tokens"], info.grad_norm])
+    handed = dict(engine.weights())  # before a forward pass waits for what the step has sent on its way
     unseen = make_batches(UNSEEN)[engine.data_rank :: engine.data_world]
     found["eval"] = engine.measure(unseen, make_objective()).means()["loss/tokens"]
-    stats = engine.forward(
-        make_batches(UNSEEN)[:1], frozenset({"logps", "correct", "logits_mean", "mean_logps"})
-    )
-    found["stats"] = {name: getattr(stats[0], name).double().sum().item() for name in
-                      ("logps", "correct", "logits_mean", "mean_logps")}  # fmt: skip
+    assert all(torch.equal(tensor, handed[name]) for name, tensor in engine.weights())
+    stats = engine.forward(make_batches(UNSEEN)[:1], frozenset(STATS))
+    found["stats"] = {name: getattr(stats[0], name).double().sum().item() for name in STATS}
+    found["online"] = take_online_steps(engine)
     if ranks.rank == ranks.world - 1:  # which is not the one that speaks, in most layouts
         write_json(result, found)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from swift.config.layout import Layout
+from swift.config.megatron_runs import MegatronRlhfRun, MegatronSftRun
 from swift.config.option import ConfigError, build, flatten
-from swift.config.runs import MegatronRlhfRun, MegatronSftRun
 from swift.models.mcore import McoreCheckpoint, find_mcore, find_weights
 from swift.train.megatron import as_resumption, settle, with_accumulation
 from swift.train.resume import load_resumption

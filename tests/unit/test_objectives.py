@@ -180,3 +180,28 @@ def test_balance_counts_every_token_of_trained_segments_alone():
     assert float(result.metrics["aux_loss"][0]) == pytest.approx(expected)
     assert float(result.terms["routed"]) == pytest.approx(0.5 * expected)
     assert int(result.metrics["aux_loss"][1]) == 8
+
+
+def test_temperature_divides_all_logits():
+    logits = torch.randn(4, 11, dtype=torch.float64, requires_grad=True)
+    positions, labels = torch.tensor([1, 3, 4, 6]), torch.arange(8)
+    hot = DenseLogits(logits, positions, temperature=0.6)
+    plain = DenseLogits(logits / 0.6, positions)
+    for name in ("logps", "mean_logps", "logits_mean", "entropy", "correct"):
+        torch.testing.assert_close(
+            getattr(hot, name)(labels), getattr(plain, name)(labels), rtol=1e-14, atol=0
+        )
+    gradients = [
+        torch.autograd.grad(view.logps(labels).sum(), logits, retain_graph=True)[0] for view in (hot, plain)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
+
+
+def test_entropy_is_that_of_the_distribution():
+    logits = torch.randn(3, 11, dtype=torch.bfloat16, requires_grad=True)
+    found = DenseLogits(logits, torch.tensor([0, 2, 3])).entropy(torch.zeros(5, dtype=torch.int64))
+    expected = torch.distributions.Categorical(logits=logits.detach().float()).entropy()
+    torch.testing.assert_close(found[[0, 2, 3]], expected, rtol=1e-5, atol=1e-6)
+    assert found[[1, 4]].tolist() == [0.0, 0.0] and not found.requires_grad
+    certain = DenseLogits(torch.tensor([[0.0, -torch.inf]]), torch.tensor([0])).entropy(torch.zeros(1).long())
+    assert certain.tolist() == [0.0]

@@ -54,6 +54,8 @@ def test_adapters_learn_on_weights_in_few_bits(bits: int, tiny_llama_dir: Path, 
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.1
     assert torch.equal(layer.weight, weight)
     assert all("lora_" in n for n, p in model.named_parameters() if p.requires_grad)
+    with pytest.raises(ConfigError, match="weights that are quantised cannot be handed to vLLM"):
+        next(engine.weights())
     expected = logits(model)
     engine.save(tmp_path, resumable=False).write()
     assert torch.equal(logits(load_adapter(load(tiny_llama_dir, quant), tmp_path, trainable=False)), expected)

@@ -6,7 +6,7 @@ import pytest
 
 from swift.config.option import ConfigError
 from swift.engines.protocol import Sums
-from swift.train.offline import Cadence
+from swift.train.loop import Cadence
 from swift.train.rundir import check_writable, new_run_directory
 from swift.train.state import format_seconds, loss_and_metrics
 from swift.train.trackers import cut_log, plot_log, smooth, tagged

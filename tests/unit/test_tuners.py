@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from peft.tuners.lora.layer import LoraLayer
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from swift.config.optim import OptimConfig
@@ -107,6 +108,28 @@ def test_trains_what_it_says_and_comes_back(case: str, models: dict[str, Path], 
     assert (logits(merged) - expected).abs().max() < 2e-5
     merged.save_pretrained(tmp_path / "merged")
     assert (logits(load(tmp_path / "merged")) - expected).abs().max() < 2e-5
+    # What another engine is handed while this one trains on: the same files, and nothing here has changed.
+    handed = {name: tensor.clone() for name, tensor in engine.weights()}
+    files = load_file(tmp_path / "merged" / "model.safetensors")
+    assert handed.keys() == files.keys()
+    for n, tensor in files.items():
+        assert (handed[n] - tensor).abs().max() <= (1e-5 if case in FROM_WEIGHTS else 0.0), n
+    assert torch.equal(logits(model), expected)
+
+
+def test_handed_weights_are_rounded_once(models: dict[str, Path]) -> None:
+    """Adapters in float32 beside bfloat16: their sum is rounded, not each product before it is added."""
+    model = add_lora(load(models["tied"]).bfloat16(), TunerConfig(lora_rank=4, init_weights="false"), seed=1)
+    engine = TransformersEngine(model, OptimConfig(), learning_rate=0.0, total_steps=1)
+    name = "model.layers.0.mlp.down_proj"
+    layer = model.get_submodule(f"base_model.model.{name}")
+    product = layer.scaling["default"] * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
+    expected = (layer.base_layer.weight.float() + product).bfloat16()
+    handed = dict(engine.weights())[f"{name}.weight"]
+    assert handed.dtype == torch.bfloat16 and torch.equal(handed, expected)
+    layer.lora_A["default"].weight.data[0, 0] = float("nan")
+    with pytest.raises(ConfigError, match="the adapters cannot be merged: NaNs detected"):
+        list(engine.weights())
 
 
 def test_the_scale_of_rank_stabilised_adapters(models: dict[str, Path]) -> None:

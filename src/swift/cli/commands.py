@@ -22,7 +22,7 @@ class Command:
     distributed: bool = False
     defaults: tuple[tuple[str, Any], ...] = ()
     leading: tuple[str, ...] = ()  # flags that words before the first flag stand for; the last takes the rest
-    can_spread: bool = False  # over several processes, in this version
+    can_spread: bool = False  # over all GPUs by itself, where nothing says how many processes
     wraps: bool = False  # another command, which follows its own flags
 
     @property
@@ -39,15 +39,18 @@ class Command:
         return frozenset(common | words | {f"{self.program}:{word}" for word in words})
 
 
-SFT, RLHF, INFER, EXPORT, DATASET, WEB_UI = (
-    f"swift.config.runs:{name}Run" for name in ("Sft", "Rlhf", "Infer", "Export", "Dataset", "WebUi")
+SFT, RLHF, INFER, DEPLOY, ROLLOUT, EXPORT, DATASET, WEB_UI = (
+    f"swift.config.runs:{name}Run"
+    for name in ("Sft", "Rlhf", "Infer", "Deploy", "Rollout", "Export", "Dataset", "WebUi")
 )
 MEGATRON_SFT, MEGATRON_RLHF, MEGATRON_EXPORT = (
-    f"swift.config.runs:Megatron{name}Run" for name in ("Sft", "Rlhf", "Export")
+    f"swift.config.megatron_runs:Megatron{name}Run" for name in ("Sft", "Rlhf", "Export")
 )
 RUN_PT, RUN_SFT, RUN_RLHF = (f"swift.train.run:run_{name}" for name in ("pt", "sft", "rlhf"))
 PARALLEL = "swift.train.run_megatron"
 RUN_INFER = "swift.infer.run:run_infer"
+RUN_ROLLOUT = "swift.rollout.run:run_rollout"
+RUN_DEPLOY = "swift.infer.server_run:run_deploy"
 RUN_EXPORT = "swift.export.run:run_export"
 RUN_CONVERT = "swift.export.megatron:run_export_megatron"
 ALL_TOKENS, LAST_ROUND = ("loss_scale", "all"), ("loss_scale", "last_round")
@@ -69,8 +72,8 @@ COMMANDS = (
         can_spread=True,
     ),
     Command("swift", "infer", INFER, RUN_INFER, "chat with a model, or answer a dataset", True),
-    Command("swift", "deploy", INFER, None, "serve a model over an OpenAI-compatible API"),
-    Command("swift", "rollout", INFER, None, "serve rollouts to a GRPO run"),
+    Command("swift", "deploy", DEPLOY, RUN_DEPLOY, "serve a model over an OpenAI-compatible API"),
+    Command("swift", "rollout", ROLLOUT, RUN_ROLLOUT, "serve answers to a training, through vLLM"),
     Command("swift", "sample", INFER, None, "sample many answers and keep the best"),
     Command("swift", "export", EXPORT, RUN_EXPORT, "merge adapters, convert, quantise, upload"),
     Command(

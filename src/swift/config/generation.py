@@ -1,9 +1,8 @@
-"""How answers are sampled, and what inference and export do with them."""
+"""How answers are sampled, and what inference does with them."""
 
 from dataclasses import dataclass
 
-from swift.config.model import DTYPES
-from swift.config.option import ConfigError, option
+from swift.config.option import option
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +19,7 @@ class GenerationConfig:
     stream: bool | None = option(
         None, help="show tokens as they come; none = in a chat yes, for a dataset no"
     )
+    stop_words: tuple[str, ...] = option((), help="texts that end an answer, besides the template's own")
     seed: int = option(42, help="seed of sampling")
 
 
@@ -30,7 +30,7 @@ class InferOptions:
         True, help="take model, system prompt and template from the checkpoint's args.json"
     )
     load_data_args: bool = option(False, help="answer the rows that the training run held out")
-    infer_backend: str = option("transformers", help="engine", choices=("transformers", "pt"))
+    infer_backend: str = option("transformers", help="engine", choices=("transformers", "pt", "vllm"))
     val_dataset: tuple[str, ...] = option((), help="answer these rows instead of opening a chat")
     val_dataset_sample: int | None = option(None, help="answer only this many rows", range=(1, None))
     columns: dict[str, str] = option({}, help='renames columns, as JSON: {"old": "new"}')
@@ -41,75 +41,12 @@ class InferOptions:
         None, help="JSONL of the answers; none = infer_result/ beside the checkpoint"
     )
     write_batch_size: int = option(1000, help="rows between writes; -1 = only at the end", unit="rows")
-    max_batch_size: int = option(1, help="rows generated together", unit="rows", range=(1, None))
+    max_batch_size: int | None = option(
+        None, help="rows answered together; none = 64, or 8 padded ones", unit="rows", range=(1, None)
+    )
+    merge_lora: bool = option(False, help="fold the adapters into the weights in memory: faster answers")
+    logprobs: bool = option(False, help="write the log-probability of each token into the result rows")
+    top_logprobs: int | None = option(
+        None, help="most likely tokens told beside each; needs --logprobs", unit="tokens", range=(1, 20)
+    )
     metric: str | None = option(None, help="compares answers with the rows' own", choices=("acc",))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExportOptions:
-    adapters: tuple[str, ...] = option((), help="checkpoint with adapters; its args.json names the model")
-    load_args: bool = option(True, help="take the model from the checkpoint's args.json")
-    merge_lora: bool = option(False, help="fold the adapters into the weights")
-    to_cached_dataset: bool = option(False, help="encode --dataset for --cached_dataset of a training")
-    to_mcore: bool = option(False, help="write --model in Megatron's format, for megatron --mcore_model")
-    to_hf: bool = option(False, help="write --mcore_model as a HuggingFace directory")
-    mcore_model: str | None = option(
-        None, help="weights in Megatron's format: converted, or a run of megatron"
-    )
-    mcore_adapters: str | None = option(
-        None, help="adapters of a run of megatron, folded into the weights by --to_hf"
-    )
-    test_convert_precision: bool = option(
-        False, help="compare the logits of both formats; the exit code says whether they agree"
-    )
-    test_convert_dtype: str = option("float32", help="precision of that comparison", choices=DTYPES)
-    output_dir: str | None = option(
-        None, help="where the result goes; none = beside the source, with a suffix"
-    )
-    exist_ok: bool = option(False, help="write into an existing directory")
-    max_shard_size: str = option("5GB", help="largest weight file")
-
-    @property
-    def converts(self) -> bool:
-        """Whether weights change their format."""
-        return self.to_mcore or self.to_hf
-
-    def check(self, model: str | None) -> None:
-        """Raises ConfigError unless one thing is asked for, with what it needs. `model` is --model."""
-        kinds = ("merge_lora", "to_cached_dataset", "to_mcore", "to_hf")
-        asked = [f"--{name}" for name in kinds if getattr(self, name)]
-        if not asked:
-            raise ConfigError(
-                "nothing to export",
-                hint="say what: --merge_lora, --to_cached_dataset, --to_mcore or --to_hf true",
-            )
-        if len(asked) > 1:
-            raise ConfigError(f"{' and '.join(asked)} are {len(asked)} exports", hint="do one at a time")
-        if self.merge_lora and not self.adapters:
-            raise ConfigError(
-                "--merge_lora needs --adapters", hint="name a checkpoint directory with adapters"
-            )
-        self._check_conversion(model)
-
-    def _check_conversion(self, model: str | None) -> None:
-        sources = [f"--{name}" for name in ("mcore_model", "mcore_adapters") if getattr(self, name)]
-        if self.to_mcore and sources:
-            raise ConfigError(
-                f"--to_mcore starts from --model, not {sources[0]}", hint="or was --to_hf meant?"
-            )
-        if self.to_mcore and not model:
-            raise ConfigError("--to_mcore needs --model", hint="name a HuggingFace model or directory")
-        if self.to_hf and not sources:
-            raise ConfigError(
-                "--to_hf needs --mcore_model", hint="name the directory that was converted or trained"
-            )
-        if self.converts and self.adapters:
-            raise ConfigError(
-                "--adapters has no effect on a conversion",
-                hint="fold them in first: swift export --merge_lora true",
-            )
-        for name in () if self.converts else ("mcore_model", "mcore_adapters", "test_convert_precision"):
-            if getattr(self, name):
-                raise ConfigError(f"--{name} has no effect without --to_hf or --to_mcore true")
-        if self.test_convert_dtype != "float32" and not self.test_convert_precision:
-            raise ConfigError("--test_convert_dtype has no effect without --test_convert_precision true")

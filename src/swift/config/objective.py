@@ -1,4 +1,4 @@
-"""What `swift rlhf` optimises where answers are in the data: method, losses, reference model.
+"""What `swift rlhf` optimises: method, losses, reference model.
 
 Owns: the knobs, which of them belong to which method, and the refusal of contradictions. Not here: formulas
 (objectives/), how a reference model is run.
@@ -19,13 +19,14 @@ LOSSES: dict[str, tuple[str, ...]] = {
     "kto": ("kto", "apo_zero_unpaired"),
     "orpo": (),
     "rm": (),
+    "grpo": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"),
 }  # fmt: skip
-NOT_YET = ("ppo", "grpo", "gkd")  # methods that sample answers themselves
+NOT_YET = ("ppo", "gkd")
 RLHF_TYPES = (*LOSSES, *NOT_YET)
 
 # What has an effect only with some methods, or only with some losses.
 METHODS_OF: dict[str, tuple[str, ...]] = {
-    "beta": ("dpo", "cpo", "simpo", "kto", "orpo"),
+    "beta": ("dpo", "cpo", "simpo", "kto", "orpo", "grpo"),
     "loss_weights": ("dpo",),
     "label_smoothing": ("dpo", "cpo", "simpo"),
     "rpo_alpha": ("dpo",),
@@ -39,12 +40,12 @@ METHODS_OF: dict[str, tuple[str, ...]] = {
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
     "center_rewards_coefficient": ("rm",),
-    "ref_model": ("dpo", "kto"),
-    "ref_adapters": ("dpo", "kto"),
+    "ref_model": ("dpo", "kto", "grpo"),
+    "ref_adapters": ("dpo", "kto", "grpo"),
     "precompute_ref_log_probs": ("dpo", "kto"),
-    "sync_ref_model": ("dpo", "kto"),
-    "ref_model_sync_steps": ("dpo", "kto"),
-    "ref_model_mixup_alpha": ("dpo", "kto"),
+    "sync_ref_model": ("dpo", "kto", "grpo"),
+    "ref_model_sync_steps": ("dpo", "kto", "grpo"),
+    "ref_model_mixup_alpha": ("dpo", "kto", "grpo"),
 }
 LOSSES_OF: dict[str, tuple[str, ...]] = {
     "label_smoothing": ("sigmoid", "robust", "exo_pair", "aot", "aot_pair", "simpo"),
@@ -52,6 +53,7 @@ LOSSES_OF: dict[str, tuple[str, ...]] = {
     "simpo_gamma": ("simpo",),
     "f_divergence_type": ("sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop"),
 }
+BETAS = {"simpo": 2.0, "grpo": 0.04}  # where it is not 0.1
 REFERENCE_FLAGS = ("ref_model", "ref_adapters", "precompute_ref_log_probs", "sync_ref_model")
 
 
@@ -59,18 +61,19 @@ REFERENCE_FLAGS = ("ref_model", "ref_adapters", "precompute_ref_log_probs", "syn
 class RlhfConfig:
     rlhf_type: str = option(
         "dpo",
-        help="method: dpo, kto, orpo, simpo or cpo from preferences; rm trains a reward model",
+        help="method: dpo, kto, orpo, simpo or cpo from preferences; rm trains a reward model; grpo "
+        "learns from rewards of its own answers",
         choices=RLHF_TYPES,
     )
     beta: float | None = option(
         None,
         help="strength of the pull towards the reference model (orpo: weight of the odds ratio); "
-        "none = 2 for simpo, 0.1 otherwise",
+        "none = 2 for simpo, 0.04 for grpo (0 = no reference), 0.1 otherwise",
         range=(0, None),
     )
     loss_type: tuple[str, ...] | None = option(
         None,
-        help="loss, for dpo one or several; none = sigmoid (dpo, cpo), kto (kto), simpo (simpo)",
+        help="loss, for dpo one or several; none = sigmoid (dpo, cpo), kto (kto), simpo (simpo), grpo (grpo)",
     )
     loss_weights: tuple[float, ...] | None = option(
         None, help="weight of each --loss_type, in the same order; none = 1 each"
@@ -139,12 +142,13 @@ class RlhfConfig:
 
     @property
     def beta_value(self) -> float:
-        default = 2.0 if self.rlhf_type == "simpo" else 0.1
-        return default if self.beta is None else self.beta
+        return BETAS.get(self.rlhf_type, 0.1) if self.beta is None else self.beta
 
     @property
     def needs_reference(self) -> bool:
         """Whether batches need the column ref_logps."""
+        if self.rlhf_type == "grpo":
+            return self.beta_value > 0
         return self.rlhf_type == "kto" or (self.rlhf_type == "dpo" and not self.reference_free)
 
     def check(self) -> None:
@@ -197,7 +201,7 @@ class RlhfConfig:
 
     def _check_companions(self, changed: list[str]) -> None:
         """Values and pairs of flags that make no sense together."""
-        if self.beta == 0:
+        if self.beta == 0 and self.rlhf_type != "grpo":
             raise ConfigError("--beta must be above 0, got 0", hint="0.1 is usual")
         if self.label_smoothing == 0.5 and "robust" in self.losses:
             raise ConfigError(

@@ -1,24 +1,29 @@
 """Run configs: what one command needs, composed from the groups, and the checks that span groups."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from swift.config.data import DataConfig
 from swift.config.dataset import DatasetOptions
-from swift.config.generation import ExportOptions, GenerationConfig, InferOptions
+from swift.config.export import ExportOptions, PublishOptions, QuantizeOptions
+from swift.config.generation import GenerationConfig, InferOptions
 from swift.config.layout import LayoutConfig
-from swift.config.megatron import MegatronConfig, MegatronScheduleConfig, MegatronTunerConfig
 from swift.config.model import ModelConfig
 from swift.config.objective import RlhfConfig
+from swift.config.online import SAMPLES, OnlineConfig
 from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
 from swift.config.parallel import ParallelConfig
 from swift.config.plugins import PluginConfig
 from swift.config.quant import QuantConfig
+from swift.config.rewards import RewardConfig, check_rewarded
 from swift.config.schedule import OutputConfig, ScheduleConfig
+from swift.config.serve import ServeOptions
 from swift.config.sft import SftConfig
 from swift.config.task import TaskConfig
 from swift.config.template import TemplateConfig
 from swift.config.tuner import TunerConfig
+from swift.config.turns import TurnConfig
+from swift.config.vllm import RolloutOptions, VllmConfig, VllmRolloutConfig, check_chosen_by_vllm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,11 +157,26 @@ class RlhfRun(TrainRun):
     """`swift rlhf`: preferences and rewards instead of answers to repeat."""
 
     rlhf: RlhfConfig = field(default_factory=RlhfConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    turns: TurnConfig = field(default_factory=TurnConfig)
+    vllm: VllmRolloutConfig = field(default_factory=VllmRolloutConfig)
 
     def check_complete(self) -> None:
         """`check` for a run whose values are all known."""
         TrainRun.check_complete(self)
         self.rlhf.check()
+        self.online.check(self.rlhf.rlhf_type)
+        check_rewarded(self.rlhf.rlhf_type, [*self.rewards.changed, *self.turns.changed])
+        self.turns.check()
+        if self.rlhf.rlhf_type in SAMPLES:
+            self.rewards.check(
+                max_completion_length=self.online.max_completion_length,
+                has_environment=self.turns.use_gym_env,
+            )
+            self.vllm.check_rollout()
+        else:
+            self.vllm.check_unused(f"--rlhf_type {' or '.join(SAMPLES)}")
         if self.data.cached_dataset:
             raise ConfigError("--cached_dataset holds conversations for swift sft", hint="give --dataset")
         if self.rlhf.needs_reference and self.tuner.init_weights.startswith(("pissa", "olora")):
@@ -179,92 +199,6 @@ class RlhfRun(TrainRun):
             )
 
 
-class OnMegatron:
-    """What `megatron sft` and `megatron rlhf` have in common; comes before the run that it changes."""
-
-    __slots__ = ()  # fields are those of the runs
-
-    @property
-    def resumes(self: "MegatronRun") -> str | None:
-        """The checkpoint that goes on; with --finetune false what is loaded, adapters before their base."""
-        loaded = next(iter(self.tuner.adapters), self.megatron.mcore_model)
-        return self.schedule.resume_from_checkpoint or (None if self.megatron.finetune else loaded)
-
-    @property
-    def eval_limit(self: "MegatronRun") -> int | None:
-        """Rows that an evaluation looks at; None = all."""
-        flags = self.megatron
-        return None if flags.eval_iters < 0 else flags.eval_iters * flags.global_batch_size
-
-    def check(self: "MegatronRun") -> None:
-        """Raises ConfigError where flags contradict each other or one is missing."""
-        _check_megatron(self)
-
-    def check_complete(self: "MegatronRun") -> None:
-        """`check` for a run whose values are all known."""
-        super().check_complete()  # type: ignore[misc]
-        self.megatron.check()
-        _check_project(self.output)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MegatronSftRun(OnMegatron, SftRun):
-    """`megatron sft` and `megatron pt`."""
-
-    tuner: MegatronTunerConfig = field(default_factory=MegatronTunerConfig)
-    schedule: MegatronScheduleConfig = field(default_factory=MegatronScheduleConfig)
-    megatron: MegatronConfig = field(default_factory=MegatronConfig)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MegatronRlhfRun(OnMegatron, RlhfRun):
-    """`megatron rlhf`."""
-
-    tuner: MegatronTunerConfig = field(default_factory=MegatronTunerConfig)
-    schedule: MegatronScheduleConfig = field(default_factory=MegatronScheduleConfig)
-    megatron: MegatronConfig = field(default_factory=MegatronConfig)
-
-    def check_complete(self) -> None:
-        """`check` for a run whose values are all known."""
-        OnMegatron.check_complete(self)
-        if self.rlhf.rlhf_type == "rm":
-            raise ConfigError("--rlhf_type rm is not there yet in parallel", hint="use swift rlhf")
-
-
-MegatronRun = MegatronSftRun | MegatronRlhfRun
-
-
-def _check_megatron(run: MegatronRun) -> None:
-    """What can be checked before checkpoints are looked at. --mcore_model names its model by itself."""
-    if not run.megatron.finetune and not run.resumes:
-        raise ConfigError(
-            "--finetune false goes on with a run, and none is named", hint="name it with --mcore_model"
-        )
-    if run.resumes:
-        return
-    if run.tuner.train_type == "lora":
-        if run.megatron.transformer_impl == "transformer_engine":
-            raise ConfigError(
-                "--transformer_impl transformer_engine does not go with --train_type lora yet",
-                hint="leave it out: adapters stand beside layers of PyTorch's kernels",
-            )
-        if not run.megatron.save_safetensors:
-            raise ConfigError(
-                "--save_safetensors false has no effect with --train_type lora: adapters are small files",
-                hint="leave it out",
-            )
-    named = run.model.model or run.megatron.mcore_model
-    replace(run, model=replace(run.model, model=named)).check_complete()
-
-
-def _check_project(output: OutputConfig) -> None:
-    """A project is a name in trackers, which earlier versions also switched on."""
-    if output.project and not {"wandb", "swanlab", "mlflow", "all"} & set(output.report_to):
-        raise ConfigError(
-            f"--project {output.project} has no tracker to be a project of", hint="add --report_to wandb"
-        )
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InferRun:
     """`swift infer`."""
@@ -272,8 +206,10 @@ class InferRun:
     model: ModelConfig = field(default_factory=ModelConfig)
     infer: InferOptions = field(default_factory=InferOptions)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     plugins: PluginConfig = field(default_factory=PluginConfig)
+    vllm: VllmConfig = field(default_factory=VllmConfig)
 
     @property
     def data_seed(self) -> int:
@@ -287,6 +223,62 @@ class InferRun:
                 "--model or --adapters is missing",
                 hint="for example --model smollm2-135m, or --adapters CHECKPOINT",
             )
+        self.quant.check(train_type="lora", slicer=None, init_weights="")
+        if self.infer.infer_backend != "vllm":
+            self.vllm.check_unused("--infer_backend vllm")
+            return
+        check_chosen_by_vllm(self.model, "--infer_backend vllm")
+        for flag, is_given, hint in (
+            ("--quant_method", self.quant.quant_method, "--vllm_quantization"),
+            ("--merge_lora", self.infer.merge_lora, "swift export --merge_lora true, or leave it out"),
+        ):
+            if is_given:
+                raise ConfigError(f"{flag} has no effect on --infer_backend vllm", hint=hint)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutRun:
+    """`swift rollout`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    rollout: RolloutOptions = field(default_factory=RolloutOptions)
+
+    def check(self) -> None:
+        """Raises ConfigError where a flag is missing."""
+        if not self.model.model:
+            raise ConfigError("--model is missing", hint="name the model that the training starts from")
+        check_chosen_by_vllm(self.model, "swift rollout")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeployRun:
+    """`swift deploy`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    serve: ServeOptions = field(default_factory=ServeOptions)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    template: TemplateConfig = field(default_factory=TemplateConfig)
+    plugins: PluginConfig = field(default_factory=PluginConfig)
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+
+    def check(self) -> None:
+        """Raises ConfigError where flags contradict each other or one is missing."""
+        if not self.model.model and not self.serve.adapters:
+            raise ConfigError(
+                "--model or --adapters is missing",
+                hint="for example --model smollm2-135m, or --adapters CHECKPOINT",
+            )
+        if self.generation.stream is not None:
+            raise ConfigError(
+                "--stream has no effect on swift deploy: each request says whether it streams",
+                hint="leave it out",
+            )
+        self.serve.check()
+        if self.serve.infer_backend == "vllm":
+            check_chosen_by_vllm(self.model, "--infer_backend vllm")
+        else:
+            self.vllm.check_unused("--infer_backend vllm")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -295,13 +287,24 @@ class ExportRun:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     export: ExportOptions = field(default_factory=ExportOptions)
+    quant: QuantizeOptions = field(default_factory=QuantizeOptions)
+    publish: PublishOptions = field(default_factory=PublishOptions)
     data: DataConfig = field(default_factory=DataConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     plugins: PluginConfig = field(default_factory=PluginConfig)
 
     def check(self) -> None:
         """Raises ConfigError where flags contradict each other or one is missing."""
-        self.export.check(self.model.model)
+        pushes = self.publish.push_to_hub
+        self.export.check(self.model.model, quant_method=self.quant.quant_method, pushes=pushes)
+        self.quant.check(self.data.dataset)
+        self.publish.check()
+        if not self.export.converts and not self.model.model and not self.export.adapters:
+            raise ConfigError("--model or --adapters is missing: it names what is exported")
+        if pushes and not self.export.merge_lora and self.model.model and self.export.adapters:
+            raise ConfigError(
+                "--model and --adapters are two things to push", hint="name one, or add --merge_lora true"
+            )
         if self.export.to_cached_dataset:
             if not self.model.model or not self.data.dataset:
                 raise ConfigError("--to_cached_dataset needs --model and --dataset")
@@ -318,21 +321,6 @@ class ExportRun:
     def megatron(self) -> LayoutConfig:
         """Degrees of a conversion: one process does all of it."""
         return LayoutConfig()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MegatronExportRun:
-    """`megatron export`: conversion by several processes."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    export: ExportOptions = field(default_factory=ExportOptions)
-    megatron: LayoutConfig = field(default_factory=LayoutConfig)
-
-    def check(self) -> None:
-        """Raises ConfigError where flags contradict each other or one is missing."""
-        self.export.check(self.model.model)
-        if not self.export.converts:
-            raise ConfigError("megatron export converts weights", hint="add --to_mcore true or --to_hf true")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,7 +30,7 @@ from swift.data.rows import InMemory, Line, Rows, parse_row
 from swift.data.shapes import SHAPES
 from swift.data.types import Example, Row, RowError, Sample, place
 from swift.template.chat import ChatTemplate
-from swift.template.tokenize import IGNORED, Encoded, Rejected, cut_pieces, encode_chats
+from swift.template.tokenize import IGNORED, Encoded, Rejected, cut_pieces, encode_chats, encode_prompts
 from swift.utils.log import console
 
 _CHUNK = 500  # rows handed to the tokenizer, or to a worker process, at once
@@ -228,8 +228,9 @@ class Encoder:
             except RowError as error:
                 outcomes.append(Rejected(str(error)))
         samples = [s for outcome in outcomes if isinstance(outcome, Example) for s in outcome.samples]
+        encode = encode_prompts if SHAPES[self.shape].waits else encode_chats
         encoded = iter(
-            encode_chats(
+            encode(
                 self.template,
                 [sample.messages for sample in samples],
                 tools=[sample.tools for sample in samples],

@@ -9,7 +9,7 @@ from typing import Any
 
 from swift.data.formats import to_sample
 from swift.data.messages import parse_messages
-from swift.data.preference import to_kto, to_preference
+from swift.data.preference import to_kto, to_preference, to_prompt
 from swift.data.types import Example, Row, RowError, Sample, parse_number
 from swift.template.types import Message
 
@@ -22,6 +22,7 @@ class Shape:
     values: tuple[str, ...] = ()  # names of an example's numbers
     # Name -> number of the first sequence, of the second, ...; the last one counts for all after it.
     by_place: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    waits: bool = False  # for an answer: nothing in it is trained
 
 
 def _read_labelled(row: Row) -> Example:
@@ -77,6 +78,7 @@ SHAPES: dict[str, Shape] = {
     "chat": Shape(lambda row: Example((to_sample(row),))),
     "pair": Shape(to_preference, ("margin",)),  # chosen, rejected
     "kto": Shape(to_kto, ("label",)),  # 1 = liked
+    "prompt": Shape(lambda row: Example((to_prompt(row).sample,)), waits=True),
     "classes": Shape(lambda row: Example((to_sample(row),))),  # several at once, see classes.py
     "labelled": Shape(_read_labelled, ("label",)),  # a class or a number
     "alike": Shape(_read_alike, ("label",)),  # two texts

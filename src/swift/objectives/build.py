@@ -1,17 +1,22 @@
 """The objective that a config asks for."""
 
 from collections.abc import Callable
+from dataclasses import fields
 
 from swift.config.objective import RlhfConfig
+from swift.config.online import OnlineConfig
 from swift.objectives.kto import Kto
+from swift.objectives.policy import Policy, PolicyRule
 from swift.objectives.preference import Preference
 from swift.objectives.reward import Reward
 from swift.objectives.types import Objective
 
 
-def build_objective(config: RlhfConfig) -> Objective:
+def build_objective(config: RlhfConfig, online: OnlineConfig) -> Objective:
     """The objective of `config.rlhf_type`. Raises ConfigError where flags contradict each other."""
     config.check()
+    if config.rlhf_type == "grpo":
+        return _build_policy(config, online)
     return BUILDERS[config.rlhf_type](config)
 
 
@@ -47,6 +52,13 @@ def _build_kto(config: RlhfConfig) -> Kto:
         beta=config.beta_value,
         desirable_weight=config.desirable_weight,
         undesirable_weight=config.undesirable_weight,
+    )
+
+
+def _build_policy(config: RlhfConfig, online: OnlineConfig) -> Policy:
+    shared = {f.name: getattr(online, f.name) for f in fields(PolicyRule) if hasattr(online, f.name)}
+    return Policy(
+        PolicyRule(**shared, loss_type=config.losses[0], beta=config.beta_value, has_rollout_logps=True)
     )
 
 

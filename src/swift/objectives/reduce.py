@@ -3,6 +3,8 @@
 Shapes: T = tokens of the batch, S = segments, P = pairs (segments 2p and 2p + 1). Not here: any loss.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,16 @@ def weighted(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """A metric: the sum of the weighted values and the sum of the weights."""
     weights = weights.to(values.dtype)
     return (values.detach() * weights).sum(), weights.sum()
+
+
+def extreme(values: Tensor, there: Tensor, pick: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """A metric: `pick`, torch.amin or torch.amax, of the values that are `there`, and whether any is.
+
+    Its name has to say so: see Sums.
+    """
+    nowhere = torch.inf if pick is torch.amin else -torch.inf
+    found, any_there = pick(torch.where(there, values.detach(), nowhere)), there.any()
+    return torch.where(any_there, found, 0.0), any_there.to(values.dtype)
 
 
 def settle(result: LossSum, batch: Batch) -> LossSum:

@@ -20,10 +20,21 @@ class TokenStats:
     correct: Tensor | None = None  # [T] bool: labels[t] is the most likely token; False where not trained
     logits_mean: Tensor | None = None  # [T] mean logit over the vocabulary, no gradient; 0 where not trained
     mean_logps: Tensor | None = None  # [T] log p averaged over the vocabulary; 0 where not trained
+    entropy: Tensor | None = None  # [T] nats of the distribution over the next token, no gradient; 0 likewise
     router_logits: tuple[Tensor, ...] | None = None  # [T, experts] of every layer with a router
+    values: Tensor | None = None  # [T] of a head with one output, at each trained token; 0 likewise
+    teacher: "Teacher | None" = None
     scores: Tensor | None = None  # [S] one number a segment, of a reward or reranking head
     class_logits: Tensor | None = None  # [S, C] of a classification head with C classes
     embeddings: Tensor | None = None  # [S, D]
+
+
+class Teacher(Protocol):
+    """Another model on the same batch, to be compared with the one that is trained."""
+
+    def divergence(self, beta: float, top_k: int | None) -> Tensor:
+        """[T] how far the model is from the teacher (see distill.py); 0 where not trained."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,17 @@ class LossScale:
         raise NotImplementedError
 
 
-orms: Registry[Any] = Registry("reward")  # classes, instances or functions
+orms: Registry[Any] = Registry(  # classes, instances or functions
+    "reward",
+    {
+        "accuracy": "swift.rewards.accuracy:MathAccuracy",
+        "format": "swift.rewards.builtin:Format",
+        "react_format": "swift.rewards.builtin:ReActFormat",
+        "cosine": "swift.rewards.accuracy:CosineReward",
+        "repetition": "swift.rewards.builtin:RepetitionPenalty",
+        "soft_overlong": "swift.rewards.builtin:SoftOverlong",
+    },
+)
 rm_plugins: Registry[Any] = Registry("reward model plugin")
 loss_scale_map: Registry[type[LossScale] | LossScale] = Registry("loss scale")
 # Functions (settings, model, None) -> (optimizer, schedule or None), for --optimizer. `settings` has every

@@ -1,7 +1,7 @@
 """What is asked of a model that answers, and what it answers: token ids, never text.
 
-Chat templates, tools and stop words of a template are applied above; whoever trains and whoever samples see the
-same ids.
+Chat templates, tools and stop words of a template are applied above; whoever trains and whoever samples see
+the same ids.
 """
 
 from dataclasses import dataclass
@@ -35,6 +35,7 @@ class Request:
     sampling: Sampling
     count: int = 1
     first: int = 0
+    continued: int = 0  # tokens at the prompt's end whose text the answer continues
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,38 @@ def encode_chats(
     ]
 
 
+def encode_prompts(
+    template: ChatTemplate,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    tools: Sequence[list[Any] | None] | None = None,
+    max_length: int | None = None,
+    truncation_strategy: str = "delete",
+) -> list[Encoded | Rejected]:
+    """As `encode_chats`, of conversations that wait for an answer: they end with the assistant's header."""
+    texts: list[str | Rejected] = []
+    for i, messages in enumerate(conversations):
+        try:
+            texts.append(template.prompt(messages, tools=tools[i] if tools is not None else None))
+        except RenderError as error:
+            texts.append(Rejected(str(error)))
+    good = [text for text in texts if isinstance(text, str)]
+    found = iter(fast_backend(template).encode_batch(good, add_special_tokens=False))
+    return [
+        text if isinstance(text, Rejected) else _limit(next(found).ids, max_length, truncation_strategy)
+        for text in texts
+    ]
+
+
+def _limit(ids: list[int], max_length: int | None, truncation_strategy: str) -> Encoded | Rejected:
+    """A prompt within `max_length`, none of whose tokens is trained."""
+    if max_length is not None and len(ids) > max_length:
+        if truncation_strategy == "delete":
+            return Rejected(f"longer than --max_length {max_length}")
+        ids = ids[:max_length] if truncation_strategy == "right" else ids[-max_length:]
+    return Encoded(np.array(ids, dtype=np.int32), np.full(len(ids), IGNORED, dtype=np.int32), None)
+
+
 # [L] ids of a row, and tokens [first, last) of each of its spans.
 _Placed = tuple[np.ndarray, list[tuple[int, int]]]
 

@@ -12,8 +12,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import enable_full_determinism
 
+from swift.config.online import SAMPLES
 from swift.config.option import ConfigError
-from swift.config.runs import SftRun, TrainRun
+from swift.config.runs import RlhfRun, SftRun, TrainRun
 from swift.engines.ranks import Ranks
 from swift.engines.transformers.checkpoint import REFERENCE
 from swift.engines.transformers.engine import TransformersEngine
@@ -25,6 +26,7 @@ from swift.models.heads import load_scoring_model
 from swift.models.load import load_model
 from swift.plugins.callbacks import Callback
 from swift.train.callbacks import EarlyStop, Screen
+from swift.train.health import Health
 from swift.train.hf_callbacks import HfCallbacks
 from swift.train.method import Method
 from swift.train.preparing import Prepared
@@ -178,6 +180,8 @@ def build_callbacks(
                 patience=schedule.early_stop_interval,
             )
         )
+    if isinstance(run, RlhfRun) and run.rlhf.rlhf_type in SAMPLES:
+        callbacks.append(Health())
     if run.output.profiled:
         callbacks.append(Profiler(directory / "profile", run.output.profiled))
     pictures = [] if run.output.report_to == ("none",) else [Plotter(directory)]

@@ -16,6 +16,8 @@ def format_row(row: dict[str, Any]) -> str:
     parts = [f"step {row['global_step/max_steps']:>9}", f"loss {row['loss']:8.4f}"]
     if "token_acc" in row:
         parts.append(f"acc {row['token_acc']:.3f}")
+    if "reward" in row:
+        parts.append(f"reward {row['reward']:6.3f}  length {row['completions/mean_length']:6.1f}")
     parts += [
         "skipped: float16 overflow" if row["grad_norm"] is None else f"grad {row['grad_norm']:7.3f}",
         f"lr {row['learning_rate']:.2e}",

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from swift.config.layout import Layout, micro_batches
+from swift.config.megatron_runs import MegatronRlhfRun, MegatronSftRun
 from swift.config.option import ConfigError, fill_defaults
-from swift.config.runs import MegatronRlhfRun, MegatronSftRun
 from swift.models.adapters import TAKEN
 from swift.models.directory import read_json
 from swift.models.mcore import TRACKER, McoreCheckpoint, find_weights, last_checkpoint

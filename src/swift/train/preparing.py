@@ -22,6 +22,7 @@ from swift.data.feed import Feed, StoredFeed, StreamFeed
 from swift.data.loader import StepPlan
 from swift.data.pack import pack_lengths
 from swift.data.rows import InMemory, Rows
+from swift.data.shapes import SHAPES
 from swift.data.sources import open_sets
 from swift.data.stream import EncodedStream, Position, RowStream, open_stream
 from swift.data.types import place
@@ -232,8 +233,9 @@ def encode_sets(
             encoded.append(None)
             continue
         dataset = join_datasets(found)
-        summary.tell_rows(dataset, what)
-        if what == training:
+        waits = SHAPES[shape].waits
+        (summary.tell_prompts if waits else summary.tell_rows)(dataset, what)
+        if what == training and not waits:
             for line in remember(dataset, "audit", partial(audit, dataset, template.stop_token_ids)):
                 warn(line)
         encoded.append(dataset)

@@ -13,20 +13,14 @@ from swift.models.directory import describe_weights
 from swift.train import summary
 from swift.train.backend import TRANSFORMERS, Backend
 from swift.train.building import build_callbacks, open_run_directory
+from swift.train.loop import Loop
 from swift.train.method import Method, rlhf_method, sft_method
-from swift.train.offline import Offline
-from swift.train.preparing import (
-    Prepared,
-    check_equal_on_ranks,
-    check_rows,
-    learn_facts,
-    make_feed,
-    plan_steps,
-    prepare,
-)
+from swift.train.preparing import Prepared, check_equal_on_ranks, learn_facts, prepare
 from swift.train.resume import check_same_data, hide_secrets, load_resumption
+from swift.train.run_online import OnlineStage
 from swift.train.saving import Saver, list_checkpoints
 from swift.train.scoring import precompute_reference
+from swift.train.stage import RowStage, Stage
 from swift.train.state import TrainState
 from swift.train.stopping import Terminated, heed_signals
 from swift.utils.files import append_jsonl, write_json
@@ -44,7 +38,7 @@ def run_sft(run: SftRun) -> int:
 
 
 def run_rlhf(run: RlhfRun) -> int:
-    return train(run, "rlhf", lambda run: rlhf_method(run.rlhf))
+    return train(run, "rlhf", lambda run: rlhf_method(run.rlhf, run.online))
 
 
 def train(
@@ -66,17 +60,19 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
     run = backend.settle(run)
     ready = prepare(run, method, resumption=resumption, locate=backend.locate)
     method = replace(method, objective=learn_facts(method.objective, ready))
-    run, tokenizer, rows = ready.run, ready.tokenizer, ready.rows
+    run, tokenizer = ready.run, ready.tokenizer
     ranks, device = backend.join(run, ready)
-    plan = plan_steps(run, rows, ready.max_length, ranks, resumption)
-    check_rows(method, rows, plan)
-    feed = make_feed(plan, rows, ready.stream, resumption)
-    data = feed.identity()
+    stage: Stage = (
+        OnlineStage(run, ready, ranks, resumption)
+        if isinstance(run, RlhfRun) and method.samples
+        else RowStage(run, method, ready, ranks, resumption)
+    )
+    data = stage.identity()
     check_equal_on_ranks(ranks, data)
     if resumption:
         check_same_data(resumption, data)
-    total_steps = plan.total_steps(run.schedule.num_train_epochs, run.schedule.max_steps)
-    engine = backend.build(run, method, ready, total_steps, ranks, device, resumption, plan.accumulation)
+    total_steps = stage.total_steps(run.schedule.num_train_epochs, run.schedule.max_steps)
+    engine = backend.build(run, method, ready, total_steps, ranks, device, resumption, stage.accumulation)
     dtype = str(engine.dtype).removeprefix("torch.")
     what = f"{run.model.model}, {run.tuner.train_type}, {dtype}, {engine.device}"
     summary.tell_weights(*engine.num_parameters, what)
@@ -84,10 +80,8 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
         precompute(run, ready, engine, ranks)
         if not method.needs_mismatched:  # whose answers change with every step
             engine.drop_reference()
-    if plan.packs:
-        summary.tell_packs(plan.packs, flat=engine.flat)
-    summary.tell_steps(plan, total_steps, rows if ready.stream is None else None)
-    summary.tell_sample(tokenizer, rows)
+    stage.tell(total_steps, flat=engine.flat)
+    summary.tell_sample(tokenizer, ready.rows, waits=method.samples)
     directory = ranks.share(open_run_directory(run, ready.root, resumption) if ranks.is_main else ready.root)
     args = hide_secrets({**flatten(run), "swift_version": __version__, "command": command})
     if "global_batch_size" in args:
@@ -107,12 +101,10 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
     state = resumption.state if resumption else TrainState()
     if resumption and ranks.is_main:
         saver.tidy(state.best_step, state.step)
-    loop = Offline(
-        engine=engine, method=method, feed=feed,
-        eval_rows=None if run.eval_limit == 0 else ready.eval_rows, eval_limit=run.eval_limit,
+    loop = Loop(
+        engine=engine, method=method, **vars(stage.open(engine, directory)),
         total_steps=total_steps, schedule=run.schedule, saver=saver, run_directory=directory,
         callbacks=build_callbacks(run, directory, args, ready.callbacks) if ranks.is_main else [],
-        shown=summary.show_answers(tokenizer, ready.eval_rows, method.shape),
         follows_wishes=bool(ready.callbacks or run.schedule.early_stop_interval),
     )  # fmt: skip
     code = run_loop(loop, state)
@@ -133,7 +125,7 @@ def precompute(run: RlhfRun, ready: Prepared, engine: Engine, ranks: Ranks) -> N
             )  # fmt: skip
 
 
-def run_loop(loop: Offline, state: TrainState) -> int:
+def run_loop(loop: Loop, state: TrainState) -> int:
     """Trains; an interrupt says how to go on."""
     directory = loop.run_directory
     try:

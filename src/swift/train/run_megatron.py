@@ -8,9 +8,10 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from swift.config.layout import Layout, choose_layout, model_sizes
+from swift.config.megatron_runs import MegatronRlhfRun, MegatronRun, MegatronSftRun
 from swift.config.option import ConfigError
 from swift.config.option import build as build_config
-from swift.config.runs import ExportRun, MegatronRlhfRun, MegatronRun, MegatronSftRun
+from swift.config.runs import ExportRun
 from swift.engines.megatron.bridge import Bridge
 from swift.engines.megatron.checkpoint import Files
 from swift.engines.megatron.dist_checkpoint import load_model
@@ -48,7 +49,7 @@ def run_sft(run: MegatronSftRun) -> int:
 
 def run_rlhf(run: MegatronRlhfRun) -> int:
     """`megatron rlhf`; returns the exit code."""
-    return train(as_resumption(run), "rlhf", lambda run: rlhf_method(run.rlhf), MEGATRON)
+    return train(as_resumption(run), "rlhf", lambda run: rlhf_method(run.rlhf, run.online), MEGATRON)
 
 
 def layout_of(run: MegatronRun, config: PretrainedConfig) -> Layout:

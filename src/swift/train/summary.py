@@ -29,6 +29,10 @@ def tell_drops(report: EncodeReport, what: str) -> None:
         warn(f"{len(places)} of {report.total} {what} rows dropped: {reason} ({where}{more})")
 
 
+def tell_prompts(rows: EncodedDataset, what: str) -> None:
+    say(f"{what}: {len(rows):,} prompts, {rows.num_tokens:,} tokens, longest {rows.lengths.max():,}")
+
+
 def tell_rows(rows: EncodedDataset, what: str) -> None:
     share = 100 * rows.num_trained / max(rows.num_tokens, 1)
     say(
@@ -93,7 +97,7 @@ def show_answers(
     return shown
 
 
-def tell_sample(tokenizer: PreTrainedTokenizerBase, rows: EncodedDataset) -> None:
+def tell_sample(tokenizer: PreTrainedTokenizerBase, rows: EncodedDataset, *, waits: bool) -> None:
     """One row as the model sees it: its sequences one below the other."""
     texts = []
     for sequence in rows.sequences(0):
@@ -101,5 +105,5 @@ def tell_sample(tokenizer: PreTrainedTokenizerBase, rows: EncodedDataset) -> Non
         if len(sequence.input_ids) > SHOWN_TOKENS:
             text.truncate(4 * SHOWN_TOKENS, overflow="ellipsis")
         texts += [Rule(style="dim"), text]
-    title = "one row as the model sees it: green is trained"
+    title = "one prompt as the model sees it" if waits else "one row as the model sees it: green is trained"
     console().print(Panel(Group(*texts[1:]), title=title, title_align="left"), soft_wrap=False)

@@ -1,7 +1,7 @@
 """Every environment variable that the project reads, with what it means. Nobody else touches os.environ."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 VARIABLES = {
@@ -20,6 +20,7 @@ VARIABLES = {
     "RANK": "global rank, set by torchrun",
     "WORLD_SIZE": "number of processes, set by torchrun",
     "LOCAL_RANK": "rank on this node, set by torchrun",
+    "LOCAL_WORLD_SIZE": "number of processes on this node, set by torchrun",
     "MEGATRON_LM_PATH": "no effect: megatron-core is an installed package, not a checkout",
     "SLURM_JOB_NODELIST": "nodes of a Slurm job, for swift launch",
     "SLURM_STEP_NODELIST": "nodes of a Slurm job step",
@@ -43,6 +44,8 @@ PREFIXES = (
     "UCX_", "VLLM_", "WANDB_",
 )  # fmt: skip
 TRAVEL = ("PYTHONPATH", "XDG_CACHE_HOME", "USE_HF", "http_proxy", "https_proxy", "no_proxy")
+
+OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def read(name: str, default: str | None = None) -> str | None:
@@ -81,13 +84,25 @@ def travelling() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name in TRAVEL or name.startswith(PREFIXES)}
 
 
-def count_gpus(devices: Path = Path("/dev")) -> int:
+def visible_gpus(devices: Path = Path("/dev")) -> list[str]:
     """GPUs that may be used, without importing torch: those of CUDA_VISIBLE_DEVICES, else of /dev."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:
-        return sum(path.name.removeprefix("nvidia").isdecimal() for path in devices.glob("nvidia*"))
+        found = [path.name.removeprefix("nvidia") for path in devices.glob("nvidia*")]
+        return sorted((name for name in found if name.isdecimal()), key=int)
     names = [name.strip() for name in listed.split(",")]
-    return len(names[: names.index("-1")] if "-1" in names else [name for name in names if name])
+    return names[: names.index("-1")] if "-1" in names else [name for name in names if name]
+
+
+def count_gpus(devices: Path = Path("/dev")) -> int:
+    """How many `visible_gpus` there are."""
+    return len(visible_gpus(devices))
+
+
+def with_gpus(gpus: Sequence[str]) -> dict[str, str]:
+    """The environment of a process that has these GPUs and is no rank of this job."""
+    own = {name: value for name, value in os.environ.items() if name not in OF_TORCHRUN}
+    return own | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
 
 
 def cache_root() -> Path:

@@ -19,11 +19,13 @@ from megatron.core.distributed import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from swift.batch import Batch
 from swift.config.optim import OptimConfig
+from swift.config.option import ConfigError
 from swift.engines.megatron.balance import take_sums
+from swift.engines.megatron.bridge import Bridge
 from swift.engines.megatron.checkpoint import Files, load_checkpoint, take_snapshot
 from swift.engines.megatron.context import ContextRanks
 from swift.engines.megatron.lora import adapters_of
@@ -63,10 +65,11 @@ class MegatronEngine:
         context: ContextRanks | None = None,
         frozen: Sequence[GPTModel] | None = None,
         files: Files | None = None,
+        temperature: float = 1.0,
     ) -> None:
         """`frozen`: the reference of full-parameter training, laid out as the model is.
 
-        Chunks with adapters (lora.py) are their own reference.
+        Chunks with adapters (lora.py) are their own reference. `temperature`: what all logits are divided by.
         """
         self.settings, self.ranks, self.wrapping = settings, ranks, wrapping or Wrapping()
         self.data_rank, self.data_world = ranks.data_rank, ranks.data_world
@@ -79,7 +82,8 @@ class MegatronEngine:
         self.frozen = None if frozen is None else [chunk.requires_grad_(False).eval() for chunk in frozen]
         for chunk in (*self.plain, *(self.frozen or ())):
             keep_rows(chunk)
-        self.schedule = Schedule(Form(settings, vocabulary, self.device, context or ContextRanks()))
+        form = Form(settings, vocabulary, self.device, context or ContextRanks(), temperature)
+        self.schedule = Schedule(form)
         self.num_parameters = count_parameters(self.plain, ranks)
         self.adapters = adapters_of(self.plain)
         self.chunks = self._wrap()
@@ -229,10 +233,36 @@ class MegatronEngine:
     def mix_reference(self, share: float) -> None:
         raise NotImplementedError("--sync_ref_model is refused for megatron")
 
+    @contextmanager
+    def generating(self) -> Iterator[nn.Module]:
+        raise ConfigError(
+            "megatron cannot answer with the model that it trains", hint="--use_vllm true answers with vLLM"
+        )
+        yield  # makes it the context manager that the protocol asks for
+
     def drop_reference(self) -> None:
         """Frees the frozen copy, once nothing asks for it any more."""
         self.frozen = None
         torch.cuda.empty_cache()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        assert self.files is not None
+        if self.adapters:
+            raise ConfigError(
+                "adapters of megatron cannot be handed to vLLM yet",
+                hint="--train_type full, or use swift rlhf",
+            )
+        if self.wrapping.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)  # what the last step has not yet sent around
+        bridge = Bridge(self.files.config, self.settings)
+        wholes = bridge.wholes(self.plain)
+        for name, tensor in bridge.export(self.plain):
+            whole = wholes[name]
+            empty = torch.empty(whole.shape, dtype=whole.dtype, device=self.device)
+            shared = empty if tensor is None else tensor.to(self.device)
+            dist.broadcast(shared, 0)
+            yield name, shared
 
     def save(self, path: Path, *, resumable: bool) -> Snapshot:
         return take_snapshot(self, path, resumable=resumable)

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -23,6 +24,7 @@ from swift.engines.megatron.context import ContextRanks
 from swift.engines.megatron.layers import FlatTokens, flat_tokens
 from swift.engines.megatron.logits import ShardedLogits
 from swift.engines.megatron.settings import Settings
+from swift.objectives.distill import ToldTeacher
 from swift.objectives.types import LossSum, Objective, TokenStats
 
 
@@ -44,6 +46,7 @@ class Form:
     vocabulary: int
     device: torch.device
     context: ContextRanks
+    temperature: float = 1.0  # logits are divided by it
 
     @property
     def multiple(self) -> int:
@@ -62,13 +65,24 @@ class Form:
 
     def stats(self, logits: Tensor, laid: Laid, batch: Batch, needs: frozenset[str]) -> TokenStats:
         """`logits` [1, N, v] of the last stage -> stats of the whole batch, [T] each, on every rank of it."""
-        view = ShardedLogits.cut(logits[0], laid.kept_N, self.vocabulary)
-        found = {}
-        for name in sorted(needs):
-            values_t = getattr(view, name)(laid.labels_t)
+        view = ShardedLogits.cut(logits[0], laid.kept_N, self.vocabulary, self.temperature)
+
+        def spread(values_t: Tensor) -> Tensor:
             if laid.kept_N.numel() == 1:  # which may be there for its gradient alone
                 values_t = values_t * (laid.labels_t != IGNORED)
-            found[name] = self.context.gather(values_t)[: batch.num_tokens]
+            return self.context.gather(values_t)[: batch.num_tokens]
+
+        def own(values_T: Tensor) -> Tensor:
+            missing = laid.labels_t.numel() * self.context.size - batch.num_tokens
+            return self.context.own(F.pad(values_T, (0, missing))).to(self.device)
+
+        found: dict[str, Any] = {
+            n: spread(getattr(view, n)(laid.labels_t)) for n in sorted(needs - {"teacher"})
+        }
+        if "teacher" in needs:
+            found["teacher"] = ToldTeacher.of(
+                batch, view, own=own, spread=lambda values_N: spread(view.place(values_N, laid.labels_t))
+            )
         return TokenStats(**found)
 
 

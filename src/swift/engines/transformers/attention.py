@@ -6,6 +6,7 @@ Not here: the choice between this and padding (forward.py).
 
 import inspect
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,27 @@ HAS_VARLEN = "window_size" in VARLEN_PARAMETERS  # 2.10 has another signature
 VARLEN_GROUPS = {"enable_gqa": True} if "enable_gqa" in VARLEN_PARAMETERS else {}  # 2.11 groups heads unasked
 
 
+class Attending(Protocol):
+    """What attention has to know of a flat row: one object, which compiled layers hand on unseen."""
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None,
+        window: int | None,
+        dropout: float,
+    ) -> Tensor:
+        """[1, H, T, D] from query [1, H, T, D], key and value [1, K, T, D]; `module` is the layer's own."""
+        ...
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Segments:
-    """What attention has to know of a flat batch: one object, which compiled layers hand on unseen."""
+    """Segments of a training batch, which never see each other."""
 
     lengths: list[int]
     bounds: Tensor  # int32 [S + 1], cumulative
@@ -46,6 +65,23 @@ class Segments:
     ) -> "Segments":
         bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return cls(lengths, bounds.to(device, non_blocking=True), sequence, keys)
+
+    def attend(
+        self,
+        module: nn.Module,  # noqa: ARG002 (of the protocol)
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None,
+        window: int | None,
+        dropout: float,
+    ) -> Tensor:
+        """As Attending; where T is spread over ranks, the tensors are slices of the whole."""
+        if self.sequence is None:
+            return attend(query, key, value, self, scaling, window, dropout)
+        query, key, value = self.sequence.spread_heads(query, key, value)
+        return self.sequence.spread_tokens(attend(query, key, value, self, scaling, window, dropout))
 
 
 def window_mask(length: int, window: int, device: torch.device, keys: int | None = None) -> Tensor:
@@ -90,24 +126,23 @@ def flat_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    segments: Segments | None = None,
+    segments: Attending | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature. query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, D].
 
-    `segments` arrive through the model; where T is spread over ranks, the tensors are slices of the whole.
+    `segments` arrive through the model and know who sees whom.
     """
     assert attention_mask is None and segments is not None, "flat attention needs segments and no mask"
     assert softcap is None and s_aux is None, (
         f"{type(module).__name__}: soft caps and sinks need the padded layout"
     )
-    sequence = segments.sequence
-    if sequence:
-        query, key, value = sequence.spread_heads(query, key, value)
-    output = attend(query, key, value, segments, scaling, sliding_window, dropout)
-    return (sequence.spread_tokens(output) if sequence else output).transpose(1, 2), None
+    output = segments.attend(
+        module, query, key, value, scaling=scaling, window=sliding_window, dropout=dropout
+    )
+    return output.transpose(1, 2), None
 
 
 def prefers_loop(segments: Segments, window: int | None) -> bool:

@@ -198,6 +198,22 @@ class ZeroWrapped:
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
 
+    @contextmanager
+    def whole(self, model: nn.Module, run: Callable[[], object]) -> Iterator[None]:  # noqa: ARG002
+        """As `wrap.Wrapped.whole`. Hooks that gather and release around each layer are off meanwhile."""
+        if self.stage < 3:
+            yield
+            return
+        parts = self.zero.parameter_offload
+        parts.destroy()  # takes its hooks away, nothing else
+        parts.forward_hooks.clear()
+        parts.backward_hooks.clear()
+        try:
+            with deepspeed.zero.GatheredParameters(model.parameters()):
+                yield
+        finally:
+            parts.setup_zero_stage3_hooks()
+
     def take_moments(self, model: nn.Module, ranks: Ranks) -> Moments:
         slices = self.optimizer.state[self._slices()[0]]
         names = [k for k, v in slices.items() if torch.is_tensor(v) and v.ndim]

@@ -29,10 +29,17 @@ from swift.engines.ranks import Ranks
 from swift.engines.stepping import NOTHING, add_units, collect_sums, gather_rows
 from swift.engines.transformers import checkpoint
 from swift.engines.transformers.attention import FLAT_ATTENTION, compile_layers
-from swift.engines.transformers.forward import Layout, refusal_of_flat, score
+from swift.engines.transformers.forward import (
+    Layout,
+    check_answering,
+    flat_arguments,
+    refusal_of_flat,
+    score,
+)
 from swift.engines.transformers.noise import EmbeddingNoise
 from swift.engines.transformers.offload import activations_on_cpu
 from swift.engines.transformers.sequence_parallel import SequenceRanks
+from swift.engines.transformers.weights import stream_weights
 from swift.engines.transformers.wrap import Wrapper, shard, wrap
 from swift.models.adapters import leave_casting_to_autocast
 from swift.models.load import HALF
@@ -65,11 +72,13 @@ class TransformersEngine:
         resume_from: Path | None = None,
         frozen: PreTrainedModel | None = None,
         frozen_moves: bool = False,
+        temperature: float = 1.0,
     ) -> None:
         """`compute`: dtype of the arithmetic; None = that of the weights. `compiler`: of the layers.
 
         `frozen`: the reference of full-parameter training; with adapters it is the model without them. One
-        that is mixed with the model (`frozen_moves`) is part of checkpoints.
+        that is mixed with the model (`frozen_moves`) is part of checkpoints. For objectives that need a
+        teacher it is that. `temperature`: what all logits are divided by.
         """
         self.model = model
         self.ranks = ranks or Ranks()
@@ -81,12 +90,13 @@ class TransformersEngine:
         if self.compute in HALF:  # see _score
             leave_casting_to_autocast(model)
         self.offload = activation_cpu_offload
-        is_flat, size = choose_layout(base, flat), self.ranks.sequence_size
+        size = self.ranks.sequence_size
+        is_flat = choose_layout(base, flat) and (frozen is None or choose_layout(frozen, flat))
         sequence = (
             SequenceRanks(self.ranks.rank % size, size, self.ranks.sequence_group) if size > 1 else None
         )
         self.flat = is_flat
-        self.layout = Layout(is_flat, is_flat and own_attention, self.device, sequence)
+        self.layout = Layout(is_flat, is_flat and own_attention, self.device, sequence, temperature)
         if self.layout.own_attention:
             base.set_attn_implementation(FLAT_ATTENTION)
         assert self.layout.own_attention or not sequence, "only our own attention knows how to exchange heads"
@@ -136,7 +146,8 @@ class TransformersEngine:
             activations_on_cpu(self.offload),
             torch.autocast(self.device.type, self.compute, enabled=self.compute in HALF),
         ):
-            return score(self.module, batch, needs, self.layout)
+            teacher = self.frozen if "teacher" in needs else None
+            return score(self.module, batch, needs, self.layout, teacher)
 
     def _even_out(
         self, batches: Sequence[Batch], objective: Objective
@@ -189,8 +200,11 @@ class TransformersEngine:
         local = collect_sums(results, units)
         local.add("tokens", sum(b.num_tokens for b in batches if b is not NOTHING), 0)
         names = sorted(local.pairs)
-        numbers = self.ranks.sum([number for name in names for number in local.pairs[name]])
-        return Sums(dict(zip(names, zip(numbers[0::2], numbers[1::2], strict=True), strict=True)))
+        total = Sums()
+        for numbers in self.ranks.gather([number for name in names for number in local.pairs[name]]):
+            pairs = zip(numbers[0::2], numbers[1::2], strict=True)
+            total.merge(Sums(dict(zip(names, pairs, strict=True))))
+        return total
 
     def gather(self, values: Tensor) -> tuple[Tensor, int]:
         return gather_rows(values, self.ranks)
@@ -215,6 +229,28 @@ class TransformersEngine:
         finally:
             self.module = trained
 
+    @contextmanager
+    def generating(self) -> Iterator[nn.Module]:
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        check_answering(type(base), base.config)
+        attention = base.config._attn_implementation
+        base.set_attn_implementation(FLAT_ATTENTION)
+        self.model.eval()
+
+        def run() -> object:
+            return self.model(**flat_arguments(NOTHING, Layout(True, True, self.device)), use_cache=False)
+
+        try:
+            with (
+                torch.no_grad(),
+                answering(self.wrapped.optimizer),
+                torch.autocast(self.device.type, self.compute, enabled=self.compute in HALF),
+                self.wrapped.whole(self.model, run),
+            ):
+                yield self.model
+        finally:
+            base.set_attn_implementation(attention)
+
     def mix_reference(self, share: float) -> None:
         assert self.frozen is not None
         with torch.no_grad(), answering(self.wrapped.optimizer):
@@ -227,6 +263,10 @@ class TransformersEngine:
         self.frozen = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        with answering(self.wrapped.optimizer):
+            yield from stream_weights(self.model, self.wrapped)
 
     def save(self, path: Path, *, resumable: bool) -> Snapshot:
         parts = (self.model, self.wrapped, self.scheduler, path)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import ModelOutput
 
@@ -19,11 +20,14 @@ from swift.batch import IGNORED, Batch
 from swift.config.option import ConfigError
 from swift.engines.transformers.attention import Segments
 from swift.engines.transformers.sequence_parallel import SequenceRanks
+from swift.engines.transformers.teacher import run_teacher
+from swift.objectives.distill import LocalTeacher, ToldTeacher
 from swift.objectives.logits import DenseLogits, widen
 from swift.objectives.types import TokenStats
 
 PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 HEADS = frozenset({"scores", "class_logits", "embeddings"})
+NOT_OF_LOGITS = frozenset({"router_logits", "teacher"})
 NEEDS_OWN_ATTENTION = ("attn_logit_softcapping", "linear_conv_kernel_dim", "mamba_d_state")
 
 
@@ -60,6 +64,16 @@ def check_sequence_parallel(config: PretrainedConfig, size: int) -> None:
         )
 
 
+def check_answering(architecture: type[nn.Module], config: PretrainedConfig) -> None:
+    """Raises ConfigError where a model cannot give answers between two steps of its training."""
+    refusal = refusal_of_flat(architecture, config)
+    if refusal:
+        raise ConfigError(
+            f"{architecture.__name__} cannot answer while it is trained, because {refusal}",
+            hint="--use_vllm true answers with vLLM",
+        )
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a model takes its batches. `own_attention`: the flat kernel is ours, not one of transformers."""
@@ -68,6 +82,7 @@ class Layout:
     own_attention: bool
     device: torch.device
     sequence: SequenceRanks | None = None  # ranks that share a batch
+    temperature: float = 1.0  # logits are divided by it
 
 
 def flat_arguments(batch: Batch, layout: Layout) -> dict[str, Any]:
@@ -112,11 +127,15 @@ def watched(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
         handle.remove()
 
 
+def find_head(model: nn.Module, name: str) -> nn.Module:
+    """The layer called `name`, however deep it is wrapped."""
+    return next(module for path, module in model.named_modules() if path.rpartition(".")[2] == name)
+
+
 def score_segments(model: nn.Module, batch: Batch, needs: frozenset[str], layout: Layout) -> TokenStats:
     """What the model says at the last token of each segment: the output of its head, or what enters it."""
     last_S = batch.segment_lengths().cumsum(0) - 1
-    name = "lm_head" if "embeddings" in needs else "score"
-    head = next(module for path, module in model.named_modules() if path.rpartition(".")[2] == name)
+    head = find_head(model, "lm_head" if "embeddings" in needs else "score")
     if layout.flat:
         arguments = flat_arguments(batch, layout)
     else:
@@ -130,33 +149,77 @@ def score_segments(model: nn.Module, batch: Batch, needs: frozenset[str], layout
     return TokenStats(scores=widen(said)[:, 0], class_logits=widen(said))
 
 
-def score(model: nn.Module, batch: Batch, needs: frozenset[str], layout: Layout) -> TokenStats:
+def score_tokens(model: nn.Module, batch: Batch, layout: Layout) -> TokenStats:
+    """The first output of the model's head at every trained token."""
+    whole = layout.sequence.pad(batch) if layout.sequence else batch
+    arguments, index_T = lay_out(whole, layout)
+    with watched(find_head(model, "score")) as calls:
+        model(**arguments, use_cache=False)
+    values_t = widen(calls[0][1].flatten(0, 1)[:, 0])
+    if index_T is not None:
+        values_t = values_t[index_T.to(layout.device)]
+    values_T = layout.sequence.gather(values_t)[: batch.num_tokens] if layout.sequence else values_t
+    return TokenStats(values=values_T * batch.trained.to(layout.device))
+
+
+def lay_out(batch: Batch, layout: Layout) -> tuple[dict[str, Any], Tensor | None]:
+    """Model arguments, and the place of each token in the padded layout."""
+    return (flat_arguments(batch, layout), None) if layout.flat else padded_arguments(batch, layout.device)
+
+
+def score(
+    model: nn.Module,
+    batch: Batch,
+    needs: frozenset[str],
+    layout: Layout,
+    teacher: PreTrainedModel | None = None,
+) -> TokenStats:
     """Runs the model once and fills the stats in `needs`, each [T] or [S, ...] on the layout's device.
 
     `batch` is on the host: shapes that depend on its values are worked out there, without waiting for a GPU.
+    `teacher`: another model that is run on the batch too, where it is needed and the batch does not hold it.
     """
     if needs & HEADS:
         return score_segments(model, batch, needs, layout)
+    if "values" in needs:
+        return score_tokens(model, batch, layout)
     device, sequence = layout.device, layout.sequence
     whole = sequence.pad(batch) if sequence else batch
     labels_t = sequence.own(whole.labels) if sequence else batch.labels
     trained_N = (labels_t != IGNORED).nonzero().squeeze(1)
     positions_N = trained_N.to(device)
     routing = {"output_router_logits": True} if "router_logits" in needs else {}
-    index_T = None  # the place of each token in the padded layout
+    arguments, index_T = lay_out(whole, layout)
+    rows_N = positions_N if index_T is None else index_T[trained_N].to(device)
+    taught = run_teacher(teacher, arguments, rows_N) if teacher is not None else None
     if layout.flat:
-        arguments = flat_arguments(whole, layout)
         output = model(**arguments, **routing, logits_to_keep=positions_N, use_cache=False)
         logits_NV = output.logits[0]
     else:
-        arguments, index_T = padded_arguments(batch, device)
         output = model(**arguments, **routing, use_cache=False)
-        logits_NV = output.logits.flatten(0, 1)[index_T[trained_N].to(device)]
-    view = DenseLogits(logits_NV, positions_N)
+        logits_NV = output.logits.flatten(0, 1)[rows_N]
+    view = DenseLogits(logits_NV, positions_N, layout.temperature)
     labels_t = labels_t.to(device)
-    found = {name: getattr(view, name)(labels_t) for name in sorted(needs - {"router_logits"})}
-    if sequence:
-        found = {name: sequence.gather(values_t)[: batch.num_tokens] for name, values_t in found.items()}
+
+    def spread(values_t: Tensor) -> Tensor:
+        return sequence.gather(values_t)[: batch.num_tokens] if sequence else values_t
+
+    def place(values_N: Tensor) -> Tensor:
+        return spread(view.place(values_N, labels_t))
+
+    def own(values_T: Tensor) -> Tensor:
+        values_T = F.pad(values_T, (0, whole.num_tokens - batch.num_tokens))
+        return (sequence.own(values_T) if sequence else values_T).to(device)
+
+    found: dict[str, Any] = {
+        name: spread(getattr(view, name)(labels_t)) for name in sorted(needs - NOT_OF_LOGITS)
+    }
+    if "teacher" in needs:
+        found["teacher"] = (
+            LocalTeacher(view, taught, place)
+            if taught
+            else ToldTeacher.of(batch, view, own=own, spread=place)
+        )
     return TokenStats(**found, router_logits=router_logits(output, index_T) if routing else None)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -87,6 +87,23 @@ class Wrapped:
     def gather(self, tensor: Tensor) -> Tensor:
         """The whole of a weight, from the slices of all ranks. Called by all of them."""
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    @contextmanager
+    def whole(self, model: nn.Module, run: Callable[[], object]) -> Iterator[None]:
+        """Inside it every process has all of `model`. `run` calls it once; all processes do so together."""
+        if not isinstance(model, FSDPModule):
+            yield
+            return
+        model.set_reshard_after_forward(False)
+        run()  # gathers each part where it is used, as public calls to do so expect parts that have run
+        try:
+            yield
+        finally:
+            for part in model.modules():
+                if isinstance(part, FSDPModule):
+                    part.reshard()
+            model.set_reshard_after_forward(True)
+            model.set_reshard_after_forward(False, recurse=False)  # as before: backward begins with the root
 
     def take_moments(self, model: nn.Module, ranks: Ranks) -> Moments:
         """The optimizer's state as this rank writes it. Called by all ranks."""

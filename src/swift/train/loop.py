@@ -1,23 +1,19 @@
-"""The loop of every method that learns from rows that exist: batch, gradients, step, log, evaluate, save."""
+"""The loop of every method: batches, gradients, step, log, evaluate, save."""
 
-import copy
 import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from swift.config.schedule import ScheduleConfig
-from swift.data.collate import collate_rows, mismatch_rows
-from swift.data.encode import EncodedDataset
-from swift.data.feed import Feed, describe_lengths
+from swift.data.feed import Feed
 from swift.engines.protocol import Engine, StepInfo, Sums
 from swift.plugins.callbacks import (
     Callback,
@@ -30,6 +26,7 @@ from swift.plugins.callbacks import (
     Stop,
     Wish,
 )
+from swift.train.evaluation import Evaluation
 from swift.train.method import Method
 from swift.train.saving import Saver
 from swift.train.scoring import Step
@@ -63,21 +60,20 @@ class Cadence:
 
 
 @dataclass(frozen=True)
-class Offline:
-    """Everything that one offline run needs, composed by the caller."""
+class Loop:
+    """Everything that one run needs, composed by the caller."""
 
     engine: Engine
     method: Method
     feed: Feed
-    eval_rows: EncodedDataset | None
-    eval_limit: int | None  # rows that an evaluation looks at
+    evaluation: Evaluation | None
     total_steps: int
     schedule: ScheduleConfig
     saver: Saver
     callbacks: Sequence[Callback]
     run_directory: Path
-    shown: Sequence[dict[str, str]] = ()  # the first held-out rows as text, whose rewards are told
     follows_wishes: bool = False  # whether a callback may ask for something; the same on every rank
+    observe: Callable[[float], Sums] | None = None  # seconds of a step's update -> more for its line
     wishes: list[Wish] = field(default_factory=list)
 
     def run(self, state: TrainState) -> None:
@@ -86,7 +82,7 @@ class Offline:
         self._tell("on_start", StartEvent(self.run_directory, state.step, self.total_steps))
         finished = False
         try:
-            if self.schedule.eval_on_start and self.eval_rows and state.step == 0:
+            if self.schedule.eval_on_start and self.evaluation and state.step == 0:
                 self._evaluate(state)
             stop = None
             while state.step < self.total_steps and stop is None:
@@ -119,14 +115,16 @@ class Offline:
 
     def _train_step(self, state: TrainState, clock: "Clock") -> Stop | None:
         """One optimizer step and what is due after it; the wish of a callback to end the run."""
-        batches = self.feed.batches(state.step, self.engine.data_rank)
-        mismatched = (
-            self.feed.mismatched(state.step, self.engine.data_rank) if self.method.needs_mismatched else []
-        )
+        rank, asked = self.engine.data_rank, self.method.needs_mismatched
         with clock.training():
+            batches = self.feed.batches(state.step, rank)
+            mismatched = self.feed.mismatched(state.step, rank) if asked else []
             batches = self.method.score(self.engine, Step(batches, mismatched, state.running))
+            started = time.perf_counter()
             sums = self.engine.forward_backward(batches, self.method.objective)
             info = self.engine.optim_step()
+        if self.observe:
+            sums.merge(self.observe(time.perf_counter() - started))
         state.step += 1
         if self.method.mix_every and state.step % self.method.mix_every == 0:
             self.engine.mix_reference(self.method.mix_share)
@@ -183,7 +181,7 @@ class Offline:
         strategy, every = {
             "save": (s.save_strategy, s.save_steps),
             "logging": (s.logging_strategy, s.logging_steps),
-            "eval": (strategy if self.eval_rows else "no", s.eval_steps or s.save_steps),
+            "eval": (strategy if self.evaluation else "no", s.eval_steps or s.save_steps),
         }[what]
         return Cadence.of(strategy, every, self.feed.steps_per_epoch, self.total_steps)
 
@@ -218,35 +216,19 @@ class Offline:
         }
 
     def _evaluate(self, state: TrainState) -> float:
-        """Scores the held-out rows and tells the callbacks; the metric that names the best checkpoint."""
-        assert self.eval_rows is not None
+        """Measures and tells the callbacks; the metric that names the best checkpoint."""
+        assert self.evaluation is not None
         started = time.perf_counter()
-        size, count = self.schedule.per_device_eval_batch_size, len(self.eval_rows)
-        count = count if self.eval_limit is None else min(count, self.eval_limit)
-        first = len(self.shown)  # these rows are alone in their batches, on the first rank
-        alone = range(first if self.engine.data_rank == 0 else 0)
-        mine = range(first + self.engine.data_rank * size, count, self.engine.data_world * size)
-        chosen = [range(i, i + 1) for i in alone] + [range(s, min(s + size, count)) for s in mine]
-        batches = [collate_rows(self.eval_rows, rows) for rows in chosen]
-        order = np.arange(count)
-        mismatched = mismatch_rows(self.eval_rows, chosen, order) if self.method.needs_mismatched else []
-        batches = self.method.score(self.engine, Step(batches, mismatched, copy.deepcopy(state.running)))
-        sums = self.engine.measure(batches[len(alone) :], self.method.objective)
-        samples = []
-        for i, texts in enumerate(self.shown):
-            found = self.engine.measure(batches[i : i + 1] if alone else [], self.method.objective)
-            rewards = {k: v for k, v in found.means().items() if k.startswith("rewards/")}
-            samples.append({**texts, **rewards})
-            sums.merge(found)
+        found = self.evaluation.measure(state)
         seconds = time.perf_counter() - started
-        metrics = {f"eval_{k}": v for k, v in loss_and_metrics(sums).items()}
+        metrics = {f"eval_{k}": v for k, v in loss_and_metrics(found.sums).items()}
         speed = {
             "eval_runtime": round(seconds, 4),
-            "eval_samples_per_second": round(count / seconds, 3),
-            "eval_steps_per_second": round(math.ceil(count / size) / seconds, 3),
+            "eval_samples_per_second": round(found.rows / seconds, 3),
+            "eval_steps_per_second": round(found.steps / seconds, 3),
         }
         row = {**metrics, **speed, **self._position(state)}
-        self._tell("on_eval", EvalEvent(state.step, row, tuple(samples)))
+        self._tell("on_eval", EvalEvent(state.step, row, found.samples))
         return metrics[self.schedule.best_metric]
 
     def _summary(self, state: TrainState, clock: "Clock") -> dict[str, Any]:
@@ -262,7 +244,7 @@ class Offline:
             "train_steps_per_second": round(state.step / seconds, 4) if seconds else 0.0,
             "train_samples_per_second": round(samples / seconds, 3) if seconds else 0.0,
             "train_dataset": self.feed.describe(),
-            "val_dataset": describe_lengths(self.eval_rows) if self.eval_rows else None,
+            "val_dataset": self.evaluation.describe() if self.evaluation else None,
             "last_model_checkpoint": path(state.last_saved_step),
             "best_model_checkpoint": path(state.best_step),
             "best_metric": state.best_metric,

@@ -1,0 +1,114 @@
+"""The runs of `megatron`: those of `swift` with a layout, and what they settle in their own way."""
+
+from dataclasses import dataclass, field, replace
+
+from swift.config.export import ExportOptions
+from swift.config.layout import LayoutConfig
+from swift.config.megatron import MegatronConfig, MegatronScheduleConfig, MegatronTunerConfig
+from swift.config.model import ModelConfig
+from swift.config.option import ConfigError
+from swift.config.runs import RlhfRun, SftRun
+from swift.config.schedule import OutputConfig
+
+
+class OnMegatron:
+    """What `megatron sft` and `megatron rlhf` have in common; comes before the run that it changes."""
+
+    __slots__ = ()  # fields are those of the runs
+
+    @property
+    def resumes(self: "MegatronRun") -> str | None:
+        """The checkpoint that goes on; with --finetune false what is loaded, adapters before their base."""
+        loaded = next(iter(self.tuner.adapters), self.megatron.mcore_model)
+        return self.schedule.resume_from_checkpoint or (None if self.megatron.finetune else loaded)
+
+    @property
+    def eval_limit(self: "MegatronRun") -> int | None:
+        """Rows that an evaluation looks at; None = all."""
+        flags = self.megatron
+        return None if flags.eval_iters < 0 else flags.eval_iters * flags.global_batch_size
+
+    def check(self: "MegatronRun") -> None:
+        """Raises ConfigError where flags contradict each other or one is missing."""
+        _check_megatron(self)
+
+    def check_complete(self: "MegatronRun") -> None:
+        """`check` for a run whose values are all known."""
+        super().check_complete()  # type: ignore[misc]
+        self.megatron.check()
+        _check_project(self.output)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MegatronSftRun(OnMegatron, SftRun):
+    """`megatron sft` and `megatron pt`."""
+
+    tuner: MegatronTunerConfig = field(default_factory=MegatronTunerConfig)
+    schedule: MegatronScheduleConfig = field(default_factory=MegatronScheduleConfig)
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MegatronRlhfRun(OnMegatron, RlhfRun):
+    """`megatron rlhf`."""
+
+    tuner: MegatronTunerConfig = field(default_factory=MegatronTunerConfig)
+    schedule: MegatronScheduleConfig = field(default_factory=MegatronScheduleConfig)
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
+
+    def check_complete(self) -> None:
+        """`check` for a run whose values are all known."""
+        OnMegatron.check_complete(self)
+        if self.rlhf.rlhf_type in ("rm", "grpo"):
+            raise ConfigError(
+                f"--rlhf_type {self.rlhf.rlhf_type} is not there yet in parallel", hint="use swift rlhf"
+            )
+
+
+MegatronRun = MegatronSftRun | MegatronRlhfRun
+
+
+def _check_megatron(run: MegatronRun) -> None:
+    """What can be checked before checkpoints are looked at. --mcore_model names its model by itself."""
+    if not run.megatron.finetune and not run.resumes:
+        raise ConfigError(
+            "--finetune false goes on with a run, and none is named", hint="name it with --mcore_model"
+        )
+    if run.resumes:
+        return
+    if run.tuner.train_type == "lora":
+        if run.megatron.transformer_impl == "transformer_engine":
+            raise ConfigError(
+                "--transformer_impl transformer_engine does not go with --train_type lora yet",
+                hint="leave it out: adapters stand beside layers of PyTorch's kernels",
+            )
+        if not run.megatron.save_safetensors:
+            raise ConfigError(
+                "--save_safetensors false has no effect with --train_type lora: adapters are small files",
+                hint="leave it out",
+            )
+    named = run.model.model or run.megatron.mcore_model
+    replace(run, model=replace(run.model, model=named)).check_complete()
+
+
+def _check_project(output: OutputConfig) -> None:
+    """A project is a name in trackers, which earlier versions also switched on."""
+    if output.project and not {"wandb", "swanlab", "mlflow", "all"} & set(output.report_to):
+        raise ConfigError(
+            f"--project {output.project} has no tracker to be a project of", hint="add --report_to wandb"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MegatronExportRun:
+    """`megatron export`: conversion by several processes."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    export: ExportOptions = field(default_factory=ExportOptions)
+    megatron: LayoutConfig = field(default_factory=LayoutConfig)
+
+    def check(self) -> None:
+        """Raises ConfigError where flags contradict each other or one is missing."""
+        self.export.check(self.model.model)
+        if not self.export.converts:
+            raise ConfigError("megatron export converts weights", hint="add --to_mcore true or --to_hf true")

@@ -1,0 +1,168 @@
+"""Methods that sample their own answers: how many, how long, and what is learnt from them.
+
+Owns: the knobs, and the arithmetic of prompts, answers and optimizer steps. Not here: what answers are worth
+(rewards.py), who gives them (vllm.py).
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+from swift.config.option import ConfigError, option
+
+SAMPLES = ("grpo",)  # methods that do
+SCALES = {"true": "group", "false": "none"}  # the spelling of earlier versions
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutPlan:
+    """One rollout: the answers that are sampled together, and the optimizer steps that learn from them."""
+
+    prompts: int
+    generations: int  # answers to each prompt
+    parts: int  # optimizer steps that see each answer once
+    iterations: int  # times that each answer is seen
+
+    @property
+    def answers(self) -> int:
+        return self.prompts * self.generations
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of one rollout."""
+        return self.parts * self.iterations
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnlineConfig:
+    num_generations: int = option(8, help="answers to each prompt, which are compared", range=(1, None))
+    num_generations_eval: int | None = option(
+        None, help="answers to each held-out prompt; none = --num_generations", range=(1, None)
+    )
+    max_completion_length: int = option(512, help="longest answer", unit="tokens", range=(1, None))
+    temperature: float = option(0.9, help="of sampling; training sees the same distribution", range=(0, None))
+    top_p: float = option(1.0, help="nucleus of sampling", range=(0, 1))
+    top_k: int = option(-1, help="most likely tokens that are sampled from; -1 = all")
+    repetition_penalty: float = option(1.0, help="of sampling; 1 = none", range=(0, None))
+    generation_batch_size: int | None = option(
+        None, help="answers of one rollout on all processes; none = --steps_per_generation micro-batches",
+        unit="answers", range=(1, None),
+    )  # fmt: skip
+    steps_per_generation: int | None = option(
+        None, help="micro-batches that one rollout fills; none = --gradient_accumulation_steps, so that "
+        "every optimizer step has answers of its own", range=(1, None),
+    )  # fmt: skip
+    num_iterations: int = option(1, help="times that each answer is learnt from", range=(1, None))
+    epsilon: float = option(0.2, help="how far the ratio to the old policy may fall below 1", range=(0, None))
+    epsilon_high: float | None = option(
+        None, help="how far it may rise above 1; none = --epsilon (DAPO: 0.28)", range=(0, None)
+    )
+    delta: float | None = option(
+        None, help="upper limit of the ratio where the advantage is negative; none = no limit",
+        range=(0, None),
+    )  # fmt: skip
+    importance_sampling_level: str = option(
+        "token",
+        help="what the ratio is taken of; sequence = GSPO",
+        choices=("token", "sequence", "sequence_token"),
+    )
+    tau_pos: float = option(1.0, help="sapo: temperature of the gate for good answers", range=(0, None))
+    tau_neg: float = option(1.05, help="sapo: temperature of the gate for bad ones", range=(0, None))
+    advantage_estimator: str = option(
+        "grpo",
+        help="what an answer is compared with: its group's mean, the others' mean (rloo), or the mean with "
+        "the scale of the whole batch (reinforce_plus_plus)",
+        choices=("grpo", "rloo", "reinforce_plus_plus"),
+    )
+    scale_rewards: str = option(
+        "group",
+        help="what advantages are divided by: deviation of the group or of the batch, nothing, or each "
+        "reward by its own (gdpo)",
+        choices=("group", "batch", "none", "gdpo", *SCALES),
+    )
+    kl_in_reward: bool = option(False, help="take the distance from the reference off the reward")
+    dynamic_sample: bool = option(
+        False, help="sample again in place of groups whose rewards are all the same (DAPO)"
+    )
+    max_resample_times: int = option(3, help="rounds of that", range=(1, None))
+    overlong_filter: bool = option(False, help="learn nothing from answers that were cut at their longest")
+    top_entropy_quantile: float = option(
+        1.0, help="share of the tokens that are learnt from, the most uncertain ones", range=(0, 1)
+    )
+    log_entropy: bool = option(False, help="log how uncertain the model is")
+    log_completions: bool = option(False, help="keep every answer with its rewards in completions.jsonl")
+    rollout_importance_sampling_mode: str | None = option(
+        None,
+        help="correction where the sampler's probabilities differ from the trainer's; none = logged alone",
+        choices=("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    )
+    rollout_importance_sampling_threshold: float = option(
+        2.0, help="largest weight of that correction", range=(0, None)
+    )
+    off_policy_sequence_mask_delta: float | None = option(
+        None, help="bad answers further than this from the policy teach nothing; none = all teach",
+        range=(0, None),
+    )  # fmt: skip
+
+    @property
+    def scaling(self) -> str:
+        """--scale_rewards by its present name."""
+        return SCALES.get(self.scale_rewards, self.scale_rewards)
+
+    def check(self, rlhf_type: str) -> None:
+        """Raises ConfigError where a flag has no effect or contradicts another."""
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        if rlhf_type not in SAMPLES:
+            for name in changed:
+                raise ConfigError(
+                    f"--{name} has no effect with --rlhf_type {rlhf_type}, whose answers are in the data",
+                    hint=f"it belongs to {', '.join(SAMPLES)}; leave it out",
+                )
+            return
+        if self.temperature == 0:
+            raise ConfigError(
+                "--temperature 0 gives every prompt the same answer again and again",
+                hint="1 samples what the model believes",
+            )
+        if self.num_generations == 1 and self.advantage_estimator != "reinforce_plus_plus":
+            raise ConfigError(
+                "--num_generations 1 leaves nothing to compare an answer with", hint="8 is usual"
+            )
+        if self.generation_batch_size and self.steps_per_generation:
+            raise ConfigError(
+                "--generation_batch_size and --steps_per_generation say the same thing twice",
+                hint="leave one of them out",
+            )
+        if "max_resample_times" in changed and not self.dynamic_sample:
+            raise ConfigError("--max_resample_times has no effect without --dynamic_sample true")
+        if self.top_entropy_quantile == 0:
+            raise ConfigError("--top_entropy_quantile 0 leaves no token to learn from", hint="0.2 is usual")
+
+    def plan(self, micro_batch_size: int, accumulation: int, data_world: int) -> RolloutPlan:
+        """What one rollout is. Raises ConfigError where the numbers do not go together."""
+        micro = micro_batch_size * data_world
+        where = f"--per_device_train_batch_size {micro_batch_size} x {data_world} process(es)"
+        if self.generation_batch_size:
+            steps, rest = divmod(self.generation_batch_size, micro)
+            if rest:
+                raise ConfigError(
+                    f"--generation_batch_size {self.generation_batch_size} is not a multiple of {where}",
+                    hint=f"for example {micro * max(steps, 1)}",
+                )
+        else:
+            steps = self.steps_per_generation or accumulation
+        if steps % accumulation:
+            raise ConfigError(
+                f"--steps_per_generation {steps} is not a multiple of --gradient_accumulation_steps "
+                f"{accumulation}",
+                hint=f"for example {accumulation * math.ceil(steps / accumulation)}",
+            )
+        answers = micro * steps
+        prompts, rest = divmod(answers, self.num_generations)
+        if rest:
+            near = math.lcm(micro, self.num_generations) // micro
+            raise ConfigError(
+                f"a rollout has {answers} answers ({where} x {steps} micro-batches), which is not a multiple "
+                f"of --num_generations {self.num_generations}",
+                hint=f"for example --gradient_accumulation_steps {near * max(steps // near, 1)}",
+            )
+        return RolloutPlan(prompts, self.num_generations, steps // accumulation, self.num_iterations)

@@ -1,0 +1,170 @@
+"""vLLM: how its engine is set up, and where the one that answers for a training runs.
+
+A field `vllm_NAME` without a meaning of ours is vLLM's own argument NAME. Not here: its package (rollout/).
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from swift.config.model import ModelConfig
+from swift.config.option import ConfigError, default_of, option
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VllmConfig:
+    """One engine of vLLM, wherever it runs."""
+
+    vllm_gpu_memory_utilization: float | None = option(
+        None, help="share of a GPU's memory; none = 0.9, beside a training 0.4", range=(0.01, 1)
+    )
+    vllm_tensor_parallel_size: int = option(1, help="GPUs that share every layer", range=(1, None))
+    vllm_pipeline_parallel_size: int = option(1, help="GPUs that each hold some layers", range=(1, None))
+    vllm_enable_expert_parallel: bool = option(False, help="spread experts instead of cutting each")
+    vllm_max_num_seqs: int | None = option(
+        None, help="answers under way at once; none = vLLM's choice", range=(1, None)
+    )
+    vllm_max_model_len: int | None = option(
+        None,
+        help="longest prompt with its answer; none = the model's context",
+        unit="tokens",
+        range=(1, None),
+    )
+    vllm_disable_custom_all_reduce: bool = option(True, help="exchange between GPUs through NCCL alone")
+    vllm_enforce_eager: bool = option(False, help="no compiled graphs: starts faster, answers slower")
+    vllm_enable_prefix_caching: bool = option(True, help="compute what prompts have in common once")
+    vllm_disable_cascade_attn: bool = option(False, help="no shared attention over a common prefix")
+    vllm_quantization: str | None = option(None, help="how weights are quantised; none = as config.json says")
+    vllm_speculative_config: dict[str, Any] = option({}, help="speculative decoding, as JSON")
+    vllm_limit_mm_per_prompt: dict[str, Any] = option({}, help="images, videos ... of a prompt, as JSON")
+    vllm_mm_processor_cache_gb: float | None = option(
+        None, help="cache of processed images; none = vLLM's choice", unit="GiB", range=(0, None)
+    )
+    vllm_engine_kwargs: dict[str, Any] = option({}, help="any other argument of vLLM's engine, as JSON")
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """What differs from vLLM's defaults, under its own names; `vllm_engine_kwargs` wins."""
+        ours = ("vllm_engine_kwargs", "vllm_gpu_memory_utilization")
+        chosen = {
+            field.name.removeprefix("vllm_"): getattr(self, field.name)
+            for field in fields(VllmConfig)
+            if field.name not in ours and getattr(self, field.name) not in (None, {})
+        }
+        same = {
+            "enable_expert_parallel": False, "enforce_eager": False, "disable_cascade_attn": False,
+            "tensor_parallel_size": 1, "pipeline_parallel_size": 1, "enable_prefix_caching": True,
+        }  # fmt: skip
+        differing = {name: value for name, value in chosen.items() if same.get(name) != value}
+        return differing | self.vllm_engine_kwargs
+
+    def check_unused(self, needed: str) -> None:
+        """Raises ConfigError for a flag of vLLM's without `needed`, which asks for it."""
+        for field in fields(self):
+            if getattr(self, field.name) != default_of(field):
+                raise ConfigError(
+                    f"--{field.name} has no effect without {needed}", hint="add it, or leave it out"
+                )
+
+
+def check_chosen_by_vllm(model: ModelConfig, where: str) -> None:
+    """ConfigError for flags of a model that vLLM is not asked about."""
+    for name, hint in (("attn_impl", "--vllm_engine_kwargs has its own"), ("device", "CUDA_VISIBLE_DEVICES")):
+        if getattr(model, name):
+            raise ConfigError(f"--{name} has no effect on {where}: vLLM chooses it", hint=hint)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VllmRolloutConfig(VllmConfig):
+    """vLLM as what answers while a model is trained."""
+
+    use_vllm: bool = option(False, help="vLLM gives the answers instead of the trained model's own decoder")
+    vllm_mode: str | None = option(
+        None,
+        help="colocate: in the training processes; server: `swift rollout` elsewhere; "
+        "none = server where one is named",
+        choices=("colocate", "server"),
+    )
+    vllm_device: str | None = option(
+        None, help="auto: a server on the GPUs beyond NPROC_PER_NODE, where there are any", choices=("auto",)
+    )
+    vllm_server_base_url: tuple[str, ...] = option(
+        (), help="servers as http://HOST:PORT, instead of two flags"
+    )
+    vllm_server_host: tuple[str, ...] = option((), help="hosts of `swift rollout`")
+    vllm_server_port: tuple[int, ...] = option((8000,), help="port of each server")
+    vllm_server_timeout: float = option(
+        240.0,
+        help="longest wait for a server to start, and for a sign of life from it",
+        unit="s",
+        range=(1, None),
+    )
+    sleep_level: int = option(
+        0, help="colocated vLLM frees while training: 0 nothing, 1 its cache (weights go to the host), 2 all",
+        choices=(0, 1, 2),
+    )  # fmt: skip
+
+    @property
+    def mode(self) -> str:
+        """colocate or server; a named server is meant to be used."""
+        named = self.vllm_server_host or self.vllm_server_base_url
+        return self.vllm_mode or ("server" if named else "colocate")
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """http://HOST:PORT of every server."""
+        if self.vllm_server_base_url:
+            return tuple(url.rstrip("/") for url in self.vllm_server_base_url)
+        ports = self.vllm_server_port
+        if len(ports) == 1:
+            ports *= len(self.vllm_server_host)
+        pairs = zip(self.vllm_server_host, ports, strict=True)
+        return tuple(f"http://{f'[{host}]' if ':' in host else host}:{port}" for host, port in pairs)
+
+    def check_rollout(self) -> None:
+        """Raises ConfigError where flags contradict each other or one is missing."""
+        if not self.use_vllm:
+            self.check_unused("--use_vllm true")
+            return
+        if self.mode == "colocate":
+            for name in ("vllm_server_base_url", "vllm_server_host"):
+                if getattr(self, name):
+                    raise ConfigError(
+                        f"--{name} has no effect with --vllm_mode colocate", hint="leave one out"
+                    )
+            return
+        self._check_servers()
+
+    def _check_servers(self) -> None:
+        if self.sleep_level:
+            raise ConfigError(
+                "--sleep_level has no effect on a server: it has GPUs of its own", hint="leave it out"
+            )
+        if self.vllm_device:
+            raise ConfigError("--vllm_device auto starts its own server", hint="leave --vllm_mode out")
+        if self.vllm_server_base_url and self.vllm_server_host:
+            raise ConfigError("--vllm_server_base_url and --vllm_server_host name servers twice")
+        for url in self.vllm_server_base_url:
+            if not url.startswith("http://"):
+                raise ConfigError(f"--vllm_server_base_url {url} is no http://HOST:PORT")
+        hosts, ports = len(self.vllm_server_host), len(self.vllm_server_port)
+        if not hosts and not self.vllm_server_base_url:
+            raise ConfigError(
+                "--vllm_mode server needs a server",
+                hint="start one with swift rollout, then name it: --vllm_server_host 127.0.0.1",
+            )
+        if ports not in (1, hosts) and hosts:
+            raise ConfigError(
+                f"--vllm_server_port names {ports} ports for {hosts} hosts", hint="one for each"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutOptions:
+    """`swift rollout`: where it listens."""
+
+    host: str = option(
+        "127.0.0.1", help="address to listen on; beyond loopback everyone who can reach it is let in"
+    )
+    port: int = option(8000, help="port to listen on", range=(1, 65535))
+    vllm_data_parallel_size: int = option(1, help="engines behind the port", range=(1, None))

@@ -1,0 +1,368 @@
+"""Continuous batching over a transformers model: prompts join and answers leave between any two tokens.
+
+Owns: who waits, which row an answer has, when it ends. One thread calls `step`; others may submit and cancel.
+Not here: keys and values (slots.py), how tokens are drawn (sampling.py), where a model comes from.
+
+Shapes: R = rows in flight, N = flat tokens, S = prompts, V = vocabulary.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from swift.config.option import ConfigError
+from swift.engines.transformers.attention import Segments
+from swift.rollout.detokenize import AnswerText, decode_text
+from swift.rollout.sampling import Drawn, Shape, answer_key, draw, uniform
+from swift.rollout.slots import Decode, Prefill, Slots
+from swift.rollout.types import Completion, Request
+
+PREFILL_TOKENS = 8192  # of prompts in one step, unless a single one is longer
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A new token of answer number `index` of a request."""
+
+    index: int
+    token_id: int
+    logp: float
+    text: str  # what can be shown now: empty while a character or what may be a stop text is incomplete
+    top_logps: dict[int, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """An answer is complete; `text` is what no Token has shown yet."""
+
+    index: int
+    text: str
+    completion: Completion
+
+
+Listener = Callable[[Token | End], None]
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """A request on its way. `completions` fill up in any order."""
+
+    request: Request
+    listen: Listener | None
+    completions: list[Completion | None]
+    cancelled: bool = False
+
+    @property
+    def done(self) -> bool:
+        return None not in self.completions
+
+    @property
+    def answers(self) -> list[Completion]:
+        """The completions of a ticket that is done."""
+        return [c for c in self.completions if c is not None]
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """An answer in flight."""
+
+    ticket: Ticket
+    index: int
+    limit: int  # tokens
+    ends: frozenset[int]
+    writer: AnswerText | None  # where somebody listens, or a text may end the answer
+    token_ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    top_logps: list[dict[int, float]] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.ticket.request.token_ids) + len(self.token_ids)
+
+
+class Decoder:
+    """Answers requests with `model`, which has to be in evaluation mode and attend by FLAT_ATTENTION."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stop_token_ids: Sequence[int],
+        context: int,
+        max_rows: int,
+        prefill_tokens: int = PREFILL_TOKENS,
+        version: int = 0,
+    ) -> None:
+        """`context`: tokens of prompt and answer together. `version`: of the weights, for the completions."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.stop_token_ids = frozenset(stop_token_ids)
+        self.context, self.max_rows, self.prefill_tokens = context, max_rows, prefill_tokens
+        self.version = version
+        self.device = next(model.parameters()).device
+        self.added_tokens = tokenizer.get_added_vocab()
+        self.slots = Slots(max_rows, context)
+        self.waiting: deque[tuple[Ticket, range]] = deque()  # answers of a request that no row has yet
+        self.cancelling = False  # something that waits or is in flight was cancelled
+        self.rows: list[Row] = []  # row r is slot r
+        # Of each row: the token that goes in next, where it stands, the key of its draws, their number.
+        self.tokens, self.lengths, self.keys, self.steps = torch.zeros(
+            4, max_rows, dtype=torch.int64, device=self.device
+        )
+        self.row_numbers = torch.arange(max_rows, device=self.device)
+        self.seen: Tensor | None = None  # bool [max_rows, V], where a row has a repetition penalty
+        self.shape: Shape | None = None  # of the rows as they are
+
+    def submit(self, request: Request, listen: Listener | None = None) -> Ticket:
+        """Queues a request; `listen` hears of each token and each end, in the thread that steps.
+
+        Raises ConfigError for a prompt that leaves no room for an answer.
+        """
+        length = len(request.token_ids)
+        if not 0 < length < self.context:
+            raise ConfigError(
+                f"the prompt has {length} tokens, the context holds {self.context}",
+                hint="one token at least, and room for an answer",
+            )
+        ticket = Ticket(request, listen, [None] * request.count)
+        for start in range(0, request.count, self.max_rows):
+            self.waiting.append((ticket, range(start, min(start + self.max_rows, request.count))))
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Ends what is not complete with "abort" at the next step. A ticket that is done stays as it is."""
+        ticket.cancelled = self.cancelling = True
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """The answers to each request, in order."""
+        tickets = [self.submit(request) for request in requests]
+        while self.step():
+            pass
+        return [ticket.answers for ticket in tickets]
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """One token for every row, after prompts have joined as rows and the budget allow.
+
+        False when nothing is in flight and nothing waits.
+        """
+        if self.cancelling:
+            self._drop_cancelled()
+        joining = self._choose()
+        if joining:
+            self._prefill(joining)
+        if self.rows:
+            self._decode()
+        return bool(self.rows or self.waiting)
+
+    def reset(self) -> None:
+        """Forgets everything in flight and frees the memory of keys and values."""
+        self.waiting.clear()
+        self.rows = []
+        self.shape = self.seen = None
+        self.slots.clear()
+
+    def _drop_cancelled(self) -> None:
+        self.cancelling = False  # first: a ticket that is cancelled from now on is dropped by the next step
+        gone = [r for r, row in enumerate(self.rows) if row.ticket.cancelled]
+        for r in gone:
+            self._end(self.rows[r], "abort")
+        self._remove(gone)
+        for _ in range(len(self.waiting)):  # another thread may append meanwhile
+            ticket, answers = self.waiting.popleft()
+            if not ticket.cancelled:
+                self.waiting.append((ticket, answers))
+                continue
+            for index in answers:
+                self._end(self._row(ticket, index), "abort")
+
+    def _choose(self) -> list[tuple[Ticket, range]]:
+        """Who joins now: in order, as long as there are rows and tokens of the budget."""
+        chosen: list[tuple[Ticket, range]] = []
+        room, budget = self.max_rows - len(self.rows), self.prefill_tokens
+        while self.waiting:
+            ticket, answers = self.waiting[0]
+            length = len(ticket.request.token_ids)
+            if len(answers) > room or (chosen and length > budget):
+                break
+            chosen.append(self.waiting.popleft())
+            room, budget = room - len(answers), budget - length
+        return chosen
+
+    def _row(self, ticket: Ticket, index: int) -> Row:
+        request = ticket.request
+        sampling = request.sampling
+        # A stop text that is one special token never shows in the text: it is found by its id.
+        special = {self.added_tokens[text] for text in sampling.stop if text in self.added_tokens}
+        ends = self.stop_token_ids | special | set(sampling.stop_token_ids)
+        limit = min(sampling.max_tokens, self.context - len(request.token_ids))
+        writer = None
+        if ticket.listen or sampling.stop:
+            writer = AnswerText(self.tokenizer, sampling.stop, self._tail(request))
+        return Row(ticket, index, limit, ends, writer)
+
+    def _tail(self, request: Request) -> list[int]:
+        return request.token_ids[len(request.token_ids) - request.continued :]
+
+    def _prefill(self, joining: list[tuple[Ticket, range]]) -> None:
+        """Runs prompts as one flat row, and draws the first token of each of their answers."""
+        prompts = [ticket.request.token_ids for ticket, _ in joining]
+        lengths = [len(prompt) for prompt in prompts]
+        counts = [len(answers) for _, answers in joining]
+        before, total = len(self.rows), len(self.rows) + sum(counts)
+        self.slots.reserve(total, max(lengths))
+        starts = [0, *accumulate(lengths)][:-1]
+        prompt_of = [i for i, count in enumerate(counts) for _ in range(count)]
+        copies = [(starts[i], lengths[i]) for i in prompt_of]
+        host = {
+            "tokens": [t for start, n in copies for t in range(start, start + n)],
+            "rows": [row for row, (_, n) in enumerate(copies, start=before) for _ in range(n)],
+            "positions": [p for _, n in copies for p in range(n)],
+            "ids": [token for prompt in prompts for token in prompt],
+            "places": [p for n in lengths for p in range(n)],
+            "last": [start + n - 1 for start, n in zip(starts, lengths, strict=True)],
+            "prompt_of": prompt_of,
+        }  # fmt: skip
+        at = {name: torch.tensor(values).to(self.device, non_blocking=True) for name, values in host.items()}
+        segments = Segments.of(lengths, self.device)
+        logits_SV = self._run(
+            at["ids"], at["places"], Prefill(self.slots, segments, at["tokens"], at["rows"], at["positions"]),
+            logits_to_keep=at["last"],
+        )  # fmt: skip
+        new = [self._row(ticket, index) for ticket, answers in joining for index in answers]
+        self.rows += new
+        keys = [answer_key(r.ticket.request.sampling.seed, r.ticket.request.first + r.index) for r in new]
+        self.keys[before:total] = torch.tensor(keys).to(self.device)
+        self.steps[before:total] = 0
+        self.lengths[before:total] = torch.tensor([n for _, n in copies]).to(self.device)
+        self._mark_seen(new, before, logits_SV.shape[1])
+        settings = [row.ticket.request.sampling for row in new]
+        shape = Shape.of(settings, logits_SV.shape[1], self.device)
+        self.shape = None
+        self._take(logits_SV[at["prompt_of"]], shape, slice(before, total))
+
+    def _decode(self) -> None:
+        """Runs the last token of every row, and draws the next."""
+        size = len(self.rows)
+        longest = max(row.length for row in self.rows)  # the last token is in none of the slots yet
+        self.slots.reserve(size, longest)
+        attending = Decode(self.slots, self.row_numbers[:size], self.lengths[:size], longest)
+        logits_RV = self._run(self.tokens[:size], self.lengths[:size], attending)
+        self.lengths[:size] += 1
+        if self.shape is None:
+            settings = [row.ticket.request.sampling for row in self.rows]
+            self.shape = Shape.of(settings, logits_RV.shape[1], self.device)
+        self._take(logits_RV, self.shape, slice(0, size))
+
+    def _run(self, ids_N: Tensor, positions_N: Tensor, attending: object, **options: Tensor) -> Tensor:
+        """The model on one flat row: logits of the positions kept, all unless told otherwise."""
+        output = self.model(
+            input_ids=ids_N[None],
+            position_ids=positions_N[None],
+            segments=attending,
+            use_cache=False,
+            **options,
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _mark_seen(self, rows: Sequence[Row], start: int, vocabulary: int) -> None:
+        """Notes the prompts' tokens where a repetition penalty asks for them."""
+        if all(row.ticket.request.sampling.repetition_penalty == 1 for row in rows):
+            return
+        if self.seen is None:
+            self.seen = torch.zeros(self.max_rows, vocabulary, dtype=torch.bool, device=self.device)
+        for r, row in enumerate(rows, start=start):
+            self.seen[r] = False
+            self.seen[r, torch.tensor(row.ticket.request.token_ids).to(self.device)] = True
+
+    def _take(self, logits: Tensor, shape: Shape, span: slice) -> None:
+        """Draws a token for the rows of `span` and hands them on; rows that have ended leave."""
+        seen = self.seen[span] if shape.penalty is not None and self.seen is not None else None
+        drawn = draw(logits, shape, uniform(self.keys[span], self.steps[span]), seen)
+        self.tokens[span] = drawn.ids
+        self.steps[span] += 1
+        if seen is not None:
+            seen.scatter_(1, drawn.ids[:, None], True)
+        self._remove(self._hand_out(drawn, span))
+
+    def _hand_out(self, drawn: Drawn, span: slice) -> list[int]:
+        """Tokens to their rows, from the device at once; the numbers of rows that have ended."""
+        # Ids are exact in float64, so that one transfer brings everything.
+        columns = [drawn.ids[:, None], drawn.logps[:, None]]
+        if drawn.top_ids is not None and drawn.top_logps is not None:
+            columns += [drawn.top_ids, drawn.top_logps]
+        table = torch.cat([column.double() for column in columns], dim=1).tolist()
+        ended = []
+        for r, (token, logp, *top) in enumerate(table, start=span.start):
+            row = self.rows[r]
+            row.token_ids.append(int(token))
+            row.logps.append(logp)
+            wanted = row.ticket.request.sampling.top_logps
+            if wanted:
+                half = len(top) // 2
+                pairs = zip(top[:wanted], top[half : half + wanted], strict=True)
+                row.top_logps.append({int(t): p for t, p in pairs if p > -torch.inf})
+            reason = self._advance(row)
+            if reason:
+                self._end(row, reason)
+                ended.append(r)
+        return ended
+
+    def _advance(self, row: Row) -> str | None:
+        """Tells of a row's last token; why the answer is over, if it is."""
+        token, text = row.token_ids[-1], ""
+        is_end = token in row.ends
+        if row.writer and not is_end:
+            text = row.writer.push(token)
+        if row.ticket.listen:
+            top = row.top_logps[-1] if row.top_logps else None
+            row.ticket.listen(Token(row.index, token, row.logps[-1], text, top))
+        if is_end or (row.writer and row.writer.stopped):
+            return "stop"
+        return "length" if len(row.token_ids) >= row.limit else None
+
+    def _end(self, row: Row, reason: str) -> None:
+        """The completion of a row, to its ticket and its listener."""
+        rest = row.writer.flush() if row.writer else ""
+        if row.writer:
+            text = row.writer.text
+            reason = "stop" if row.writer.stopped else reason
+        else:
+            ids = row.token_ids
+            shown = ids[:-1] if ids and ids[-1] in row.ends else ids
+            text = decode_text(self.tokenizer, shown, self._tail(row.ticket.request))
+        completion = Completion(
+            row.token_ids, row.logps, reason, text,
+            row.top_logps if row.ticket.request.sampling.top_logps else None, self.version,
+        )  # fmt: skip
+        row.ticket.completions[row.index] = completion
+        if row.ticket.listen:
+            row.ticket.listen(End(row.index, rest, completion))
+
+    def _remove(self, gone: list[int]) -> None:
+        """Takes rows out; the last ones move into their slots."""
+        if not gone:
+            return
+        size = len(self.rows) - len(gone)
+        holes = [r for r in gone if r < size]
+        movers = [r for r in range(size, len(self.rows)) if r not in set(gone)]
+        if movers:
+            longest = max(self.rows[r].length for r in movers)
+            sources, targets = (torch.tensor(rows).to(self.device) for rows in (movers, holes))
+            self.slots.move(sources, targets, longest)
+            for column in (self.tokens, self.lengths, self.keys, self.steps, self.seen):
+                if column is not None:
+                    column[targets] = column[sources]
+            for source, target in zip(movers, holes, strict=True):
+                self.rows[target] = self.rows[source]
+        del self.rows[size:]
+        self.shape = None

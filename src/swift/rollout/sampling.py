@@ -1,0 +1,166 @@
+"""Draws tokens: rows of different settings in one step, each number fixed by seed, answer and token.
+
+Shapes: R = rows, V = vocabulary. Not here: when an answer ends (decoder.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from swift.rollout.types import Sampling
+
+ALL_ONES = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15
+MIXERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+FRACTION_BITS = 52
+CANDIDATES = 1024  # most likely tokens looked at before the whole vocabulary is sorted
+
+
+def signed(number: int) -> int:
+    """The lowest 64 bits, as int64 holds them."""
+    number &= ALL_ONES
+    return number - (1 << 64) if number >> 63 else number
+
+
+def mix(number: int) -> int:
+    """The finaliser of splitmix64: 64 bits in, 64 well mixed bits out.
+
+    Source: Steele, Lea, Flood: Fast splittable pseudorandom number generators, doi:10.1145/2714064.2660195.
+    """
+    number &= ALL_ONES
+    for shift, factor in MIXERS:
+        number = (number ^ (number >> shift)) * factor & ALL_ONES
+    return number ^ (number >> 31)
+
+
+def answer_key(seed: int, answer: int) -> int:
+    """The key of an answer's draws, as int64."""
+    return signed(mix(mix(seed + GOLDEN) + answer * GOLDEN))
+
+
+def uniform(keys_R: Tensor, steps_R: Tensor) -> Tensor:
+    """Numbers in [0, 1), float64 [R], of int64 keys and token numbers: splitmix64 seeded by the key."""
+    x = keys_R + (steps_R + 1) * signed(GOLDEN)
+    for shift, factor in MIXERS:
+        x = (x ^ logical_shift(x, shift)) * signed(factor)
+    x = x ^ logical_shift(x, 31)
+    return logical_shift(x, 64 - FRACTION_BITS).double() * 2.0**-FRACTION_BITS
+
+
+def logical_shift(x: Tensor, bits: int) -> Tensor:
+    """int64 shifted right with zeros coming in; torch's own operator repeats the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Settings of R rows, each [R]; None where no row asks for it. Greedy rows have a temperature of 1."""
+
+    greedy: Tensor | None  # bool
+    temperature: Tensor | None
+    penalty: Tensor | None
+    top_k: Tensor | None
+    min_p: Tensor | None
+    top_p: Tensor | None
+    all_greedy: bool
+    top_logps: int  # the largest number that a row wants
+    most_top_k: int  # the largest that cuts
+
+    @classmethod
+    def of(cls, settings: Sequence[Sampling], vocabulary: int, device: torch.device) -> "Shape":
+        def column(values: Sequence[float], neutral: float, dtype: torch.dtype) -> Tensor | None:
+            if all(value == neutral for value in values):
+                return None
+            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+        greedy = [s.temperature == 0 for s in settings]
+        drawn = [not g for g in greedy]
+        drawn = [s if s.temperature else replace(s, top_k=0, min_p=0.0, top_p=1.0) for s in settings]
+        top_k = [s.top_k if 0 < s.top_k < vocabulary else vocabulary for s in drawn]
+        return cls(
+            greedy=column([s.temperature == 0 for s in settings], False, torch.bool),
+            temperature=column([s.temperature or 1.0 for s in settings], 1.0, torch.float32),
+            penalty=column([s.repetition_penalty for s in settings], 1.0, torch.float32),
+            top_k=column(top_k, vocabulary, torch.int64),
+            min_p=column([s.min_p for s in drawn], 0.0, torch.float32),
+            top_p=column([s.top_p for s in drawn], 1.0, torch.float32),
+            all_greedy=all(s.temperature == 0 for s in settings),
+            top_logps=min(max(s.top_logps for s in settings), vocabulary),
+            most_top_k=max((k for k in top_k if k < vocabulary), default=0),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a step drew: token ids and log-probabilities [R]; the most likely ones [R, n] where wanted."""
+
+    ids: Tensor
+    logps: Tensor
+    top_ids: Tensor | None
+    top_logps: Tensor | None
+
+
+def draw(logits_RV: Tensor, shape: Shape, uniform_R: Tensor, seen_RV: Tensor | None) -> Drawn:
+    """One token for each row. `seen_RV`: bool, tokens of prompt and answer, where a penalty is asked for.
+
+    Log-probabilities are those of the distribution after all settings; a greedy row, whose distribution would
+    be a single token, tells those after the penalty alone.
+    """
+    scores = shaped(logits_RV.float(), shape, seen_RV)
+    logps_RV = scores.log_softmax(-1)
+    picked: Tensor | None = None
+    if not shape.all_greedy:
+        # Sums in float64: in float32 the tail of a large vocabulary would be rounded away. A token of
+        # probability 0 is never drawn, as the sum does not rise there.
+        sums_RV = logps_RV.exp().double().cumsum(-1)
+        picked = torch.searchsorted(sums_RV, uniform_R[:, None] * sums_RV[:, -1:], right=True)[:, 0]
+    if shape.greedy is not None:
+        best = logps_RV.argmax(-1)
+        picked = best if picked is None else torch.where(shape.greedy, best, picked)
+    assert picked is not None
+    top = logps_RV.topk(shape.top_logps) if shape.top_logps else None
+    chosen = logps_RV.gather(1, picked[:, None])[:, 0]
+    return Drawn(picked, chosen, top.indices if top else None, top.values if top else None)
+
+
+def shaped(scores: Tensor, shape: Shape, seen_RV: Tensor | None) -> Tensor:
+    """[R, V] scores after penalty, temperature, top-k, min-p and top-p, in this order; -inf = impossible.
+
+    Sources: penalty arXiv:1909.05858 section 4.1, top-p arXiv:1904.09751, min-p arXiv:2407.01082.
+    """
+    if shape.penalty is not None:
+        assert seen_RV is not None
+        penalty = shape.penalty[:, None]
+        scores = torch.where(seen_RV, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+    if shape.temperature is not None:
+        scores = scores / shape.temperature[:, None]
+    floors = []
+    if shape.top_k is not None:
+        ranked = scores.topk(shape.most_top_k).values
+        kept = ranked.gather(1, shape.top_k.clamp(max=shape.most_top_k)[:, None] - 1)
+        floors.append(torch.where(shape.top_k[:, None] > shape.most_top_k, -torch.inf, kept))
+    if shape.min_p is not None:
+        floors.append(scores.amax(-1, keepdim=True) + shape.min_p[:, None].log())
+    for floor in floors:
+        scores = scores.masked_fill(scores < floor, -torch.inf)
+    if shape.top_p is None:
+        return scores
+    return scores.masked_fill(scores < nucleus_floor(scores, shape.top_p), -torch.inf)
+
+
+def nucleus_floor(scores: Tensor, top_p_R: Tensor) -> Tensor:
+    """[R, 1]: the lowest score of the smallest set of likely tokens whose probability reaches top_p."""
+    uncut_R = top_p_R >= 1
+    total = scores.logsumexp(-1, keepdim=True)
+    width = min(CANDIDATES, scores.shape[-1])
+    while True:
+        ranked = scores.topk(width).values  # sorted
+        sums = (ranked - total).exp().cumsum(-1)
+        if width == scores.shape[-1] or bool(((sums[:, -1] >= top_p_R) | uncut_R).all()):
+            break
+        width = scores.shape[-1]
+    # Tokens with less than top_p before them; the first one always, whatever top_p is.
+    count = (sums < top_p_R[:, None]).sum(-1, keepdim=True)
+    return ranked.gather(1, count.clamp(max=width - 1)).masked_fill(uncut_R[:, None], -torch.inf)

@@ -1,0 +1,60 @@
+"""Weights on their way to another process of this host: files of bounded size, in memory where there is room.
+
+Not here: where they come from (`Engine.weights`), who is told of the files (vllm_client.py).
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from swift.engines.transformers.slices import write_tensors
+
+SHARED_MEMORY = Path("/dev/shm")
+BUCKET_BYTES = 512 * 2**20
+
+
+@contextmanager
+def folder_for_weights() -> Iterator[list[Path]]:
+    """Directories that any process of this user on this host can read, the best first; gone afterwards."""
+    roots = [SHARED_MEMORY] if SHARED_MEMORY.is_dir() else []
+    folders = [Path(tempfile.mkdtemp(prefix="swift-weights-", dir=root)) for root in (*roots, None)]
+    try:
+        yield folders
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_buckets(
+    weights: Iterable[tuple[str, Tensor]], folders: list[Path], *, limit: int = BUCKET_BYTES
+) -> list[Path]:
+    """Safetensors files of about `limit` bytes, in the order of the weights.
+
+    A file goes into the first folder that has room for two; the last one takes all. Raises OSError where that
+    is full.
+    """
+    files: list[Path] = []
+    bucket: dict[str, Tensor] = {}
+    size = 0
+
+    def flush() -> None:
+        nonlocal bucket, size
+        if bucket:
+            roomy = (f for f in folders[:-1] if shutil.disk_usage(f).free > 2 * size)
+            path = next(roomy, folders[-1]) / f"{len(files):05d}.safetensors"
+            files.append(write_tensors(path, bucket, {"format": "pt"}))
+        bucket, size = {}, 0
+
+    for name, tensor in weights:
+        # A copy: what the iterator gives is good until its next step only.
+        bucket[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+        size += tensor.nbytes
+        if size >= limit:
+            flush()
+    flush()
+    return files
