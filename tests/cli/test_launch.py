@@ -207,6 +207,10 @@ def test_the_first_error_is_the_one_that_others_followed_from(tmp_path: Path) ->
         output.take(b, f"[rank3] {line}")
     assert output.first_error() == Trouble(3, "10.0.0.2 rank 3: ValueError: a bad row", tuple(lost[:2]))
     output.clear()
+    for line in ("error: no such file", "hint: look again"):
+        output.take(b, line)
+    assert output.first_error() == Trouble(None, "10.0.0.2: no such file (look again)")
+    output.clear()
     for line in lost:
         output.take(a, f"[rank0] {line}")
     output.take(b, "process 3 ended with exit code -9; the others were stopped")

@@ -7,11 +7,9 @@ import math
 import re
 import signal
 import sys
-import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Queue
@@ -24,6 +22,7 @@ SETTLE_SECONDS = 3.0  # after the first failure: the node at fault may report af
 GRACE_SECONDS = 5.0  # from asking the others to end to killing them
 SAVE_SECONDS = 600.0  # the same after Ctrl-C: the step is finished, and what is being saved
 KEPT_LINES = 400
+STOPPED = 130  # the exit code after Ctrl-C
 RANK = re.compile(r"\[rank(\d+)\] ?(.*)", re.DOTALL)
 TORCH = re.compile(r"^\[rank\d+\]: ?")  # torch puts it before lines of tracebacks
 AFTERMATH = re.compile(  # what processes say whose peer is gone
@@ -45,7 +44,7 @@ class Failure:
 
     @property
     def may_pass(self) -> bool:
-        return self.code not in (2, 130, 143)
+        return self.code not in (2, STOPPED)
 
 
 class Output:
@@ -106,38 +105,21 @@ class Trouble:
 
 def _errors(host: str, rank: int | None, lines: list[str]) -> Iterator[Trouble]:
     """Tracebacks, mistakes of the user, and ends by a signal among the lines of a process or a node."""
+    who = host if rank is None else f"{host} rank {rank}"
     for i, line in enumerate(lines):
         if line.startswith("error: "):
-            yield Trouble(rank, f"{host} rank {rank}: {line[7:]}")
+            hint = next(
+                (f" ({after[6:]})" for after in lines[i + 1 : i + 2] if after.startswith("hint: ")), ""
+            )
+            yield Trouble(rank, f"{who}: {line[7:]}{hint}")
         elif line.startswith("Traceback "):
             end = next((j for j in range(i + 1, len(lines)) if not lines[j].startswith((" ", "\t"))), None)
             if end is not None:
-                yield Trouble(rank, f"{host} rank {rank}: {lines[end]}", tuple(lines[i:end]))
+                yield Trouble(rank, f"{who}: {lines[end]}", tuple(lines[i:end]))
         elif (match := ENDED.search(line)) and int(match[2]) < 0 and match[2] not in ("-15", "-2"):
             name = signal.Signals(-int(match[2])).name
             cause = " (out of memory?)" if name == "SIGKILL" else ""
             yield Trouble(int(match[1]), f"{host} rank {match[1]}: ended by {name}{cause}")
-
-
-@contextmanager
-def heed_terminate() -> Iterator[None]:
-    """SIGTERM ends a launch as Ctrl-C does, with its own exit code."""
-
-    def terminate(*_: object) -> None:
-        raise Terminate
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-class Terminate(KeyboardInterrupt):
-    """SIGTERM came."""
 
 
 class Watch:
@@ -151,10 +133,9 @@ class Watch:
     def follow(self) -> Failure | None:
         """Follows it to its end, None when it was a good one. Nothing runs after it."""
         try:
-            with heed_terminate():
-                self._await_end()
-        except KeyboardInterrupt as interrupt:
-            return self._end_by_hand(143 if isinstance(interrupt, Terminate) else 130)
+            self._await_end()
+        except KeyboardInterrupt:
+            return self._end_by_hand()
         wrong = [abs(code) for code in self.codes.values() if code]
         if not self.lost and not wrong:
             return None
@@ -181,7 +162,8 @@ class Watch:
                     self.lost[link] = _why_lost(link)
             if self.lost or any(self.codes.values()):
                 deadline = min(deadline, now + SETTLE_SECONDS)
-        while self._take(0.1):
+        end = time.monotonic() + 1.0  # for what is on its way; a node that still runs may never be silent
+        while time.monotonic() < end and self._take(0.1):
             pass
 
     def _take(self, seconds: float) -> bool:
@@ -208,16 +190,15 @@ class Watch:
         while self._running() and time.monotonic() < deadline:
             self._take(0.2)
 
-    def _end_by_hand(self, code: int) -> Failure:
-        """After Ctrl-C or SIGTERM: this step is finished and saved; a second time, everything is killed."""
+    def _end_by_hand(self) -> Failure:
+        """After Ctrl-C: this step is finished and saved; after another one, everything is killed."""
         said = "stopping after this step on all nodes; Ctrl-C once more ends at once"
         print(said, file=sys.stderr, flush=True)
         try:
-            with heed_terminate():
-                self._stop("SIGINT" if code == 130 else "SIGTERM", SAVE_SECONDS)
+            self._stop("SIGINT", SAVE_SECONDS)
         except KeyboardInterrupt:
             self._stop("SIGKILL", 0.0)
-        return Failure(code, "stopped by hand")
+        return Failure(STOPPED, "stopped by hand")
 
 
 def _why_lost(link: Link) -> str:
