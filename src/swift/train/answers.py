@@ -8,6 +8,7 @@ Shapes: N = answers of all ranks, n = those of this one, F = rewards.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +25,12 @@ from swift.engines.protocol import Engine, Sums
 from swift.engines.ranks import Ranks
 from swift.objectives.advantages import Advantages, compute_advantages
 from swift.rewards.panel import Answer, Panel
+from swift.rollout.multi_turn import Start
 from swift.rollout.protocol import RolloutEngine
 from swift.rollout.types import Request, Sampling
 from swift.template.tokenize import Encoded
+from swift.template.types import Message
+from swift.train.conversations import Conversations
 from swift.train.evaluation import Found
 from swift.train.state import TrainState
 
@@ -43,7 +47,16 @@ class Answered:
     token_ids: list[int]
     logps: list[float]  # the sampler's
     finish_reason: str
-    text: str
+    text: str  # of several answers, the last one
+    loss_mask: list[int] | None = None  # of `token_ids`; none = the model sampled all of them
+    messages: list[Message] | None = None  # the whole conversation; none = the row's, and this answer
+    infos: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def own_ids(self) -> list[int]:
+        """What the model sampled."""
+        mask = self.loss_mask or [1] * len(self.token_ids)
+        return [token for token, own in zip(self.token_ids, mask, strict=True) if own]
 
     @property
     def is_cut(self) -> bool:
@@ -71,11 +84,14 @@ class Sampler:
     seed: int
     prefix: str = ""  # text of every answer that the prompt already holds
     ranks: Ranks = field(default_factory=Ranks)
+    turns: Conversations | None = None  # none = one answer each
 
     def answer(self, rows: np.ndarray, generations: int, number: int) -> list[Answered]:
         """[n] of this rank: an even share of all, a group may be spread over ranks."""
         pairs = [(slot, int(row), place) for slot, row in enumerate(rows) for place in range(generations)]
         mine = np.array_split(np.arange(len(pairs)), self.engine.data_world)[self.engine.data_rank]
+        if self.turns:
+            return self._converse(self.turns, [pairs[i] for i in mine], number)
         requests: list[Request] = []
         slots: list[int] = []
         for i in mine:
@@ -83,10 +99,9 @@ class Sampler:
             if slots and slots[-1] == slot:
                 requests[-1] = replace(requests[-1], count=requests[-1].count + 1)
                 continue
-            draw = np.random.SeedSequence([self.seed % 2**32, number, slot]).generate_state(1)
             slots.append(slot)
             ids = self.rows[row].input_ids.tolist()
-            requests.append(Request(ids, self._sampling(int(draw[0])), 1, place))
+            requests.append(Request(ids, self._sampling(self._draw(number, slot)), 1, place))
         answers = self.rollout.generate(requests)
         return [
             Answered(
@@ -96,6 +111,33 @@ class Sampler:
             for slot, request, group in zip(slots, requests, answers, strict=True)
             for i, found in enumerate(group)
         ]  # fmt: skip
+
+    def _converse(
+        self, turns: Conversations, pairs: Sequence[tuple[int, int, int]], number: int
+    ) -> list[Answered]:
+        """`answer`, where there may be several to each prompt, one after the other."""
+        starts = []
+        for slot, row, count in pairs:
+            sample = self.rows.samples[row]
+            starts.append(
+                Start(
+                    messages=sample.messages, columns=sample.extra, request_id=f"{row}-{count}",
+                    place=place(*self.rows.places[row]), seed=self._draw(number, slot), number=count,
+                    tools=sample.tools,
+                )
+            )  # fmt: skip
+        found = turns.run(self.rollout, starts, self._sampling(0), self.ranks)
+        return [
+            Answered(
+                row, count, one.prompt_ids, one.token_ids, one.logps, one.finish_reason, one.text,
+                one.loss_mask, one.messages, one.infos,
+            )
+            for (_, row, count), one in zip(pairs, found, strict=True)
+        ]  # fmt: skip
+
+    def _draw(self, number: int, slot: int) -> int:
+        """The seed of a group."""
+        return int(np.random.SeedSequence([self.seed % 2**32, number, slot]).generate_state(1)[0])
 
     def _sampling(self, seed: int) -> Sampling:
         config = self.config
@@ -112,12 +154,14 @@ class Sampler:
             answers.append(
                 Answer(
                     text=found.text,
-                    messages=[*sample.messages, {"role": "assistant", "content": found.text}],
+                    messages=found.messages
+                    or [*sample.messages, {"role": "assistant", "content": found.text}],
                     columns=sample.extra,
                     prompt_id=str(found.row),
                     request_id=f"{found.row}-{found.place}",
-                    token_ids=found.token_ids,
+                    token_ids=found.own_ids,
                     finish_reason=found.finish_reason,
+                    rollout_infos=found.infos,
                     place=place(*self.rows.places[found.row]),
                 )
             )
@@ -129,7 +173,7 @@ class Sampler:
         faults = [one for one in self.ranks.collect(fault) if one is not None]
         if faults:
             raise faults[0]
-        rest = [(len(found.token_ids), float(found.is_cut)) for found in mine]
+        rest = [(len(found.own_ids), float(found.is_cut)) for found in mine]
         other = torch.tensor(rest, dtype=torch.float64).view(-1, 2)
         facts, first = self.engine.gather(torch.cat([torch.from_numpy(rewards), other], 1))
         return Judged(mine, first, facts)
@@ -196,6 +240,8 @@ def collate_answers(answers: Sequence[Answered], overlong_filter: bool) -> Batch
         ids = np.array([*found.prompt, *found.token_ids], dtype=np.int32)
         labels = ids.copy()
         labels[: len(found.prompt)] = IGNORED
+        if found.loss_mask is not None:
+            labels[len(found.prompt) :][np.array(found.loss_mask) == 0] = IGNORED
         if overlong_filter and found.is_cut:
             labels[:] = IGNORED
         rows.append(Encoded(ids, labels, None))

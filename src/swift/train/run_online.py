@@ -14,16 +14,20 @@ from swift.data.loader import StepPlan
 from swift.engines.protocol import Engine
 from swift.engines.ranks import Ranks
 from swift.models.directory import read_json
+from swift.models.load import context_length
 from swift.rewards.panel import Panel
 from swift.rollout.local import LocalRollout
+from swift.rollout.multi_turn import build_scheduler
 from swift.rollout.protocol import RolloutEngine
 from swift.rollout.vllm import check_vllm, start_rollout
 from swift.template.chat import ChatTemplate
 from swift.train.answers import RolloutEvaluation, Sampler
 from swift.train.completions import keep_completions
+from swift.train.conversations import Conversations, plan_context
 from swift.train.online import RolloutFeed
 from swift.train.preparing import Prepared
 from swift.train.resume import Resumption
+from swift.train.reward_models import find_reward_models, load_reward_models
 from swift.train.stage import Opened
 from swift.utils.log import say
 
@@ -54,7 +58,13 @@ class OnlineStage:
                 f"{self.plan.prompts}",
                 hint="leave it out, or lower --gradient_accumulation_steps",
             )
-        self.panel = Panel.build(run.rewards, settings={**flatten(run), "tokenizer": ready.tokenizer})
+        self.panel = Panel.build(
+            run.rewards,
+            settings={**flatten(run), "tokenizer": ready.tokenizer},
+            has_environment=run.turns.use_gym_env,
+        )
+        self.reward_models = find_reward_models(run.rewards, run.model)
+        self.turns = self._build_turns() if run.turns.scheduler else None
         first = (ready.rows.samples[i] for i in range(min(HEAD, len(ready.rows))))
         self.panel.check_columns({name for sample in first for name in sample.extra})
         self.held = (resumption.state.position or {}).get("answers") if resumption else None
@@ -91,12 +101,29 @@ class OnlineStage:
             f"{rollouts} rollouts and {total_steps} optimizer steps in all"
         )
 
+    def _build_turns(self) -> Conversations:
+        run, ready = self.run, self.ready
+        limits = [context_length(ready.model_config), run.vllm.vllm_max_model_len]
+        context = plan_context(
+            longest_prompt(ready),
+            answer=run.online.max_completion_length,
+            turns=run.turns.max_turns,
+            limit=min(filter(None, limits), default=None),
+        )
+        assert run.turns.scheduler is not None
+        return Conversations(
+            build_scheduler(run.turns, tokenizer=ready.tokenizer), run.turns.scheduler,
+            ChatTemplate(ready.tokenizer, run.template), context, run.rewards.reward_timeout,
+        )  # fmt: skip
+
     def open(self, engine: Engine, directory: Path) -> Opened:
         run, ready, config = self.run, self.ready, self.run.online
         rollout = self._start(engine)
+        self.panel.add_models(load_reward_models(self.reward_models, run.model, engine.device))
         parts = {
             "engine": engine, "rollout": rollout, "panel": self.panel, "config": config,
             "seed": run.schedule.seed, "ranks": self.ranks, "prefix": run.template.response_prefix or "",
+            "turns": self.turns,
         }  # fmt: skip
         feed = RolloutFeed(
             Sampler(rows=ready.rows, **parts),
@@ -124,12 +151,16 @@ class OnlineStage:
                 run.vllm, ready.model_path, dtype=engine.dtype, stop_token_ids=stops, ranks=self.ranks,
                 seed=run.schedule.seed,
             )  # fmt: skip
-        rows = [rows for rows in (ready.rows, ready.eval_rows) if rows is not None]
-        context = max(int(one.lengths.max()) for one in rows) + longest
+        context = self.turns.context if self.turns else longest_prompt(ready) + longest
         return LocalRollout(
             engine, ready.tokenizer, context=context, max_rows=count_rows(engine, ready, context),
             stop_token_ids=stops,
         )  # fmt: skip
+
+
+def longest_prompt(ready: Prepared) -> int:
+    """Tokens of the longest one, held-out prompts included."""
+    return max(int(one.lengths.max()) for one in (ready.rows, ready.eval_rows) if one is not None)
 
 
 def find_stops(run: RlhfRun, ready: Prepared) -> list[int]:
