@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 TWO := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-rl test test-fast test-slow check format clean
+.PHONY: help setup demo demo-rl test test-fast test-slow test-vllm check format clean
 
 help: ## show this list
 	@awk -F ':[^#]*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,13 +35,17 @@ demo-rl: $(STAMP) ## teach it sums of one digit by rewards alone (about three mi
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo_rl.py
 
 test: $(STAMP) ## run every test, as continuous integration does (about a quarter of an hour on two cores)
-	$(PYTEST) $(TWO) --durations=10 -m 'not slow_suite' $(ARGS)
+	$(PYTEST) $(TWO) --durations=10 -m 'not slow_suite and not vllm' $(ARGS)
 
 test-fast: $(STAMP) ## run the tests that take seconds
-	$(PYTEST) -m 'not slow and not slow_suite' $(ARGS)
+	$(PYTEST) -m 'not slow and not slow_suite and not vllm' $(ARGS)
 
 test-slow: $(STAMP) ## run the random cases that the other targets try a few of (minutes)
 	$(PYTEST) --durations=10 -m slow_suite $(ARGS)
+
+test-vllm: ## run what needs vLLM, on the CPU in .venv-vllm (made once: minutes, 3 GB; then minutes)
+	@sh scripts/setup_vllm.sh
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm $(ARGS) tests/vllm
 
 check: $(STAMP) ## lint, formatting and who may import whom
 	$(BIN)/ruff check .
@@ -53,5 +57,5 @@ format: $(STAMP) ## reformat the code and apply the linter's safe fixes
 	$(BIN)/ruff format .
 
 clean: ## remove .venv and every cache; runs under output/ stay
-	rm -rf .venv build dist .pytest_cache .ruff_cache .import_linter_cache src/*.egg-info
+	rm -rf .venv .venv-vllm build dist .pytest_cache .ruff_cache .import_linter_cache src/*.egg-info
 	find src tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +

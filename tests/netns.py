@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +43,14 @@ def missing() -> str | None:
     return None if link.returncode == 0 else f"no veth links: {link.stderr.strip()}"
 
 
+def words_of(pid: int) -> str:
+    """Its arguments, nothing when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
 @dataclass
 class Machine:
     """One namespace; what ran in it is found by `processes`."""
@@ -54,8 +63,9 @@ class Machine:
         return call("ip", "netns", "exec", self.name, *words, check=check)
 
     def processes(self) -> list[int]:
-        found = call("ip", "netns", "pids", self.name).stdout.split()
-        return [int(pid) for pid in found if self.sshd is None or int(pid) != self.sshd.pid]
+        """What runs there beside sshd, which may keep a process for a connection that is dead."""
+        found = [int(pid) for pid in call("ip", "netns", "pids", self.name).stdout.split()]
+        return [pid for pid in found if not words_of(pid).startswith("sshd:") and words_of(pid)]
 
 
 @dataclass
@@ -98,8 +108,8 @@ class Network:
             f"  UserKnownHostsFile {self.folder / 'known'}\n"
         )
 
-    def start_sshd(self, machine: Machine, *lines: str) -> None:
-        """Starts it, or again with other settings."""
+    def start_sshd(self, machine: Machine, *lines: str, mounts: Sequence[tuple[Path, Path]] = ()) -> None:
+        """Starts it, or again with other settings, and with files of its own: (the file, what it hides)."""
         self.stop_sshd(machine)
         shutil.copy(self.folder / "user.pub", self.folder / "authorized")
         for path in (self.folder, self.folder / "authorized"):
@@ -111,8 +121,10 @@ class Network:
         )
         config.write_text(text + "".join(f"{line}\n" for line in lines))
         Path("/run/sshd").mkdir(exist_ok=True)
+        # `ip netns exec` has made a mount namespace, so nobody else sees these.
+        hide = "".join(f"mount --bind {file} {place}; " for file, place in mounts)
         machine.sshd = subprocess.Popen(
-            ["ip", "netns", "exec", machine.name, SSHD, "-D", "-e", "-f", str(config)],
+            ["ip", "netns", "exec", machine.name, "sh", "-ec", f"{hide}exec {SSHD} -D -e -f {config}"],
             stderr=(self.folder / f"{machine.name}.log").open("ab"),
         )
         machine.run(sys.executable, "-c", WAIT, machine.address)
@@ -126,9 +138,9 @@ class Network:
     def clear(self) -> None:
         """Removes what an interrupted test run left."""
         for machine in self.machines:
-            for pid in machine.processes():
-                call("kill", "-9", str(pid), check=False)
             self.stop_sshd(machine)
+            for pid in call("ip", "netns", "pids", machine.name).stdout.split():
+                call("kill", "-9", pid, check=False)
         for name in [f"{BRIDGE}net", *(f"sw{i}" for i in range(8))]:
             call("ip", "netns", "del", name, check=False)
 

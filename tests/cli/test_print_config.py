@@ -149,13 +149,13 @@ def test_env_block_sets_what_is_not_set(
     [
         (
             "c.yaml",
-            "lerning_rate: 1\nmerge_lora: true\n",
+            "lerning_rate: 1\nto_hf: true\n",
             "unknown flag lerning_rate in {path}; did you mean",
         ),
         (
             "c.yaml",
-            "lerning_rate: 1\nmerge_lora: true\n",
-            "error: merge_lora in {path} belongs to swift export",
+            "lerning_rate: 1\nto_hf: true\n",
+            "error: to_hf in {path} belongs to swift export",
         ),
         ("c.yaml", "max_length: [1, 2]\n", "max_length in {path} takes one value, got 2: 1 2"),
         ("c.yaml", "max_length: long\n", "max_length in {path} expects a whole number, got 'long'"),

@@ -68,7 +68,7 @@ def test_rewards_rise_and_the_log_tells_the_truth(workers, tiny_llama_dir, tmp_p
     write_prompts(tmp_path)
     flags = ("--max_steps", "16", "--log_completions", "true", "--reward_funcs", "spaces", "judged_rows")
     flags = (*flags, "--reward_weights", "1", "0", "--split_dataset_ratio", "0.1")
-    flags = (*flags, "--learning_rate", "2e-2", "--lr_scheduler_type", "constant")
+    flags = (*flags, "--learning_rate", "2e-2", "--lr_scheduler_type", "constant", "--log_entropy", "true")
     result = workers.run(command(tiny_llama_dir, tmp_path, tmp_path / "out", *flags, "--eval_steps", "8"))
     assert result.code == 0, result.stderr[-3000:]
     assert (

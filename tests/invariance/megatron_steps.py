@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from megatron_jobs import run_each
 from safetensors.torch import load_file, save_file
-from steps import OPTIM, RATE, UNSEEN, make_batches, make_objective
+from steps import OPTIM, RATE, STATS, TEMPERATURE, UNSEEN, make_batches, make_objective, take_online_steps
 from transformers import AutoConfig
 
 from swift.config.layout import Layout
@@ -38,6 +38,7 @@ def run_case(ranks: Ranks, layout: Layout, case: dict[str, Any]) -> None:
     engine = MegatronEngine(
         chunks, settings, OPTIM, vocabulary=config.vocab_size, learning_rate=RATE, total_steps=case["steps"],
         ranks=ranks, context=context_ranks(case["context"]), wrapping=wrapping, files=Files(config, source),
+        temperature=TEMPERATURE,
     )  # fmt: skip
     left = load_file(source / "model.safetensors")
     for name, tensor in engine.weights():  # on every rank
@@ -61,10 +62,8 @@ def run_case(ranks: Ranks, layout: Layout, case: dict[str, Any]) -> None:
     unseen = make_batches(UNSEEN)[engine.data_rank :: engine.data_world]
     found["eval"] = engine.measure(unseen, make_objective()).means()["loss/tokens"]
     assert all(torch.equal(tensor, handed[name]) for name, tensor in engine.weights())
-    stats = engine.forward(
-        make_batches(UNSEEN)[:1], frozenset({"logps", "correct", "logits_mean", "mean_logps"})
-    )
-    found["stats"] = {name: getattr(stats[0], name).double().sum().item() for name in
-                      ("logps", "correct", "logits_mean", "mean_logps")}  # fmt: skip
+    stats = engine.forward(make_batches(UNSEEN)[:1], frozenset(STATS))
+    found["stats"] = {name: getattr(stats[0], name).double().sum().item() for name in STATS}
+    found["online"] = take_online_steps(engine)
     if ranks.rank == ranks.world - 1:  # which is not the one that speaks, in most layouts
         write_json(result, found)

@@ -7,6 +7,7 @@ import importlib.util
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from test_layouts import make_rows
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from swift.batch import Batch
 from swift.config.optim import OptimConfig
 from swift.config.parallel import ParallelConfig
 from swift.data.collate import collate
@@ -23,10 +25,14 @@ from swift.engines.ranks import join_ranks
 from swift.engines.transformers.engine import TransformersEngine
 from swift.engines.transformers.wrap import load_zero, wrap
 from swift.models.load import load_tokenizer
+from swift.objectives.distill import Distill
+from swift.objectives.policy import Policy, PolicyRule
 from swift.objectives.sft import Sft
 from swift.rollout.local import LocalRollout
 from swift.rollout.types import Request, Sampling
 
+POLICY = Policy(PolicyRule(beta=0.1, log_entropy=True, has_rollout_logps=True,
+                           rollout_importance_sampling_mode="token_truncate"))  # fmt: skip
 # Rows of each step. The last are uneven, and leave ranks without a trained token (row 4) or a row.
 STEPS = ((0, 1, 2, 3, 4, 5, 6, 7), (4, 1, 2, 5, 3), (4, 1))
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
@@ -65,7 +71,10 @@ def run_cases(rank: int, world: int, models: dict[str, str], folder: str) -> Non
         if size not in ranks:
             ranks[size], _ = join_ranks(torch.device("cpu"), 120, sequence_size=size)
         lora, recompute = model.endswith("lora"), "recompute" in extras
-        engine = build_engine(models[model], kind, ranks[size], lora=lora, recompute=recompute)
+        taught_by = models["llama-one-kv-head"] if model == "qwen3" else None
+        engine = build_engine(
+            models[model], kind, ranks[size], lora=lora, recompute=recompute, taught_by=taught_by
+        )
         check_weights(engine, load_file(f"{folder}/{model}/model.safetensors"))
         record(engine, models[model], Path(folder) / f"{world}-{layout}-{model}")
 
@@ -93,8 +102,11 @@ def check_weights(engine: TransformersEngine, expected: dict[str, torch.Tensor])
     assert left == {}
 
 
-def build_engine(directory: str, kind: str, ranks, *, lora: bool, recompute: bool) -> TransformersEngine:
+def build_engine(
+    directory: str, kind: str, ranks, *, lora: bool, recompute: bool, taught_by: str | None
+) -> TransformersEngine:
     model = load_for_training(directory, lora=lora)
+    teacher = load_for_training(taught_by, lora=False) if taught_by else None
     wrapper = partial(wrap, parallel=ParallelConfig(fsdp="fsdp2" if kind == "fsdp" else None))
     if kind.startswith("zero"):
         zero = load_zero()
@@ -111,8 +123,35 @@ def build_engine(directory: str, kind: str, ranks, *, lora: bool, recompute: boo
     # A rate of zero keeps the weights where they are: every step is compared at the same point.
     return TransformersEngine(
         model, OptimConfig(max_grad_norm=1e-3), learning_rate=0.0, total_steps=10, ranks=ranks,
-        wrapper=wrapper, gradient_checkpointing=recompute,
+        wrapper=wrapper, gradient_checkpointing=recompute, frozen=teacher,
     )  # fmt: skip
+
+
+def make_online_batches(engine: TransformersEngine, chosen: tuple[int, ...]) -> list[Batch]:
+    """This rank's answers with advantages, in micro-batches of two; the old policy is near the new one."""
+    rows, mine = make_rows(), chosen[engine.data_rank :: engine.data_world]
+    batches = [collate([rows[i] for i in mine[j : j + 2]]) for j in range(0, len(mine), 2)]
+    for number, (batch, stats) in enumerate(
+        zip(batches, engine.forward(batches, frozenset({"logps"})), strict=True)
+    ):
+        numbers_T = torch.tensor(mine[2 * number : 2 * number + 2])[batch.segment_ids]
+        noise_T = 0.4 * torch.sin(7.0 * batch.input_ids + numbers_T) * batch.trained
+        batch.token["advantages"] = torch.cos(numbers_T + 1.0)
+        for name, share in (("old_logps", 1.0), ("ref_logps", -0.5), ("rollout_logps", 0.7)):
+            batch.token[name] = stats.logps.cpu() + share * noise_T
+    return batches
+
+
+def record_online(engine: TransformersEngine) -> tuple[dict[str, dict[str, float]], dict[str, torch.Tensor]]:
+    """Means and gradients of a step of a policy, and of one with a teacher where the engine has one."""
+    means, gradients = {}, {}
+    for objective in (POLICY, *((Distill(),) if engine.frozen else ())):
+        name = type(objective).__name__
+        means[name] = engine.forward_backward(make_online_batches(engine, STEPS[1]), objective).means()
+        found = {f"{name} {n}": read_gradient(p) for n, p in engine.model.named_parameters()}
+        gradients |= {key: gradient.clone() for key, gradient in found.items() if gradient is not None}
+        engine.optim_step()
+    return means, gradients
 
 
 def answer(engine: TransformersEngine, directory: str) -> list[list[float]]:
@@ -143,9 +182,11 @@ def record(engine: TransformersEngine, directory: str, path: Path) -> None:
         info = engine.optim_step()
         numbers.append([*sums.pairs["loss/tokens"], *sums.pairs["token_acc"], info.grad_norm])
         numbers[-1] += engine.measure(batches, Sft()).pairs["loss/tokens"]
+    means, found = record_online(engine)
+    gradients |= found
     if engine.ranks.is_main:
         save_file(gradients, f"{path}.safetensors")
-        path.with_name(path.name + ".json").write_text(json.dumps([numbers, answers]))
+        path.with_name(path.name + ".json").write_text(json.dumps([numbers, answers, means]))
 
 
 def read_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
@@ -176,9 +217,9 @@ def recorded(workers, make_tiny_model_dir, tmp_path_factory):
         result = workers.run([], world, hook=f"{__file__}:run_cases", hook_arguments=arguments)
         assert result.code == 0, result.stderr[-5000:]
 
-    def read(case: str) -> tuple[list[list[float]], list[list[list[float]]], dict[str, torch.Tensor]]:
-        numbers, answers = json.loads((folder / f"{case}.json").read_text())
-        return numbers, answers, load_file(folder / f"{case}.safetensors")
+    def read(case: str) -> tuple[list[Any], dict[str, torch.Tensor]]:
+        """[numbers, answers, means] and gradients."""
+        return json.loads((folder / f"{case}.json").read_text()), load_file(folder / f"{case}.safetensors")
 
     return read
 
@@ -190,14 +231,19 @@ def recorded(workers, make_tiny_model_dir, tmp_path_factory):
 def test_a_layout_gives_what_one_process_gives(recorded, world, layout, model):
     if layout.startswith("zero") and not HAS_DEEPSPEED:
         pytest.skip("deepspeed is not installed")
-    numbers, answers, gradients = recorded(f"{world}-{layout}-{model}")
-    expected_numbers, expected_answers, expected_gradients = recorded(f"1-single-{model}")
+    (numbers, answers, means), gradients = recorded(f"{world}-{layout}-{model}")
+    (expected_numbers, expected_answers, expected_means), expected_gradients = recorded(f"1-single-{model}")
     for ours, theirs in zip(answers, expected_answers, strict=True):
         for one, other in zip(ours, theirs, strict=True):
             assert one == pytest.approx(other, abs=1e-5)
     assert gradients.keys() == expected_gradients.keys() and gradients
     for key, expected in expected_gradients.items():
-        assert (gradients[key] - expected).norm() <= 1e-6 * expected.norm(), key
+        # Advantages of both signs cancel, and what is left has lost a digit.
+        tolerance = 1e-5 if key.startswith("Policy") else 1e-6
+        assert (gradients[key] - expected).norm() <= tolerance * expected.norm(), key
+    assert means.keys() == expected_means.keys() and 0 < means["Policy"]["clip_ratio/region_mean"] < 1
+    for name, found in means.items():
+        assert found == pytest.approx(expected_means[name], rel=1e-5, abs=1e-6), name
     residuals = []
     for step, (ours, theirs) in enumerate(zip(numbers, expected_numbers, strict=True)):
         # torch's float32 norm on the CPU is off by 1e-6 where experts are fused; DeepSpeed adds in float64.

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from steps import OPTIM, RATE, UNSEEN, make_batches, make_objective
+from steps import OPTIM, RATE, STATS, TEMPERATURE, UNSEEN, make_batches, make_objective, take_online_steps
 from transformers import AutoModelForCausalLM
 
 from swift.engines.transformers.engine import TransformersEngine
@@ -73,21 +73,21 @@ def models(make_tiny_model_dir, tmp_path_factory) -> dict[str, Path]:
 
 def train(path: Path, steps: int) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    engine = TransformersEngine(model, OPTIM, learning_rate=RATE, total_steps=steps)
+    engine = TransformersEngine(model, OPTIM, learning_rate=RATE, total_steps=steps, temperature=TEMPERATURE)
     rows, gradients = [], {}
     for step in range(steps):
         sums = engine.forward_backward(make_batches(step), make_objective())
         if step == 0:
             gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         rows.append([sums.means()["loss/tokens"], engine.optim_step().grad_norm])
-    needs = ("logps", "correct", "logits_mean", "mean_logps")
-    stats = engine.forward(make_batches(UNSEEN)[:1], frozenset(needs))[0]
+    stats = engine.forward(make_batches(UNSEEN)[:1], frozenset(STATS))[0]
     return {
         "rows": rows,
         "gradients": gradients,
         "parameters": list(engine.num_parameters),
         "eval": engine.measure(make_batches(UNSEEN), make_objective()).means()["loss/tokens"],
-        "stats": {name: getattr(stats, name).double().sum().item() for name in needs},
+        "stats": {name: getattr(stats, name).double().sum().item() for name in STATS},
+        "online": take_online_steps(engine),
     }
 
 
@@ -120,6 +120,8 @@ def compare(world: int, steps: int, models: dict[str, Path], megatron_workers: A
             assert mine[1] == pytest.approx(theirs[1], rel=1e-4), f"{about}: gradient norm of step {step}"
         assert found["eval"] == pytest.approx(reference["eval"], rel=1e-5), about
         assert found["stats"] == pytest.approx(reference["stats"], rel=1e-4), about
+        for mine, theirs in zip(found["online"], reference["online"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6), about
         if not one["sliced"]:
             compare_gradients(Path(one["result"]).with_suffix(".safetensors"), reference["gradients"], about)
 

@@ -286,7 +286,7 @@ def test_tokens_above_the_threshold_of_entropy_are_a_share():
     entropy = torch.tensor([0.1, 2.0, 0.5, 1.0, 3.0])
     assert entropy_threshold(entropy, 0.4) == 2.0
     assert entropy_threshold(entropy, 1.0) == pytest.approx(0.1)
-    assert entropy_threshold(entropy, 0.01) == 3.0
+    assert entropy_threshold(entropy, 0.01) == 3.0 and entropy_threshold(entropy[:0], 0.2) == 0.0
 
 
 def test_extremes_keep_the_least_and_the_largest():

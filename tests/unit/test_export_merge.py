@@ -71,7 +71,8 @@ def test_merged_model_reloads_in_plain_transformers_with_the_adapters_logits(
     assert visible(tmp_path) == ["checkpoint-9", "checkpoint-9-merged"]
     tokenizer = AutoTokenizer.from_pretrained(merged)
     texts = render_texts(tokenizer)
-    assert texts[0].startswith("<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n")
+    opening = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWho are you?<|im_end|>\n"
+    assert texts[0].startswith(f"{opening}<|im_start|>assistant\n")
     reference = compute_logits(load_adapter(load(base), checkpoint, trainable=False), tokenizer, texts)
     reloaded = AutoModelForCausalLM.from_pretrained(merged).eval()
     assert reloaded.dtype == torch.float32
@@ -82,6 +83,7 @@ def test_merged_model_reloads_in_plain_transformers_with_the_adapters_logits(
 
 
 def test_everything_but_the_weights_is_the_base_models(checkpoint: Path, tiny_llama_dir: Path) -> None:
+    (checkpoint / "args.json").write_text(json.dumps({**RUN_ARGS, "system": None}))
     assert export(checkpoint) == 0
     merged = checkpoint.with_name("checkpoint-9-merged")
     same = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -230,7 +232,7 @@ def test_the_base_model_is_found_or_named(tmp_path: Path, tiny_llama_dir: Path, 
         export(checkpoint, output_dir=str(tmp_path / "x"), load_args=False)
     assert export(checkpoint, output_dir=str(tmp_path / "x"), model=str(tiny_llama_dir)) == 0
     other = make_tiny_model_dir(tmp_path, "llama", hidden_size=32)
-    with pytest.raises(ConfigError, match="does not fit the model"):
+    with pytest.raises(ConfigError, match=r"does not fit .*lora_A\S* is \[8, 64\], not \[8, 32\]"):
         export(checkpoint, output_dir=str(tmp_path / "y"), model=str(other))
     assert "y" not in visible(tmp_path)
 
@@ -241,7 +243,7 @@ def test_a_tokenizer_that_training_changed_is_kept(checkpoint: Path, tiny_llama_
     tokenizer.save_pretrained(checkpoint)
     assert export(checkpoint) == 0
     merged = load_tokenizer(checkpoint.with_name("checkpoint-9-merged"))
-    assert merged.chat_template == tokenizer.chat_template
+    assert merged.chat_template.endswith(tokenizer.chat_template)  # after the system prompt
 
 
 def test_mistakes_in_words(checkpoint: Path, tmp_path: Path, tiny_llama_dir: Path) -> None:
@@ -251,7 +253,7 @@ def test_mistakes_in_words(checkpoint: Path, tmp_path: Path, tiny_llama_dir: Pat
         run_export(build(ExportRun, {"merge_lora": True, "adapters": (str(checkpoint), "b")}))
     with pytest.raises(ConfigError, match=r"--adapters .*nope: no such directory"):
         export(tmp_path / "nope")
-    with pytest.raises(ConfigError, match="is the checkpoint itself"):
+    with pytest.raises(ConfigError, match="is the source itself"):
         export(checkpoint, output_dir=str(checkpoint), exist_ok=True)
     own = tmp_path / "own"
     shutil.copytree(tiny_llama_dir, own)

@@ -13,7 +13,16 @@ from swift.data.formats import to_sample
 from swift.data.preference import PromptSample
 from swift.data.sources import open_rows
 from swift.infer import batch
-from swift.infer.batch import Rejects, Stats, answer_rows, load_questions, mend_last_line, report, result_row
+from swift.infer.batch import (
+    Rejects,
+    Stats,
+    answer_rows,
+    leave_out_answered,
+    load_questions,
+    mend_last_line,
+    report,
+    result_row,
+)
 from swift.infer.engine import Completion, TransformersInferEngine
 
 GREEDY = GenerationConfig(temperature=0, max_new_tokens=5)
@@ -31,6 +40,14 @@ def read_rows(path: Path) -> list[dict]:
 
 def load(path: Path, **options) -> tuple[list[PromptSample], Rejects]:
     return load_questions([str(path)], InferOptions(dataset_shuffle=False, **options), seed=3, columns={})
+
+
+def run(engine, path: Path, questions, rejects, *, sampling=GREEDY, **options) -> Stats:
+    stats = Stats()
+    left = leave_out_answered(questions, path, stats)
+    settings = InferOptions(**options)
+    answer_rows(engine, left, rejects, stats, options=settings, sampling=sampling, result_path=path)
+    return stats
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +98,7 @@ def test_rows_come_in_order_with_every_batch_size_and_window(engine, questions_f
     assert len(set(alone)) > 2
     for number, (size, window) in enumerate([(1, 1), (2, 2), (5, 1000), (3, -1)]):
         path = tmp_path / f"{number}.jsonl"
-        options = InferOptions(max_batch_size=size, write_batch_size=window)
-        stats = answer_rows(engine, questions, rejects, options=options, sampling=GREEDY, result_path=path)
+        stats = run(engine, path, questions, rejects, max_batch_size=size, write_batch_size=window)
         assert [row["response"] for row in read_rows(path)] == alone
         assert (stats.num_samples, stats.num_generated_tokens, stats.num_cut) == (5, 25, 5)
 
@@ -90,7 +106,7 @@ def test_rows_come_in_order_with_every_batch_size_and_window(engine, questions_f
 def test_result_rows_have_the_schema_and_train(engine, questions_file, tmp_path) -> None:
     questions, rejects = load(questions_file)
     path = tmp_path / "result.jsonl"
-    answer_rows(engine, questions, rejects, options=InferOptions(), sampling=GREEDY, result_path=path)
+    run(engine, path, questions, rejects)
     rows = read_rows(path)
     assert [list(row)[:4] for row in rows] == [["response", "labels", "logprobs", "messages"]] * 5
     assert rows[0]["labels"] == "A robot."
@@ -107,7 +123,7 @@ def test_answered_rows_can_be_answered_again(engine, questions_file, tmp_path) -
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
     for source, target in ((questions_file, first), (first, second)):
         questions, rejects = load(source)
-        answer_rows(engine, questions, rejects, options=InferOptions(), sampling=GREEDY, result_path=target)
+        run(engine, target, questions, rejects)
     for old, new in zip(read_rows(first), read_rows(second), strict=True):
         assert new["labels"] == old["response"] == new["response"]
         assert new["messages"] == old["messages"]
@@ -125,26 +141,58 @@ def test_writes_happen_window_by_window(engine, questions_file, tmp_path, monkey
     writes: list[int] = []
     monkeypatch.setattr(batch, "append_jsonl", lambda _, rows: writes.append(len(rows)))
     questions, rejects = load(questions_file)
-    options = InferOptions(write_batch_size=2, max_batch_size=4)
-    answer_rows(engine, questions, rejects, options=options, sampling=GREEDY, result_path=tmp_path / "x")
+    run(engine, tmp_path / "x", questions, rejects, write_batch_size=2, max_batch_size=4)
     assert writes == [2, 2, 1]
 
 
-def test_an_interrupt_keeps_the_answers_so_far(engine, questions_file, tmp_path, monkeypatch) -> None:
+def test_an_interrupted_run_is_finished_by_the_next(
+    engine, questions_file, tmp_path, monkeypatch, notices
+) -> None:
+    """What was written stays, and nothing that is drawn depends on where the run stopped."""
+    questions, rejects = load(questions_file)
+    sampling = GenerationConfig(temperature=1.2, max_new_tokens=5)
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "result.jsonl"
+    run(engine, whole, questions, rejects, sampling=sampling)
     complete = engine.complete
 
     def interrupted(*arguments, **options):
-        for number, answer in enumerate(complete(*arguments, **options)):
-            if number == 2:
-                raise KeyboardInterrupt
-            yield answer
+        answers = sorted(complete(*arguments, **options))
+        yield from (answers[i] for i in (1, 0, 4))  # 2 and 3 are not done yet
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(engine, "complete", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(engine, path, questions, rejects, sampling=sampling)
+    assert read_rows(path) == read_rows(whole)[:2]
+    monkeypatch.undo()
+    monkeypatch.setattr(batch, "say", notices.append)
+    stats = run(engine, path, questions, rejects, sampling=sampling, max_batch_size=2)
+    assert path.read_bytes() == whole.read_bytes()
+    assert (stats.num_samples, stats.num_compared) == (3, 2)
+    assert notices == [f"{path} has answers to 2 of 5 rows: they are left out"]
+    run(engine, path, questions, rejects, sampling=sampling)
+    assert path.read_bytes() == whole.read_bytes()
+
+
+def test_equal_questions_are_answered_as_often_as_they_are_asked(engine, tmp_path) -> None:
+    questions, rejects = load(write_rows(tmp_path / "twice.jsonl", [{"query": "a"}, {"query": "b"}] * 2))
+    path = tmp_path / "result.jsonl"
+    run(engine, path, questions[:1], rejects)
+    run(engine, path, questions, rejects)
+    assert [row["messages"][0]["content"] for row in read_rows(path)] == ["a", "b", "a", "b"]
+
+
+def test_log_probabilities_are_written_as_openai_does(engine, questions_file, tmp_path) -> None:
     questions, rejects = load(questions_file)
     path = tmp_path / "result.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        answer_rows(engine, questions, rejects, options=InferOptions(), sampling=GREEDY, result_path=path)
-    assert [row["messages"][0]["content"] for row in read_rows(path)] == [LONG, LONG + LONG]
+    run(engine, path, questions[:2], rejects, logprobs=True, top_logprobs=2)
+    for row in read_rows(path):
+        content = row["logprobs"]["content"]
+        assert len(content) == 5
+        assert bytes(content[0]["bytes"]).decode() == content[0]["token"]
+        assert content[0]["logprob"] == pytest.approx(content[0]["top_logprobs"][0]["logprob"])  # greedy
+        assert content[0]["top_logprobs"][0]["token"] == content[0]["token"]
+        assert [len(token["top_logprobs"]) for token in content] == [2] * 5
 
 
 def test_existing_rows_stay_and_a_torn_line_goes(engine, questions_file, tmp_path, notices) -> None:
@@ -152,7 +200,7 @@ def test_existing_rows_stay_and_a_torn_line_goes(engine, questions_file, tmp_pat
     path = tmp_path / "result.jsonl"
     path.write_text('{"response": "old"}\n{"response": "to')
     mend_last_line(path)
-    answer_rows(engine, questions[:2], rejects, options=InferOptions(), sampling=GREEDY, result_path=path)
+    run(engine, path, questions[:2], rejects)
     rows = read_rows(path)
     assert len(rows) == 3
     assert rows[0] == {"response": "old"}
@@ -176,9 +224,7 @@ def test_rows_that_cannot_be_used_are_counted_with_their_places(engine, tmp_path
     path = write_rows(tmp_path / "mixed.jsonl", rows)
     questions, rejects = load(path)
     result = tmp_path / "result.jsonl"
-    stats = answer_rows(
-        engine, questions, rejects, options=InferOptions(), sampling=GREEDY, result_path=result
-    )
+    stats = run(engine, result, questions, rejects)
     assert len(read_rows(result)) == stats.num_samples == 1
     places = sorted(place for places in rejects.places.values() for place in places)
     assert places == [f"{path} line {line}" for line in (2, 3, 4, 5)]
@@ -197,9 +243,7 @@ def test_strict_stops_at_the_first_row(engine, tmp_path) -> None:
     path = write_rows(tmp_path / "long.jsonl", [{"query": "Hi"}, {"query": LONG * 16}])
     questions, rejects = load(path, strict=True)
     with pytest.raises(ConfigError, match=r"long\.jsonl line 2: longer than the context of 400 tokens"):
-        answer_rows(
-            engine, questions, rejects, options=InferOptions(), sampling=GREEDY, result_path=tmp_path / "r"
-        )
+        run(engine, tmp_path / "r", questions, rejects)
 
 
 def test_nothing_usable_is_an_error(tmp_path, notices) -> None:
@@ -220,7 +264,7 @@ def test_a_sample_keeps_the_order_and_follows_the_seed(tmp_path) -> None:
 def test_accuracy_compares_stripped_text_of_labelled_rows(tmp_path, notices) -> None:
     stats = Stats()
     for text, labels, reason in [(" 12\n", "12", "stop"), ("13", "12", "length"), ("x", None, "stop")]:
-        stats.add(Completion(text, [1, 2], reason, 10), labels)
+        stats.add(Completion(text, [1, 2], reason, 10, []), labels)
     report(stats, Rejects(strict=False), metric="acc", result_path=tmp_path / "r.jsonl")
     assert notices[:2] == [
         "1 of 3 answers were cut by --max_new_tokens or the context",

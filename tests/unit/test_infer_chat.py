@@ -34,7 +34,7 @@ class Parrot:
         if question == "interrupt":
             raise KeyboardInterrupt
         yield question
-        return Completion(f"re: {question}", [1, 2], self.finish_reason, 3)
+        return Completion(f"re: {question}", [1, 2], self.finish_reason, 3, [])
 
 
 class Session:

@@ -14,6 +14,7 @@ import torch
 from swift.config.generation import GenerationConfig
 from swift.config.model import ModelConfig
 from swift.config.template import TemplateConfig
+from swift.infer import engine as engine_module
 from swift.infer.engine import PromptTooLong, TransformersInferEngine
 from swift.rollout.detokenize import TextStream, decode_text
 
@@ -167,53 +168,95 @@ def test_sampling_follows_its_seed_and_leaves_the_random_state_alone(engine) -> 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ({}, (True, 0.6, 0.9, 20)),
-        ({"temperature": 0}, (False, 0.6, 0.9, 20)),
-        ({"temperature": 0, "top_p": 0.5, "top_k": 3}, (False, 0.6, 0.9, 20)),
-        ({"temperature": 0.3}, (True, 0.3, 0.9, 20)),
-        ({"top_p": 0.5, "top_k": -1}, (True, 0.6, 0.5, 0)),
+        ({}, (0.6, 0.9, 20)),
+        ({"temperature": 0}, (0.0, 0.9, 20)),
+        ({"temperature": 0.3}, (0.3, 0.9, 20)),
+        ({"top_p": 0.5, "top_k": -1}, (0.6, 0.5, 0)),
     ],
 )
 def test_flags_override_generation_config(engine, flags, expected) -> None:
     defaults = engine.model.generation_config
     defaults.do_sample, defaults.temperature, defaults.top_p, defaults.top_k = True, 0.6, 0.9, 20
-    settings = engine._settings(GenerationConfig(**flags), 4)
-    merged, _ = engine.model._prepare_generation_config(settings)
-    assert (merged.do_sample, merged.temperature, merged.top_p, merged.top_k) == expected
-    assert (merged.max_new_tokens, merged.num_beams) == (4, 1)
+    settled = engine.settle(GenerationConfig(**flags))
+    assert (settled.temperature, settled.top_p, settled.top_k) == expected
+    assert settled.repetition_penalty == 1
 
 
-def test_greedy_is_silent_where_the_model_prefers_sampling(model_dir, caplog) -> None:
-    engine = TransformersInferEngine.load(model_dir, model=ModelConfig(device="cpu"))
-    defaults = engine.model.generation_config
-    defaults.do_sample, defaults.temperature, defaults.top_p, defaults.top_k = True, 0.6, 0.9, 20
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    logger.addHandler(caplog.handler)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            first, second = (engine.generate([user("Hi")], replace(GREEDY, seed=s))[0] for s in (1, 2))
-    finally:
-        logger.removeHandler(caplog.handler)
-        logger.setLevel(level)
-    assert caplog.messages == []
-    assert first == second
+def test_without_sampling_in_the_file_answers_are_greedy_unless_a_flag_draws(engine) -> None:
+    engine.model.generation_config.temperature = 0.6
+    assert engine.settle(GenerationConfig()).temperature == 0
+    assert engine.settle(GenerationConfig(repetition_penalty=1.1)).temperature == 0
+    assert engine.settle(GenerationConfig(top_p=0.5)).temperature == 0.6
+
+
+def test_stop_words_end_answers(engine) -> None:
+    free = engine.generate([user("Hi")], GREEDY)[0].text
+    stopped, other = (
+        engine.generate([user("Hi")], replace(GREEDY, stop_words=(w,)))[0] for w in (free[3:5], "@")
+    )
+    assert (stopped.text, stopped.finish_reason) == (free[: free.index(free[3:5])], "stop")
+    assert other.text == free
 
 
 def test_closing_a_stream_stops_the_model(engine) -> None:
     stream = engine.stream(user("Hi"), GenerationConfig(temperature=0))
     list(itertools.islice(stream, 2))
     stream.close()
-    assert [t.name for t in threading.enumerate() if t.name == "generate"] == []
     assert engine.generate([user("Hi")], GREEDY)[0].num_generated_tokens == 12
 
 
-def test_an_error_in_the_model_reaches_the_reader_of_the_stream(engine, monkeypatch) -> None:
+@pytest.fixture(scope="module")
+def padded(model_dir) -> TransformersInferEngine:
+    """The same model, as one that our decoder cannot run."""
+    return TransformersInferEngine.load(model_dir, model=ModelConfig(device="cpu", attn_impl="sdpa"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"stop_words": ("e",)}, {"repetition_penalty": 1.5}])
+def test_generate_gives_the_answers_of_the_decoder(engine, padded, settings) -> None:
+    assert engine.by_decoder and not padded.by_decoder
+    sampling, prompts = replace(GREEDY, **settings), [user(q) for q in QUESTIONS]
+    expected = engine.generate(prompts, sampling)
+    for batch_size in (1, 4):
+        answers = padded.generate(prompts, sampling, batch_size=batch_size)
+        assert [replace(a, logps=[]) for a in expected] == answers
+    assert [type(a.logps[0]) for a in expected] == [float] * len(QUESTIONS)
+
+
+def test_streams_of_generate(engine, padded, monkeypatch, caplog) -> None:
+    """Text, its end, what stops it, and errors in the thread that computes."""
+    defaults = padded.model.generation_config
+    monkeypatch.setattr(defaults, "do_sample", True)  # no warning about it when greedy
+    monkeypatch.setattr(defaults, "top_k", 20)
+    logger = logging.getLogger("transformers")
+    monkeypatch.setattr(logger, "level", logging.WARNING)
+    logger.addHandler(caplog.handler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pieces = list(padded.stream(user("Hi"), GREEDY))
+    logger.removeHandler(caplog.handler)
+    assert caplog.messages == []
+    assert "".join(pieces) == engine.generate([user("Hi")], GREEDY)[0].text
+    assert len(pieces) > 3
+    state = torch.get_rng_state()
+    stream = padded.stream(user("Hi"), WILD)
+    list(itertools.islice(stream, 2))
+    stream.close()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [t.name for t in threading.enumerate() if t.name == "generate"] == []
+
     def fail(**_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(engine.model, "generate", fail)
+    monkeypatch.setattr(padded.model, "generate", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(engine.stream(user("Hi"), GREEDY))
+        list(padded.stream(user("Hi"), GREEDY))
+
+
+def test_a_model_that_needs_padding_is_told_once(model_dir, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(engine_module, "refusal_of_flat", lambda *_: "it has layers of type linear_attention")
+    TransformersInferEngine.load(model_dir, model=ModelConfig(device="cpu"))
+    told = capsys.readouterr().err
+    assert (
+        "LlamaForCausalLM answers through transformers' generate, because it has layers of type linear"
+        in told
+    )

@@ -108,6 +108,10 @@ def test_a_whole_checkpoint_keeps_its_own_weights(tmp_path, make_tiny_model_dir,
         ({}, "--model or --adapters is missing", ""),
         ({"model": "x", "repetition_penalty": 0.0}, "--repetition_penalty must be above 0", "1 = no"),
         ({"model": "x", "top_k": -5}, "--top_k must be at least -1", "all tokens"),
+        ({"model": "x", "top_logprobs": 2}, "--top_logprobs has no effect without --logprobs true", ""),
+        ({"model": "x", "logprobs": True}, "--logprobs is written with rows", "--val_dataset"),
+        ({"model": "x", "merge_lora": True}, "--merge_lora needs --adapters", "checkpoint"),
+        ({"model": "x", "quant_bits": 4}, "--quant_bits 4 has no effect without --quant_method", "bnb"),
     ],
 )
 def test_mistakes_are_named(trained, flags, message, hint) -> None:
@@ -146,6 +150,11 @@ def test_adapters_change_the_answers(trained, tiny_llama_dir, tmp_path, notices)
         answers.append(answer(path))
     assert len(answers[0]) == len(answers[1]) == 2
     assert answers[0] != answers[1]
+    merged = tmp_path / "merged.jsonl"
+    run_infer(
+        infer_run(val_dataset=(data,), result_path=str(merged), system="Be brief.", merge_lora=True, **flags)
+    )
+    assert answer(merged) == answers[1]
 
 
 def test_a_plain_model_writes_under_result(tiny_llama_dir, trained, tmp_path, monkeypatch, notices) -> None:
@@ -163,7 +172,7 @@ def test_a_plain_model_writes_under_result(tiny_llama_dir, trained, tmp_path, mo
 def test_bad_data_and_bad_paths_are_found_before_the_model_is_loaded(
     tiny_llama_dir, trained, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(run_module, "load_engine", lambda _: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(run_module, "load_engine", lambda *_: pytest.fail("the model was loaded"))
     model = {"model": str(tiny_llama_dir)}
     with pytest.raises(ConfigError, match=r"missing\.jsonl"):
         run_infer(infer_run(val_dataset=(str(tmp_path / "missing.jsonl"),), **model))

@@ -22,7 +22,7 @@ class Command:
     distributed: bool = False
     defaults: tuple[tuple[str, Any], ...] = ()
     leading: tuple[str, ...] = ()  # flags that words before the first flag stand for; the last takes the rest
-    can_spread: bool = False  # over several processes, in this version
+    can_spread: bool = False  # over all GPUs by itself, where nothing says how many processes
     wraps: bool = False  # another command, which follows its own flags
 
     @property

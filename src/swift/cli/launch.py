@@ -18,10 +18,10 @@ from typing import Any
 
 from swift.cli import main
 from swift.cli.commands import find_command
-from swift.cli.flags import Resolved, resolve
+from swift.cli.flags import resolve
 from swift.cli.launch_checks import Plan, Report, check_nodes, node_variables, settle
 from swift.cli.launch_cluster import enter, find_place
-from swift.cli.launch_link import Link, LinkError, ask_all, open_links
+from swift.cli.launch_link import Link, LinkError, ask_all, close_all, open_links
 from swift.cli.launch_watch import Failure, Output, watch
 from swift.config.launch import LaunchRun
 from swift.config.layout import DEGREES
@@ -87,14 +87,14 @@ def run_launch(run: LaunchRun) -> int:
         main.note(f"node {place.rank} of {place.nodes}, from {place.maker}; node 0 is {place.master}")
         enter(place, port=run.port, processes=run.nproc_per_node)
         return main.run(argv, program=program)
-    resolved, config = _understand(program, argv)
+    values = _understand(program, argv)
     if run.ssh_password:
         env.put({"SSHPASS": run.ssh_password})
-    return Launch(run, hosts, program, argv, resolved, config).carry_out()
+    return Launch(run, hosts, values).carry_out()
 
 
-def _understand(program: str, argv: list[str]) -> tuple[Resolved, Any]:
-    """The command's flags and config, so that a mistake in them is told before any node is asked."""
+def _understand(program: str, argv: list[str]) -> dict[str, Any]:
+    """The command's values by flag, so that a mistake in them is told before any node is asked."""
     argv, warnings = main.repair_arguments(argv)
     if not argv:
         raise ConfigError(f"{program} needs a command", hint=f"{program} --help lists them")
@@ -103,26 +103,18 @@ def _understand(program: str, argv: list[str]) -> tuple[Resolved, Any]:
     resolved = resolve(command, [item for item in given if item.name != "print_config"])
     for line in warnings + resolved.notes:
         main.note(line if line.startswith("warning") else f"note: {line}")
-    config, _ = main.build_config(resolved)
-    return resolved, config
+    return main.build_config(resolved)[1]
 
 
 class Launch:
     """A command, the nodes for it, and its starts."""
 
     def __init__(
-        self,
-        run: LaunchRun,
-        hosts: Sequence[tuple[str, int | None]],
-        program: str,
-        argv: list[str],
-        resolved: Resolved,
-        config: Any,
+        self, run: LaunchRun, hosts: Sequence[tuple[str, int | None]], values: dict[str, Any]
     ) -> None:
         self.run = run
-        self.program, self.argv = program, argv
-        self.values: dict[str, Any] = dict(resolved.command.defaults) | resolved.values
-        self.config = config
+        self.program, *self.argv = run.command
+        self.values = values
         self.events: Queue[tuple[Link, str, Any]] = Queue()
         self.began = time.time()
         own = dict(item.split("=", 1) for item in run.env)
@@ -153,10 +145,7 @@ class Launch:
                 main.note(f"warning: {finding.host}: {finding.text}")
             return self._run_all(links, report)
         finally:
-            for link in links:
-                link.tell("stop", name="SIGTERM", grace=3.0)
-            for link in links:
-                link.close()
+            close_all(links)
 
     def _connect(self, hosts: list[str], *, checks: bool) -> tuple[list[Link], Report]:
         links = open_links(self.run, hosts, self.events, self.run.python or sys.executable)
@@ -178,17 +167,12 @@ class Launch:
             if not left or not failure.may_pass:
                 return failure.code
             links[:] = self._gather_again(links, report)
-            head = (
-                links[0].ask("checkpoint", root=self.plan.shared, since=self.began)
-                if self.plan.shared
-                else None
-            )
-            checkpoint = head or checkpoint
+            checkpoint = self._last_checkpoint(links[0]) or checkpoint
             where = (
-                f"from {checkpoint}" if checkpoint else "from the beginning: no checkpoint was written yet"
+                f"from {checkpoint}" if checkpoint else "from the beginning, no checkpoint was written yet"
             )
             main.note(
-                f"starting again on {len(links)} node(s) {where}; {left - 1} more restart(s) after this one"
+                f"starting again on {len(links)} node(s) {where}; restarts left after this one: {left - 1}"
             )
             output.clear()
         raise AssertionError("the last start returns")
@@ -207,13 +191,12 @@ class Launch:
         answers = ask_all(links, "start", words=words, variables=variables)
         for link, answer in answers.items():
             if isinstance(answer, LinkError):
-                return Failure(1, f"{link.host}: {answer.message}", (), (link,))
+                return Failure(1, f"{link.host}: {answer.message}")
         return watch(links, self.events, output)
 
     def _gather_again(self, links: list[Link], report: Report) -> list[Link]:
         """The nodes for another start: all of them, or those that are left where the layout allows it."""
-        for link in links:
-            link.close()
+        close_all(links)
         while not self.events.empty():
             self.events.get_nowait()
         links, found = self._connect([link.host for link in links], checks=False)
@@ -229,10 +212,15 @@ class Launch:
                 f"{world} process(es) on {len(left)} nodes are left; the layout needs a multiple of {share}",
                 hint="mend the node and go on with --resume_from_checkpoint",
             )
-        for link in links:
-            if link not in left:
-                link.close()
+        close_all(link for link in links if link not in left)
         return left
+
+    def _last_checkpoint(self, head: Link) -> str | None:
+        if self.plan.shared is None:
+            return None
+        since = self.began + head.clock
+        found = ask_all([head], "checkpoint", root=self.plan.shared, since=since)[head]
+        return found if isinstance(found, str) else None
 
     def _processes_that_share_a_model(self) -> int:
         names = (*DEGREES[:3], "sequence_parallel_size")
@@ -244,8 +232,9 @@ class Launch:
             return self.values.get("output_dir")
         if self.values.get("output_dir"):
             return str(self.values["output_dir"])
-        if self.values.get("resume_from_checkpoint"):
-            return str(self.values["resume_from_checkpoint"])
+        if self.values.get("resume_from_checkpoint"):  # a run goes on in its own directory
+            path = Path(self.values["resume_from_checkpoint"])
+            return str(path.parent if path.name.startswith("checkpoint-") else path)
         name = Path(str(self.values.get("model") or self.values.get("mcore_model"))).name
         return str(Path("megatron_output" if self.program == "megatron" else "output") / name)
 
@@ -266,11 +255,7 @@ def _tell(failure: Failure, folder: Path) -> None:
     if failure.code in (130, 143):
         main.note(failure.text)
         return
-    for line in failure.lines:
-        print(f"  {line}", file=sys.stderr)
-    print(f"error: {failure.text}", file=sys.stderr)
-    print(
-        f"hint: all nodes were stopped; what each process said is in {folder.absolute()}",
-        file=sys.stderr,
-        flush=True,
-    )
+    lines = [f"  {line}" for line in failure.lines]
+    lines += [] if failure.told else [f"error: {failure.text}"]
+    lines.append(f"hint: all nodes were stopped; what each process said is in {folder.absolute()}")
+    print("\n".join(lines), file=sys.stderr, flush=True)

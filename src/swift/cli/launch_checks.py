@@ -100,7 +100,7 @@ def settle(links: list[Link], plan: Plan) -> Report:
         seconds=25.0,
         variables=plan.variables,
         workdir=plan.workdir,
-        mark=lambda link: f"{plan.mark}-{link.index}",
+        mark=lambda link: f"{plan.mark}-{link.host}",
     )
     for answer in answers.values():
         if isinstance(answer, LinkError) and "FileNotFoundError" in answer.message:

@@ -120,16 +120,6 @@ class Link:
                 return LinkError(meaning, mend.format(host=self.host))
         return LinkError(f"the connection ended: {self.said[-1] if self.said else 'without a word'}")
 
-    def close(self) -> None:
-        """Ends the connection; the node ends what still runs there."""
-        with suppress(OSError):
-            assert self.process.stdin
-            self.process.stdin.close()
-        try:
-            self.process.wait(10.0)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-
     def _write(self, data: bytes) -> None:
         assert self.process.stdin
         with self.lock:
@@ -192,6 +182,21 @@ def ask_all(links: Iterable[Link], do: str, *, seconds: float = 30.0, **argument
     links = list(links)
     with ThreadPoolExecutor(max(1, len(links))) as pool:
         return dict(zip(links, pool.map(ask, links), strict=True))
+
+
+def close_all(links: Iterable[Link]) -> None:
+    """Ends the connections, upon which the nodes end what still runs there; waits until they have."""
+    links = list(links)
+    for link in links:
+        with suppress(OSError):
+            assert link.process.stdin
+            link.process.stdin.close()
+    deadline = time.monotonic() + CONNECT_SECONDS
+    for link in links:
+        try:
+            link.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            link.process.kill()
 
 
 def command_for(run: LaunchRun, host: str, python: str) -> list[str]:

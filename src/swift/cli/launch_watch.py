@@ -22,8 +22,9 @@ SILENT_SECONDS = 12.0  # without a heartbeat: a node is down, or the way to it i
 SETTLE_SECONDS = 3.0  # after the first failure: the node at fault may report after one that it brought down
 GRACE_SECONDS = 5.0  # from asking the others to end to killing them
 SAVE_SECONDS = 600.0  # the same after Ctrl-C: the step is finished, and what is being saved
-KEPT_LINES = 60
+KEPT_LINES = 400
 RANK = re.compile(r"\[rank(\d+)\] ?(.*)", re.DOTALL)
+TORCH = re.compile(r"^\[rank\d+\]: ?")  # torch puts it before lines of tracebacks
 AFTERMATH = re.compile(  # what processes say whose peer is gone
     "connection (closed|reset|refused|was)|broken pipe|nccl|dist(backend|network|store)error|signalexception"
     "|sigterm|gloo|timed? ?out|heartbeat|tcpstore|recvvalue|sendbytes|keyboardinterrupt",
@@ -39,7 +40,7 @@ class Failure:
     code: int
     text: str
     lines: tuple[str, ...] = ()
-    lost: tuple[Link, ...] = ()
+    told: bool = False  # on screen already, among what rank 0 said
 
     @property
     def may_pass(self) -> bool:
@@ -60,6 +61,7 @@ class Output:
     def take(self, link: Link, line: str) -> None:
         match = RANK.match(line)
         rank, text = (int(match[1]), match[2]) if match else (0 if self.single else None, line)
+        text = TORCH.sub("", text)
         who = f"{link.host} rank {rank}" if rank is not None else link.host
         self.write("all", f"[{who}] {text}")
         self.write(link.host, f"[rank {rank}] {text}" if rank is not None else text)
@@ -82,20 +84,19 @@ class Output:
         self.kept.clear()
         self.troubled.clear()
 
-    def first_error(self) -> tuple[str, tuple[str, ...]] | None:
-        """The error that the others followed from: where it was with its last line, and the lines before."""
+    def first_error(self) -> tuple[int, str, tuple[str, ...]] | None:
+        """The error that the others followed from: rank, place with its last line, the lines before."""
         ranked = []
         for (link, rank), moment in self.troubled.items():
             for who, block in _errors(list(self.kept[link, rank])):
-                rank_of = rank if rank is not None else who
+                of = rank if rank is not None else who
                 follows = AFTERMATH.search(block[-1]) is not None
-                ranked.append(
-                    (follows, rank is None, moment, f"{link.host} rank {rank_of}: {block[-1]}", block)
-                )
+                text = f"{link.host} rank {of}: {block[-1]}"
+                ranked.append((follows, rank is None, moment, of, text, block))
         if not ranked:
             return None
-        *_, text, block = min(ranked, key=lambda item: item[:3])
-        return text, tuple(block[:-1])
+        *_, where, text, block = min(ranked, key=lambda item: item[:3])
+        return where, text, tuple(block[:-1])
 
 
 def _errors(lines: list[str]) -> Iterator[tuple[int | None, list[str]]]:
@@ -144,16 +145,18 @@ def watch(links: list[Link], events: "Queue[tuple[Link, str, Any]]", output: Out
             lost = _follow(links, events, output, codes)
     except KeyboardInterrupt as interrupt:
         return _end_by_hand(links, events, output, codes, 143 if isinstance(interrupt, Terminate) else 130)
-    if not lost and not any(codes.values()):
+    wrong = [abs(code) for code in codes.values() if code]
+    if not lost and not wrong:
         return None
     _stop(links, events, output, codes, "SIGTERM", GRACE_SECONDS)
     failure = output.first_error()
-    wrong = [code for code in codes.values() if code]
-    code = 2 if 2 in wrong else max((abs(code) for code in wrong), default=1)
-    if lost and (failure is None or AFTERMATH.search(failure[0])):
-        return Failure(code or 1, f"{lost[0].host}: {_why_lost(lost[0])}", (), tuple(lost))
-    text, lines = failure or (f"the command ended with exit code {code}; no process said why", ())
-    return Failure(code, text, lines, tuple(lost))
+    code = 2 if 2 in wrong else next(iter(wrong), 1)
+    if lost and (failure is None or AFTERMATH.search(failure[1])):
+        return Failure(code, f"{lost[0].host}: {_why_lost(lost[0])}")
+    if failure is None:
+        return Failure(code, f"the command ended with exit code {code}; no process said why")
+    rank, text, lines = failure
+    return Failure(code, text, () if rank == 0 else lines, told=rank == 0 and code == 2)
 
 
 def _why_lost(link: Link) -> str:

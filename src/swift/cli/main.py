@@ -109,10 +109,6 @@ def execute(command: Command, resolved: Resolved, argv: list[str]) -> int:
         )
     config, values = build_config(resolved)
     if command.distributed and asks_for_processes():
-        if not command.can_spread:
-            raise ConfigError(
-                f"{command.title} on several processes: not yet", hint="unset NPROC_PER_NODE, NNODES"
-            )
         check_place()
         spread: int = load("swift.engines.launch:launch")(command.program, argv)
         return spread

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 from swift.config.model import DTYPES
-from swift.config.option import ConfigError, option
+from swift.config.option import ConfigError, option, require_package
+
+QUANT_METHODS = ("bnb", "fp8", "gptq", "awq")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +26,10 @@ class ExportOptions:
         False, help="compare the logits of both formats; the exit code says whether they agree"
     )
     test_convert_dtype: str = option("float32", help="precision of that comparison", choices=DTYPES)
+    to_ollama: bool = option(False, help="write a Modelfile with which `ollama create` takes the model")
+    to_peft_format: bool = option(
+        False, help="copy the adapters alone, in the format of PEFT, which they are always saved in"
+    )
     output_dir: str | None = option(
         None, help="where the result goes; none = beside the source, with a suffix"
     )
@@ -35,21 +41,31 @@ class ExportOptions:
         """Whether weights change their format."""
         return self.to_mcore or self.to_hf
 
-    def check(self, model: str | None) -> None:
-        """Raises ConfigError unless one thing is asked for, with what it needs. `model` is --model."""
-        kinds = ("merge_lora", "to_cached_dataset", "to_mcore", "to_hf")
+    def check(self, model: str | None, *, quant_method: str | None = None, pushes: bool = False) -> None:
+        """Raises ConfigError unless one thing is asked for, with what it needs. `model` is --model.
+
+        Adapters may be merged on the way to another thing, and a directory of a model may be pushed after it.
+        """
+        kinds = ("to_cached_dataset", "to_mcore", "to_hf", "to_ollama", "to_peft_format")
         asked = [f"--{name}" for name in kinds if getattr(self, name)]
-        if not asked:
+        asked += ["--quant_method"] if quant_method else []
+        if self.merge_lora and (not asked or asked[0] not in ("--to_ollama", "--quant_method")):
+            asked.insert(0, "--merge_lora")
+        if pushes and asked not in ([], ["--merge_lora"], ["--quant_method"]):
+            asked.append("--push_to_hub")
+        if not asked and not pushes:
             raise ConfigError(
                 "nothing to export",
-                hint="say what: --merge_lora, --to_cached_dataset, --to_mcore or --to_hf true",
+                hint="say what: --merge_lora, --quant_method, --push_to_hub, --to_ollama, --to_peft_format, "
+                "--to_mcore, --to_hf or --to_cached_dataset",
             )
         if len(asked) > 1:
             raise ConfigError(f"{' and '.join(asked)} are {len(asked)} exports", hint="do one at a time")
-        if self.merge_lora and not self.adapters:
-            raise ConfigError(
-                "--merge_lora needs --adapters", hint="name a checkpoint directory with adapters"
-            )
+        if (self.merge_lora or self.to_peft_format) and not self.adapters:
+            name = "merge_lora" if self.merge_lora else "to_peft_format"
+            raise ConfigError(f"--{name} needs --adapters", hint="name a checkpoint directory with adapters")
+        if (self.to_ollama or quant_method) and self.adapters and not self.merge_lora:
+            raise ConfigError(f"{asked[0]} takes whole weights, not adapters", hint="add --merge_lora true")
         self._check_conversion(model)
 
     def _check_conversion(self, model: str | None) -> None:
@@ -74,3 +90,74 @@ class ExportOptions:
                 raise ConfigError(f"--{name} has no effect without --to_hf or --to_mcore true")
         if self.test_convert_dtype != "float32" and not self.test_convert_precision:
             raise ConfigError("--test_convert_dtype has no effect without --test_convert_precision true")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizeOptions:
+    quant_method: str | None = option(
+        None, help="write the weights of linear layers in few bits", choices=QUANT_METHODS
+    )
+    quant_bits: int | None = option(None, help="bits of a weight; none = 4, with fp8 8", choices=(4, 8))
+    group_size: int = option(
+        128, help="weights of a row that share a scale in gptq and awq; -1 = the whole row", range=(-1, None)
+    )
+    quant_n_samples: int = option(
+        256, help="rows of --dataset that gptq and awq look at", unit="rows", range=(1, None)
+    )
+    quant_batch_size: int = option(
+        1, help="rows that gptq and awq compute together", unit="rows", range=(1, None)
+    )
+
+    @property
+    def bits(self) -> int:
+        return self.quant_bits or (8 if self.quant_method == "fp8" else 4)
+
+    @property
+    def suffix(self) -> str:
+        """Of the result's directory."""
+        return "-fp8" if self.quant_method == "fp8" else f"-{self.quant_method}-int{self.bits}"
+
+    def check(self, datasets: tuple[str, ...]) -> None:
+        """Raises ConfigError where the weights cannot be written like that; `datasets` is --dataset."""
+        method = self.quant_method
+        calibrated = method in ("gptq", "awq")
+        for name, default in (("group_size", 128), ("quant_n_samples", 256), ("quant_batch_size", 1)):
+            if getattr(self, name) != default and not calibrated:
+                raise ConfigError(f"--{name} has no effect without --quant_method gptq or awq")
+        if method is None:
+            if self.quant_bits is not None:
+                raise ConfigError(
+                    f"--quant_bits {self.quant_bits} has no effect without --quant_method",
+                    hint=f"add --quant_method {', '.join(QUANT_METHODS[:-1])} or {QUANT_METHODS[-1]}",
+                )
+            return
+        if (method == "fp8" and self.bits != 8) or (method == "awq" and self.bits != 4):
+            raise ConfigError(f"--quant_method {method} has {12 - self.bits} bits, not {self.bits}")
+        if calibrated and not datasets:
+            raise ConfigError(
+                f"--quant_method {method} needs --dataset",
+                hint="rows like those that the model will see; with bnb and fp8 none are needed",
+            )
+        if calibrated:
+            require_package("llmcompressor", flag=f"--quant_method {method}", install="swiftune[gptq]")
+        if method == "bnb":
+            require_package("bitsandbytes", flag="--quant_method bnb", install="swiftune[quant]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishOptions:
+    push_to_hub: bool = option(
+        False, help="upload the result, or --model or --adapters themselves where nothing else is asked for"
+    )
+    hub_model_id: str | None = option(None, help="where on the hub: OWNER/NAME, or NAME for one of your own")
+    hub_private_repo: bool = option(False, help="a repository that is made anew is private")
+    commit_message: str = option("update files", help="what the hub shows beside the files")
+
+    def check(self) -> None:
+        if self.push_to_hub and not self.hub_model_id:
+            raise ConfigError("--push_to_hub needs --hub_model_id", hint="OWNER/NAME on the hub")
+        if self.push_to_hub:
+            return
+        if self.hub_model_id or self.hub_private_repo:
+            name = "hub_model_id" if self.hub_model_id else "hub_private_repo"
+            raise ConfigError(f"--{name} has no effect without --push_to_hub true")

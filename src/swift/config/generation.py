@@ -19,6 +19,7 @@ class GenerationConfig:
     stream: bool | None = option(
         None, help="show tokens as they come; none = in a chat yes, for a dataset no"
     )
+    stop_words: tuple[str, ...] = option((), help="texts that end an answer, besides the template's own")
     seed: int = option(42, help="seed of sampling")
 
 
@@ -40,5 +41,12 @@ class InferOptions:
         None, help="JSONL of the answers; none = infer_result/ beside the checkpoint"
     )
     write_batch_size: int = option(1000, help="rows between writes; -1 = only at the end", unit="rows")
-    max_batch_size: int = option(1, help="rows generated together", unit="rows", range=(1, None))
+    max_batch_size: int | None = option(
+        None, help="rows answered together; none = 64, or 8 padded ones", unit="rows", range=(1, None)
+    )
+    merge_lora: bool = option(False, help="fold the adapters into the weights in memory: faster answers")
+    logprobs: bool = option(False, help="write the log-probability of each token into the result rows")
+    top_logprobs: int | None = option(
+        None, help="most likely tokens told beside each; needs --logprobs", unit="tokens", range=(1, 20)
+    )
     metric: str | None = option(None, help="compares answers with the rows' own", choices=("acc",))

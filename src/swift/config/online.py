@@ -127,6 +127,12 @@ class OnlineConfig:
             raise ConfigError(
                 "--num_generations 1 leaves nothing to compare an answer with", hint="8 is usual"
             )
+        if self.scaling == "gdpo" and (self.kl_in_reward or self.advantage_estimator != "grpo"):
+            clash = "--kl_in_reward true" if self.kl_in_reward else "another --advantage_estimator than grpo"
+            raise ConfigError(
+                f"--scale_rewards gdpo does not go with {clash}: it sees each reward by itself",
+                hint="--scale_rewards group",
+            )
         if self.generation_batch_size and self.steps_per_generation:
             raise ConfigError(
                 "--generation_batch_size and --steps_per_generation say the same thing twice",

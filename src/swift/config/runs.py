@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from swift.config.data import DataConfig
 from swift.config.dataset import DatasetOptions
-from swift.config.export import ExportOptions
+from swift.config.export import ExportOptions, PublishOptions, QuantizeOptions
 from swift.config.generation import GenerationConfig, InferOptions
 from swift.config.layout import LayoutConfig
 from swift.config.model import ModelConfig
@@ -23,7 +23,7 @@ from swift.config.task import TaskConfig
 from swift.config.template import TemplateConfig
 from swift.config.tuner import TunerConfig
 from swift.config.turns import TurnConfig
-from swift.config.vllm import RolloutOptions, VllmConfig, VllmRolloutConfig
+from swift.config.vllm import RolloutOptions, VllmConfig, VllmRolloutConfig, check_chosen_by_vllm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,6 +180,10 @@ class RlhfRun(TrainRun):
                 has_environment=self.turns.use_gym_env,
             )
             self.vllm.check_rollout()
+            if "cispo" in self.rlhf.losses and self.online.epsilon_high is None:
+                raise ConfigError(
+                    "--loss_type cispo needs --epsilon_high, the largest weight of a token", hint="5 is usual"
+                )
         else:
             self.vllm.check_unused(f"--rlhf_type {' or '.join(SAMPLES)}")
         if self.data.cached_dataset:
@@ -211,6 +215,7 @@ class InferRun:
     model: ModelConfig = field(default_factory=ModelConfig)
     infer: InferOptions = field(default_factory=InferOptions)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     plugins: PluginConfig = field(default_factory=PluginConfig)
     vllm: VllmConfig = field(default_factory=VllmConfig)
@@ -227,22 +232,17 @@ class InferRun:
                 "--model or --adapters is missing",
                 hint="for example --model smollm2-135m, or --adapters CHECKPOINT",
             )
-        if self.infer.infer_backend == "vllm":
-            check_chosen_by_vllm(self.model, "--infer_backend vllm")
-        else:
+        self.quant.check(train_type="lora", slicer=None, init_weights="")
+        if self.infer.infer_backend != "vllm":
             self.vllm.check_unused("--infer_backend vllm")
-
-
-def check_chosen_by_vllm(model: ModelConfig, flag: str) -> None:
-    """ConfigError for what vLLM chooses by itself."""
-    for name in ("attn_impl", "device"):
-        if getattr(model, name):
-            hint = (
-                "CUDA_VISIBLE_DEVICES"
-                if name == "device"
-                else '--vllm_engine_kwargs {"attention_config": ...}'
-            )
-            raise ConfigError(f"--{name} has no effect on {flag}: vLLM chooses it", hint=hint)
+            return
+        check_chosen_by_vllm(self.model, "--infer_backend vllm")
+        for flag, is_given, hint in (
+            ("--quant_method", self.quant.quant_method, "--vllm_quantization"),
+            ("--merge_lora", self.infer.merge_lora, "swift export --merge_lora true, or leave it out"),
+        ):
+            if is_given:
+                raise ConfigError(f"{flag} has no effect on --infer_backend vllm", hint=hint)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -296,13 +296,24 @@ class ExportRun:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     export: ExportOptions = field(default_factory=ExportOptions)
+    quant: QuantizeOptions = field(default_factory=QuantizeOptions)
+    publish: PublishOptions = field(default_factory=PublishOptions)
     data: DataConfig = field(default_factory=DataConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     plugins: PluginConfig = field(default_factory=PluginConfig)
 
     def check(self) -> None:
         """Raises ConfigError where flags contradict each other or one is missing."""
-        self.export.check(self.model.model)
+        pushes = self.publish.push_to_hub
+        self.export.check(self.model.model, quant_method=self.quant.quant_method, pushes=pushes)
+        self.quant.check(self.data.dataset)
+        self.publish.check()
+        if not self.export.converts and not self.model.model and not self.export.adapters:
+            raise ConfigError("--model or --adapters is missing: it names what is exported")
+        if pushes and not self.export.merge_lora and self.model.model and self.export.adapters:
+            raise ConfigError(
+                "--model and --adapters are two things to push", hint="name one, or add --merge_lora true"
+            )
         if self.export.to_cached_dataset:
             if not self.model.model or not self.data.dataset:
                 raise ConfigError("--to_cached_dataset needs --model and --dataset")

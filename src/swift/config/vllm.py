@@ -6,6 +6,7 @@ A field `vllm_NAME` without a meaning of ours is vLLM's own argument NAME. Not h
 from dataclasses import dataclass, fields
 from typing import Any
 
+from swift.config.model import ModelConfig
 from swift.config.option import ConfigError, default_of, option
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -66,6 +67,13 @@ class VllmConfig:
                 )
 
 
+def check_chosen_by_vllm(model: ModelConfig, where: str) -> None:
+    """ConfigError for flags of a model that vLLM is not asked about."""
+    for name, hint in (("attn_impl", "--vllm_engine_kwargs has its own"), ("device", "CUDA_VISIBLE_DEVICES")):
+        if getattr(model, name):
+            raise ConfigError(f"--{name} has no effect on {where}: vLLM chooses it", hint=hint)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VllmRolloutConfig(VllmConfig):
     """vLLM as what answers while a model is trained."""
@@ -124,11 +132,6 @@ class VllmRolloutConfig(VllmConfig):
                     raise ConfigError(
                         f"--{name} has no effect with --vllm_mode colocate", hint="leave one out"
                     )
-            if self.vllm_pipeline_parallel_size > 1:
-                raise ConfigError(
-                    "--vllm_pipeline_parallel_size has no place in --vllm_mode colocate",
-                    hint="--vllm_tensor_parallel_size, or a server: swift rollout",
-                )
             return
         self._check_servers()
 

@@ -50,9 +50,9 @@ class Comparison:
             f"(allowed {EXACT:g} x {self.scale:.1f})"
         )
 
-    def describe_divergence(self, dtype: str) -> str:
+    def describe_divergence(self, allowed: float) -> str:
         return (
-            f"next-token distributions differ by {self.divergence:.2e} nats (allowed {ROUNDING[dtype]:g}), "
+            f"next-token distributions differ by {self.divergence:.2e} nats (allowed {allowed:g}), "
             f"the same token first at {self.agreement:.1%} of {self.positions} positions"
         )
 

@@ -46,7 +46,7 @@ from swift.engines.ranks import Ranks
 from swift.export.compare import ROUNDING
 from swift.export.merge import CONFIG, GENERATION_CONFIG, TOKENIZER_PARTS, MergePlan, merge_adapter, place
 from swift.export.precision import compute_hf, describe, encode_row, report
-from swift.export.run import parse_size
+from swift.export.run import check_output, parse_size
 from swift.models.adapters import RUN_ARGS, adapter_base, load_run_args
 from swift.models.directory import read_json
 from swift.models.hub import resolve_adapter, resolve_model
@@ -152,15 +152,7 @@ def choose_output(run: Run, found: Path | McoreCheckpoint, name: str) -> Path:
     default = (
         Path(f"{Path(name).name}-mcore") if run.export.to_mcore else source.with_name(f"{source.name}-hf")
     )
-    output = Path(run.export.output_dir or default).expanduser().absolute()
-    if output == source:
-        raise ConfigError(f"--output_dir {output} is the source itself")
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output_dir {output} is a file")
-    if output.is_dir() and any(output.iterdir()) and not run.export.exist_ok:
-        hint = "name another, or --exist_ok true to write into it"
-        raise ConfigError(f"--output_dir {output} exists and is not empty", hint=hint)
-    return output
+    return check_output(Path(run.export.output_dir or default), source, exist_ok=run.export.exist_ok)
 
 
 def check_room(plan: Plan, *, compares: bool) -> None:

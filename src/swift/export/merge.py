@@ -22,7 +22,8 @@ from transformers import (
 
 from swift import __version__
 from swift.config.option import ConfigError
-from swift.export.compare import compare_logits, compute_logits, render_texts
+from swift.export.chat import carry_template
+from swift.export.compare import ROUNDING, compare_logits, compute_logits, render_texts
 from swift.models.adapters import RUN_ARGS, load_adapter, merge
 from swift.models.directory import INDEX_FILES, read_json, weight_files
 from swift.models.heads import count_labels, load_scoring_model
@@ -94,6 +95,7 @@ def write_merged(plan: MergePlan, staging: Path) -> Reference | None:
     """All files of the merged model; None when the merge itself changed the logits."""
     tokenizer_source = choose_tokenizer_source(plan)
     tokenizer = load_tokenizer(tokenizer_source)
+    copy_texts(plan, tokenizer_source, staging)
     labels = count_labels(plan.adapter)
     loading = {"dtype": "float32", "attention": None, "device": plan.device}
     if labels is None:
@@ -114,11 +116,10 @@ def write_merged(plan: MergePlan, staging: Path) -> Reference | None:
         say(f"merged in float32: {exact.describe_difference()}: FAIL")
         return None
     save(plan, merged, staging)
-    copy_texts(plan, tokenizer_source, staging)
     cast_parameters(merged, torch.float32)
     written = compute_logits(merged, tokenizer, texts)
     rounded = compare_logits(logits, written)
-    say(f"rounded to {plan.dtype}: {rounded.describe_divergence(plan.dtype)}")
+    say(f"rounded to {plan.dtype}: {rounded.describe_divergence(ROUNDING[plan.dtype])}")
     if not rounded.close(plan.dtype):
         say(
             f"error: {plan.dtype} is too coarse for these weights; --torch_dtype float32 keeps them",
@@ -153,22 +154,23 @@ def save(plan: MergePlan, merged: PreTrainedModel, staging: Path) -> None:
     write_json(staging / CONFIG, config | own)
     if (plan.base / GENERATION_CONFIG).is_file():
         shutil.copyfile(plan.base / GENERATION_CONFIG, staging / GENERATION_CONFIG)
+    for file in staging.iterdir():
+        file.chmod(0o644)  # so that everyone may read
 
 
 def copy_texts(plan: MergePlan, tokenizer_source: Path, staging: Path) -> None:
-    """Tokenizer files byte for byte, args.json, and modes that let everyone read."""
+    """Tokenizer files as they are, up to what the run says about its prompts, and args.json."""
     for pattern in TOKENIZER_PARTS:
         for file in tokenizer_source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, staging / file.name)
     # With these, `swift infer --model DIR` asks for no other flag: system prompt and template are the run's.
+    carry_template(staging, plan.run_args)
     own = {"model": str(plan.output), "adapters": [], "command": "export", "swift_version": __version__}
     origin = {"base_model": plan.base_name, "merged_adapters": str(plan.adapter), "model_revision": None}
     if plan.run_args.get("torch_dtype"):  # of the base in training; the merged weights have their own
         own["torch_dtype"] = plan.dtype
     write_json(staging / RUN_ARGS, plan.run_args | own | origin)
-    for file in staging.iterdir():
-        file.chmod(0o644)
 
 
 def choose_tokenizer_source(plan: MergePlan) -> Path:

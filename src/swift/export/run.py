@@ -1,22 +1,29 @@
-"""`swift export`: from flags to what is done. Today that is merging adapters and encoding rows (encode.py).
+"""`swift export`: from flags to what is done.
 
-Owns: where base model, output and dtype come from, and every check that needs no model in memory.
+Owns: where base model, output and dtype come from, what follows what, and every check that needs no model in
+memory.
 """
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 from swift.config.option import ConfigError
 from swift.config.runs import ExportRun
+from swift.export.chat import TOKENIZER_CONFIG, carry_template
 from swift.export.compare import ROUNDING
 from swift.export.encode import export_encoded
-from swift.export.merge import MergePlan, merge_adapter
-from swift.models.adapters import adapter_base, load_run_args
-from swift.models.directory import ADAPTER_CONFIG, read_json
+from swift.export.merge import TOKENIZER_PARTS, MergePlan, merge_adapter
+from swift.export.ollama import write_modelfile
+from swift.models.adapters import RUN_ARGS, adapter_base, load_run_args
+from swift.models.directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from swift.models.hub import resolve_adapter, resolve_model
 from swift.models.load import pick_device
+from swift.models.push import Destination, check_destination, push
 from swift.plugins.registry import load_object
+from swift.utils import env
+from swift.utils.log import say
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 PREFIXES = ("", "K", "M", "G", "T")
@@ -25,24 +32,82 @@ PREFIXES = ("", "K", "M", "G", "T")
 def run_export(run: ExportRun) -> int:
     """The whole command; the exit code says whether the result is what it should be."""
     run.check()
-    if run.export.converts:
+    options = run.export
+    if options.converts:
         converted: int = load_object("swift.export.megatron:run_export_megatron")(run)
         return converted
-    if run.export.to_cached_dataset:
+    if options.to_cached_dataset:
         return export_encoded(run)
-    return merge_adapter(plan_merge(run))
+    destination = find_destination(run) if run.publish.push_to_hub else None
+    plan = plan_merge(run) if options.merge_lora else None
+    source = plan.output if plan else find_source(run)
+    suffix = choose_suffix(run)
+    output = claim_output(run, source, suffix) if suffix else source
+    if plan and merge_adapter(plan):
+        return 1
+    if options.to_ollama:
+        write_modelfile(source, output, load_run_args(source) if options.load_args else {})
+    elif options.to_peft_format:
+        copy_adapter(source, output)
+    elif run.quant.quant_method:
+        code: int = load_object("swift.export.quantize:quantize")(run, source, output)
+        if code:
+            return code
+    if destination:
+        run_args = load_run_args(output) if options.load_args else {}
+        push(output, destination, prepare=lambda staging: prepare_push(staging, run_args))
+    return 0
+
+
+def find_destination(run: ExportRun) -> Destination:
+    """--hub_model_id, after the hub has said that it knows us."""
+    asked, hub = run.publish, run.model.hub
+    use_hf = bool(hub["use_hf"]) or env.is_on("USE_HF")
+    where = Destination(
+        asked.hub_model_id or "", use_hf, hub["token"], asked.hub_private_repo, asked.commit_message
+    )
+    return check_destination(where)
+
+
+def prepare_push(staging: Path, run_args: dict[str, Any]) -> None:
+    """The chat template of the training into a directory that holds a tokenizer."""
+    if (staging / TOKENIZER_CONFIG).is_file():
+        carry_template(staging, run_args)
+
+
+def find_source(run: ExportRun) -> Path:
+    """The directory that is exported as it is: of a whole model, or of adapters."""
+    if run.export.adapters and not run.model.model:
+        return resolve_adapter(only_adapter(run), revision=run.model.model_revision, **run.model.hub)
+    return resolve_model(run.model.model or "", revision=run.model.model_revision, **run.model.hub)
+
+
+def choose_suffix(run: ExportRun) -> str:
+    """What the name of the result ends with; none = the source is the result."""
+    if run.export.to_ollama:
+        return "-ollama"
+    if run.export.to_peft_format:
+        return "-peft"
+    return run.quant.suffix if run.quant.quant_method else ""
+
+
+def copy_adapter(source: Path, output: Path) -> None:
+    """The files that PEFT reads, with the tokenizer and args.json."""
+    output.mkdir(parents=True, exist_ok=True)
+    names = (ADAPTER_CONFIG, *ADAPTER_WEIGHTS, RUN_ARGS, *TOKENIZER_PARTS)
+    for file in {file for name in names for file in source.glob(name)}:
+        shutil.copyfile(file, output / file.name)
+    say(f"adapters are in the format of PEFT as they are; copied to {output}")
 
 
 def plan_merge(run: ExportRun) -> MergePlan:
     """Resolves and checks everything; ConfigError before anything large is read."""
-    if len(run.export.adapters) != 1:
-        raise ConfigError("--merge_lora takes one checkpoint", hint="give --adapters one directory")
     max_shard_bytes = parse_size(run.export.max_shard_size)
-    adapter = resolve_adapter(run.export.adapters[0], **run.model.hub)
+    adapter = resolve_adapter(only_adapter(run), **run.model.hub)
     kind = read_json(adapter / ADAPTER_CONFIG).get("peft_type")
     if kind != "LORA":
         raise ConfigError(f"--adapters {adapter} are of type {kind}, only LORA can be merged")
-    output = choose_output(run, adapter)
+    output = claim_output(run, adapter, "-merged", own_name=not choose_suffix(run))
     run_args = load_run_args(adapter) if run.export.load_args else {}
     base_name, base = resolve_base(run, adapter, run_args)
     if output == base:
@@ -82,15 +147,35 @@ def resolve_base(run: ExportRun, adapter: Path, run_args: dict[str, Any]) -> tup
         raise ConfigError(error.message, hint=hint) from error
 
 
-def choose_output(run: ExportRun, adapter: Path) -> Path:
-    """`--output_dir`, or the checkpoint's name with -merged."""
-    named = run.export.output_dir
-    output = Path(named).expanduser().resolve() if named else adapter.with_name(f"{adapter.name}-merged")
-    if output == adapter:
-        raise ConfigError(f"--output_dir {output} is the checkpoint itself")
+def only_adapter(run: ExportRun) -> str:
+    if len(run.export.adapters) != 1:
+        what = "--merge_lora takes" if run.export.merge_lora else "an export of adapters takes"
+        raise ConfigError(f"{what} one checkpoint", hint="give --adapters one directory")
+    return run.export.adapters[0]
+
+
+def claim_output(run: ExportRun, source: Path, suffix: str, *, own_name: bool = True) -> Path:
+    """`--output_dir`, or the source's name with a suffix: beside it, and in this directory for a hub's model.
+
+    `own_name`: whether --output_dir names this result, or one that is made from it.
+    """
+    options, named = run.export, run.export.output_dir if own_name else None
+    asked = run.model.model if not options.adapters else None
+    is_local = asked is None or Path(asked).expanduser().is_dir()
+    beside = (
+        source.with_name(f"{source.name}{suffix}") if is_local else Path(f"{Path(asked or '').name}{suffix}")
+    )
+    return check_output(Path(named) if named else beside, source, exist_ok=options.exist_ok)
+
+
+def check_output(output: Path, source: Path, *, exist_ok: bool) -> Path:
+    """The absolute path of a directory that may be written; ConfigError where something is there."""
+    output = output.expanduser().resolve()
+    if output == source:
+        raise ConfigError(f"--output_dir {output} is the source itself")
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output_dir {output} is a file")
-    if output.is_dir() and any(output.iterdir()) and not run.export.exist_ok:
+    if output.is_dir() and any(output.iterdir()) and not exist_ok:
         raise ConfigError(
             f"--output_dir {output} exists and is not empty",
             hint="name another, or --exist_ok true to write into it",

@@ -1,21 +1,29 @@
-"""`swift infer --val_dataset`: answers to the rows of files, appended to one file that can be trained on."""
+"""`swift infer --val_dataset`: answers to the rows of files, appended to one file that can be trained on.
+
+The file holds the leading rows, in the order of the input, whenever it is looked at: what was answered before
+is recognised and left out by the next run.
+"""
 
 import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerBase
 
 from swift.config.generation import GenerationConfig, InferOptions
 from swift.config.option import ConfigError
 from swift.data.preference import PromptSample, to_prompt
 from swift.data.sources import open_rows
 from swift.data.types import RowError, place
+from swift.engines.ranks import Ranks
 from swift.infer.engine import Completion, Prompt, PromptTooLong, TransformersInferEngine
 from swift.template.types import RenderError
 from swift.utils.files import append_jsonl
@@ -35,6 +43,11 @@ class Rejects:
         if self.strict:
             raise ConfigError(f"{place}: {reason}", hint="leave out --strict to go on without such rows")
         self.places[reason].append(place)
+
+    def merge(self, other: "Rejects") -> None:
+        """Adds those of another process; what no process could read each of them has."""
+        for reason, places in other.places.items():
+            self.places[reason] += [place for place in places if place not in self.places[reason]]
 
     def report(self) -> None:
         for reason, places in self.places.items():
@@ -58,9 +71,17 @@ class Stats:
         self.num_generated_tokens += completion.num_generated_tokens
         self.num_samples += 1
         self.num_cut += completion.finish_reason == "length"
+        self.compare(completion.text, labels)
+
+    def compare(self, response: str, labels: str | None) -> None:
         if labels is not None:
             self.num_compared += 1
-            self.num_equal += completion.text.strip() == labels.strip()
+            self.num_equal += response.strip() == labels.strip()
+
+    def merge(self, other: "Stats") -> None:
+        """Adds the counts of another process."""
+        for name in ("prompt_tokens", "generated_tokens", "samples", "cut", "compared", "equal"):
+            setattr(self, f"num_{name}", getattr(self, f"num_{name}") + getattr(other, f"num_{name}"))
 
     def summary(self) -> dict[str, float]:
         """The figures shown at the end; `runtime` in seconds, `tokens/s` counts generated tokens."""
@@ -77,6 +98,11 @@ class Stats:
     def describe_rates(self) -> str:
         now = self.summary()
         return f"{now['samples/s']:.1f} rows/s {now['tokens/s']:.0f} tokens/s"
+
+    def seconds_left(self, num_rows: int) -> str:
+        """As h:mm:ss, at the pace so far."""
+        seconds = (time.perf_counter() - self.started) / max(self.num_samples, 1) * num_rows
+        return str(timedelta(seconds=round(seconds)))
 
 
 def load_questions(
@@ -106,18 +132,72 @@ def load_questions(
     return questions, rejects
 
 
+def question_key(messages: Sequence[Any], tools: Any) -> str:
+    """What a row asks, as text that equal questions share."""
+    return json.dumps([list(messages), tools or None], ensure_ascii=False, sort_keys=True, default=str)
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects in a file of JSON lines, which may also hold what somebody else wrote."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as handle:
+        for line in handle:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                yield row
+
+
+def leave_out_answered(
+    questions: Sequence[PromptSample], path: Path, stats: Stats
+) -> list[tuple[int, PromptSample]]:
+    """The questions that `path` has no answer to, by number; the answers there count for --metric."""
+    responses: dict[str, list[str]] = defaultdict(list)  # by question, in the order of the file
+    for row in read_rows(path):
+        if isinstance(row.get("messages"), list) and "response" in row:
+            responses[question_key(row["messages"][:-1], row.get("tools"))].append(row["response"])
+    left = []
+    for number, question in enumerate(questions):
+        given = responses[question_key(question.sample.messages, question.sample.tools)]
+        if given:
+            stats.compare(given.pop(0), question.label)
+        else:
+            left.append((number, question))
+    if len(left) < len(questions):
+        say(f"{path} has answers to {len(questions) - len(left)} of {len(questions)} rows: they are left out")
+    return left
+
+
 def answer_rows(
     engine: TransformersInferEngine,
-    questions: Sequence[PromptSample],
+    questions: Sequence[tuple[int, PromptSample]],
     rejects: Rejects,
+    stats: Stats,
     *,
     options: InferOptions,
     sampling: GenerationConfig,
     result_path: Path,
-) -> Stats:
-    """Appends one row for each question, in their order, `--write_batch_size` at a time."""
-    window = options.write_batch_size if options.write_batch_size > 0 else len(questions)
-    stats = Stats()
+    ranks: Ranks | None = None,
+) -> None:
+    """Appends one row for each question, in their order, `--write_batch_size` at a time.
+
+    Of several processes each answers every so-many-th row, and the first one writes. A row's number, with the
+    seed, fixes what is drawn for it, whatever else is answered and by how many.
+    """
+    ranks = ranks or Ranks()
+    window = options.write_batch_size if options.write_batch_size > 0 else max(len(questions), 1)
+    mine = questions[ranks.data_rank :: ranks.data_world]
+    done: dict[int, dict[str, Any] | None] = {}  # by number; None = cannot be answered
+    answers = engine.complete(
+        encode_questions(engine, mine, rejects, done),
+        sampling,
+        batch_size=options.max_batch_size,
+        top_logps=options.top_logprobs or 0,
+    )
+    asked = dict(mine)
     with Progress(
         TextColumn("answers"),
         BarColumn(),
@@ -128,53 +208,82 @@ def answer_rows(
         transient=True,
         disable=not console().is_terminal,
     ) as progress:
-        task = progress.add_task("", total=len(questions), rate="")
+        task = progress.add_task("", total=len(mine), rate="")
+
+        def answer_until(numbers: Sequence[int]) -> None:
+            """Goes on, with later rows too, until each of `numbers` is done."""
+            missing = set(numbers) - done.keys()
+            while missing and (found := next(answers, None)):
+                number, answer = found
+                logprobs = describe_logprobs(engine.tokenizer, answer) if options.logprobs else None
+                done[number] = result_row(asked[number], answer.text, logprobs)
+                stats.add(answer, asked[number].label)
+                missing -= done.keys()
+                progress.update(task, completed=len(done), rate=stats.describe_rates())
+
         for start in range(0, len(questions), window):
-            part = questions[start : start + window]
-            usable = encode_questions(engine, part, rejects)
-            progress.advance(task, len(part) - len(usable))
-            answers: dict[int, Completion] = {}
+            numbers = [number for number, _ in questions[start : start + window]]
+            own = [number for number in numbers if number in asked]
             try:
-                for i, answer in engine.complete(
-                    [prompt for _, prompt in usable],
-                    replace(sampling, seed=sampling.seed + start),
-                    batch_size=options.max_batch_size,
-                ):
-                    answers[i] = answer
-                    stats.add(answer, usable[i][0].label)
-                    progress.update(task, advance=1, rate=stats.describe_rates())
-            finally:  # an interrupted window keeps the answers that it has
-                append_jsonl(
-                    result_path, [result_row(usable[i][0], answers[i].text) for i in sorted(answers)]
-                )
-            if progress.disable and start + window < len(questions):
-                say(f"answered {stats.num_samples} of {len(questions)} rows, {stats.describe_rates()}")
-    return stats
+                answer_until(own)
+            except BaseException:  # an interrupted run keeps what leads to its first gap
+                if ranks.world == 1:
+                    write(result_path, [done[n] for n in takewhile(done.__contains__, numbers)])
+                raise
+            parts = ranks.collect({number: done[number] for number in own})
+            rows = {number: row for part in parts for number, row in part.items()}
+            if ranks.is_main:
+                write(result_path, [rows[number] for number in numbers])
+            left = len(questions) - start - len(numbers)
+            if progress.disable and left > 0:
+                time_left = stats.seconds_left(left // ranks.data_world)
+                answered = f"answered {start + len(numbers)} of {len(questions)} rows"
+                say(f"{answered}, {stats.describe_rates()}, {time_left} left")
+
+
+def write(path: Path, rows: Sequence[dict[str, Any] | None]) -> None:
+    append_jsonl(path, [row for row in rows if row is not None])
 
 
 def encode_questions(
-    engine: TransformersInferEngine, questions: Sequence[PromptSample], rejects: Rejects
-) -> list[tuple[PromptSample, Prompt]]:
-    """The questions that can be asked, as tokens; the others are counted in `rejects`."""
-    usable = []
-    for question in questions:
+    engine: TransformersInferEngine,
+    questions: Sequence[tuple[int, PromptSample]],
+    rejects: Rejects,
+    done: dict[int, dict[str, Any] | None],
+) -> Iterator[tuple[int, Prompt]]:
+    """The questions that can be asked, as tokens; the others are counted in `rejects` and are done."""
+    for number, question in questions:
         asked = question.sample
         try:
-            prompt = engine.encode(asked.messages, tools=asked.tools)
+            yield number, engine.encode(asked.messages, tools=asked.tools)
         except PromptTooLong:
+            done[number] = None
             reason = f"longer than the context of {engine.context} tokens"
             rejects.add(reason, place(asked.file, asked.line))
         except RenderError as error:
+            done[number] = None
             rejects.add(str(error), place(asked.file, asked.line))
-        else:
-            usable.append((question, prompt))
-    return usable
 
 
-def result_row(question: PromptSample, response: str) -> dict[str, Any]:
+def describe_logprobs(tokenizer: PreTrainedTokenizerBase, answer: Completion) -> dict[str, Any]:
+    """Log-probabilities of an answer in the form of OpenAI's API."""
+
+    def describe(token: int, logp: float) -> dict[str, Any]:
+        text = tokenizer.decode([token])
+        return {"token": text, "logprob": logp, "bytes": list(text.encode())}
+
+    content = [describe(*pair) for pair in zip(answer.token_ids, answer.logps, strict=True)]
+    for described, top in zip(content, answer.top_logps or (), strict=False):
+        described["top_logprobs"] = [describe(*pair) for pair in top.items()]
+    return {"content": content}
+
+
+def result_row(
+    question: PromptSample, response: str, logprobs: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """A line of the result file, which is a line of training data: the answer is the last message."""
     messages = [*question.sample.messages, {"role": "assistant", "content": response}]
-    row = {"response": response, "labels": question.label, "logprobs": None, "messages": messages}
+    row = {"response": response, "labels": question.label, "logprobs": logprobs, "messages": messages}
     tools = {"tools": question.sample.tools} if question.sample.tools else {}
     return row | tools | {name: value for name, value in question.sample.extra.items() if name not in row}
 

@@ -1,33 +1,41 @@
-"""Answers from a model through transformers' `generate`: batches, and one answer as a stream of text.
+"""Answers to conversations: prompts as token ids, one sampling setting of flags and files, text as it comes.
 
-Owns: prompts as token ids, one sampling setting from flags and generation_config.json, where an answer ends.
-Not here: which model (run.py), conversations (chat.py), files of rows (batch.py).
+Owns: what a prompt is, what flags and generation_config.json make of sampling, where an answer ends.
+Not here: how answers are computed (rollout/decoder.py, padded.py), which model (run.py), conversations
+(chat.py), files of rows (batch.py).
 """
 
-import queue
-import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig as HfGenerationConfig
-from transformers import PreTrainedTokenizerBase, StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedTokenizerBase
 
 from swift.config.generation import GenerationConfig
 from swift.config.model import ModelConfig
 from swift.config.option import ConfigError
+from swift.config.quant import QuantConfig
 from swift.config.template import TemplateConfig
-from swift.models.adapters import load_adapter
+from swift.engines.transformers.attention import FLAT_ATTENTION
+from swift.engines.transformers.forward import refusal_of_flat
+from swift.infer.padded import Padded
+from swift.models.adapters import load_adapter, merge
 from swift.models.load import context_length, load_model, load_tokenizer, pick_device
-from swift.rollout.detokenize import TextStream, decode_text
+from swift.rollout import types as rollout
+from swift.rollout.decoder import Decoder, End, Token
+from swift.rollout.types import Request, Sampling
 from swift.template.chat import ChatTemplate
 from swift.template.types import Message
+from swift.utils.log import say
 
 UNKNOWN_CONTEXT = 4096  # for a model whose config names no limit
 PREFIX_TAIL = 8  # prompt tokens kept as context for the first generated ones, see TextStream
+ROWS = 64  # answers computed together unless told otherwise
 
 
 class PromptTooLong(ConfigError):
@@ -42,33 +50,94 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    text: str  # with the response prefix, without the token that ended the answer
+    text: str  # with the response prefix, without the token or the text that ended the answer
     token_ids: list[int]  # what was generated, with the token that ended it
     finish_reason: str  # "stop", or "length" when --max_new_tokens or the context cut the answer
     num_prompt_tokens: int
+    logps: list[float]  # of the tokens; empty where the model is run by transformers' generate
+    top_logps: list[dict[int, float]] | None = None  # of each token: the most likely ones
 
     @property
     def num_generated_tokens(self) -> int:
         return len(self.token_ids)
 
 
+class Answering(Protocol):
+    """What computes answers. Calls are not reentrant."""
+
+    def answers(
+        self, requests: Iterable[tuple[int, Request]], *, max_rows: int | None
+    ) -> Iterator[tuple[int, list[rollout.Completion]]]:
+        """The answers to each request, by its number, as they finish; taken from the iterator with time."""
+        ...
+
+    def events(self, request: Request) -> Generator[Token | End]:
+        """One answer as it comes. Closing the generator stops the model."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Continuous:
+    """Answering by our own decoder."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: Sequence[int]
+    context: int
+
+    def _decoder(self, max_rows: int) -> Decoder:
+        return Decoder(
+            self.model, self.tokenizer, stop_token_ids=self.stop_token_ids, context=self.context,
+            max_rows=max_rows,
+        )  # fmt: skip
+
+    def answers(
+        self, requests: Iterable[tuple[int, Request]], *, max_rows: int | None
+    ) -> Iterator[tuple[int, list[rollout.Completion]]]:
+        """As Answering."""
+        decoder = self._decoder(max_rows or ROWS)
+        source, tickets, more = iter(requests), {}, True
+        while more or tickets:
+            while more and len(tickets) < 2 * decoder.max_rows:  # some wait, so that no row ever does
+                number, request = next(source, (0, None))
+                more = request is not None
+                if request is not None:
+                    tickets[number] = decoder.submit(request)
+            decoder.step()
+            for number in [number for number, ticket in tickets.items() if ticket.done]:
+                yield number, tickets.pop(number).answers
+
+    def events(self, request: Request) -> Generator[Token | End]:
+        """As Answering."""
+        decoder, heard = self._decoder(1), list[Token | End]()
+        decoder.submit(request, heard.append)
+        more = True
+        while more:
+            more = decoder.step()
+            yield from heard
+            heard.clear()
+
+
 class TransformersInferEngine:
     """One loaded model. Calls are not reentrant: one generation at a time."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, config: TemplateConfig) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        config: TemplateConfig,
+        *,
+        own_attention: bool = True,
+    ) -> None:
+        """`own_attention`: False = the kernel that the model was loaded with, by transformers' generate."""
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, config)
         limits = [limit for limit in (context_length(model), config.max_length) if limit]
         self.context = min(limits, default=UNKNOWN_CONTEXT)
-        defaults: HfGenerationConfig = model.generation_config
-        # Lengths come from the flags and the context only; a max_length in the file would also make
-        # `generate` warn at every call.
-        defaults.max_length = defaults.max_new_tokens = None
-        ends = defaults.eos_token_id
-        file_ends = ends if isinstance(ends, list) else [ends]
-        known = {*self.template.stop_token_ids, *file_ends, tokenizer.eos_token_id} - {None}
-        self.stop_token_ids = sorted(known)
+        self.defaults: HfGenerationConfig = model.generation_config
+        self.stop_token_ids = find_ends(self.defaults, self.template)
+        self.by_decoder = own_attention and takes_flat(model)
 
     @classmethod
     def load(
@@ -78,19 +147,36 @@ class TransformersInferEngine:
         adapter_path: Path | None = None,
         model: ModelConfig | None = None,
         template: TemplateConfig | None = None,
+        quant: QuantConfig | None = None,
+        merged: bool = False,
+        device: torch.device | None = None,
     ) -> "TransformersInferEngine":
-        """From a model directory, with the adapter on top if there is one; the adapter's tokenizer wins."""
+        """From a model directory, with the adapter on top if there is one; the adapter's tokenizer wins.
+
+        `merged`: adapters are folded into the weights in memory.
+        """
         model = model or ModelConfig()
-        device = pick_device(model.device)
+        device = device or pick_device(model.device)
         network: Any = load_model(
-            model_path, dtype=model.torch_dtype, attention=model.attn_impl, device=device
+            model_path, dtype=model.torch_dtype, attention=model.attn_impl, device=device, quant=quant
         )
         tokenizer_path = model_path
         if adapter_path:
             network = load_adapter(network, adapter_path, trainable=False)
+            network = merge(network) if merged else network
             if (adapter_path / "tokenizer_config.json").is_file():
                 tokenizer_path = adapter_path
-        return cls(network, load_tokenizer(tokenizer_path), template or TemplateConfig())
+        tokenizer = load_tokenizer(tokenizer_path)
+        engine = cls(network, tokenizer, template or TemplateConfig(), own_attention=model.attn_impl is None)
+        if model.attn_impl is not None:
+            say(f"--attn_impl {model.attn_impl}: answers by transformers' generate, slower than without it")
+        return engine
+
+    @property
+    def answering(self) -> Answering:
+        """Made anew for whoever changed the stop tokens."""
+        kind = Continuous if self.by_decoder else Padded
+        return kind(self.model, self.tokenizer, self.stop_token_ids, self.context)
 
     @property
     def device(self) -> torch.device:
@@ -111,29 +197,51 @@ class TransformersInferEngine:
             )
         return Prompt(token_ids, self.template.response_prefix)
 
+    def request(self, prompt: Prompt, sampling: Sampling, *, number: int = 0, count: int = 1) -> Request:
+        """What is asked of the model. Answers of equal seeds differ by `number`."""
+        tail = min(PREFIX_TAIL, len(prompt.token_ids)) if prompt.prefix else 0
+        return Request(prompt.token_ids, sampling, count, number, continued=tail)
+
     def generate(
-        self, prompts: Sequence[Sequence[Message]], sampling: GenerationConfig, *, batch_size: int = 8
+        self,
+        prompts: Sequence[Sequence[Message]],
+        sampling: GenerationConfig,
+        *,
+        batch_size: int | None = None,
     ) -> list[Completion]:
         """Answers in the order of the prompts."""
-        encoded = [self.encode(messages) for messages in prompts]
-        return [
-            c for _, c in sorted(self.complete(encoded, sampling, batch_size=batch_size), key=lambda x: x[0])
-        ]
+        encoded = ((i, self.encode(messages)) for i, messages in enumerate(prompts))
+        return [c for _, c in sorted(self.complete(encoded, sampling, batch_size=batch_size))]
 
     def complete(
-        self, prompts: Sequence[Prompt], sampling: GenerationConfig, *, batch_size: int
+        self,
+        prompts: Iterable[tuple[int, Prompt]],
+        sampling: GenerationConfig,
+        *,
+        batch_size: int | None,
+        top_logps: int = 0,
     ) -> Iterator[tuple[int, Completion]]:
-        """(index of the prompt, its answer) as batches finish.
+        """(number of the prompt, its answer) as they finish, drawn from (--seed, number).
 
-        Prompts of similar length share a batch, to compute little padding; the longest go first, so that a
-        batch too big for the memory shows at once.
+        Prompts are taken from the iterator as there is room; `batch_size` are answered together.
         """
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].token_ids))
-        for number, start in enumerate(range(0, len(order), batch_size)):
-            rows = order[start : start + batch_size]
-            batch = [prompts[i] for i in rows]
-            outputs = self._generate(batch, replace(sampling, seed=sampling.seed + number))
-            yield from ((i, self._complete(p, ids)) for i, p, ids in zip(rows, batch, outputs, strict=True))
+        settings = self.settle(sampling, top_logps=top_logps)
+        asked: dict[int, Prompt] = {}
+
+        def requests() -> Iterator[tuple[int, Request]]:
+            for number, prompt in prompts:
+                asked[number] = prompt
+                yield number, self.request(prompt, settings, number=number)
+
+        for number, [answer] in self.answering.answers(requests(), max_rows=batch_size):
+            yield number, self.complete_text(asked.pop(number), answer)
+
+    def complete_text(self, prompt: Prompt, answer: rollout.Completion) -> Completion:
+        """The answer with the text that its prompt began."""
+        return Completion(
+            prompt.prefix + answer.text, answer.token_ids, answer.finish_reason, len(prompt.token_ids),
+            answer.logps, answer.top_logps,
+        )  # fmt: skip
 
     def stream(
         self, messages: Sequence[Message], sampling: GenerationConfig, *, tools: list[Any] | None = None
@@ -142,130 +250,52 @@ class TransformersInferEngine:
 
         The prompt is checked at once, not at the first piece. Closing the generator stops the model.
         """
-        return self._stream(self.encode(messages, tools=tools), sampling)
+        return self._stream(self.encode(messages, tools=tools), self.settle(sampling))
 
-    def _stream(self, prompt: Prompt, sampling: GenerationConfig) -> Generator[str, None, Completion]:
-        tokens: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
-        cancelled = threading.Event()
+    def _stream(self, prompt: Prompt, sampling: Sampling) -> Generator[str, None, Completion]:
+        if prompt.prefix:
+            yield prompt.prefix
+        with closing(self.answering.events(self.request(prompt, sampling))) as events:
+            for event in events:
+                if event.text:
+                    yield event.text
+                if isinstance(event, End):
+                    return self.complete_text(prompt, event.completion)
+        raise AssertionError("an answer without an end")
 
-        def work() -> None:
-            try:
-                self._generate([prompt], sampling, streamer=_Streamer(tokens.put), cancelled=cancelled)
-                tokens.put(None)
-            except BaseException as error:  # re-raised where the text is read
-                tokens.put(error)
+    def settle(self, flags: GenerationConfig, *, top_logps: int = 0) -> Sampling:
+        """What flags and generation_config.json make of sampling.
 
-        worker = threading.Thread(target=work, name="generate", daemon=True)
-        worker.start()
-        try:
-            if prompt.prefix:
-                yield prompt.prefix
-            text = TextStream(self.tokenizer, self._tail(prompt))
-            token_ids: list[int] = []
-            while (token := tokens.get()) is not None:
-                if isinstance(token, BaseException):
-                    raise token
-                token_ids.append(token)
-                if token not in self.stop_token_ids and (piece := text.push(token)):
-                    yield piece
-            if piece := text.flush():
-                yield piece
-            return self._complete(prompt, token_ids)
-        finally:
-            cancelled.set()
-            worker.join()
-
-    def _room(self, prompt: Prompt, sampling: GenerationConfig) -> int:
-        left = self.context - len(prompt.token_ids)
-        return min(left, sampling.max_new_tokens or left)
-
-    def _tail(self, prompt: Prompt) -> list[int]:
-        return prompt.token_ids[-PREFIX_TAIL:] if prompt.prefix else []
-
-    def _complete(self, prompt: Prompt, token_ids: list[int]) -> Completion:
-        stopped = bool(token_ids) and token_ids[-1] in self.stop_token_ids
-        shown = token_ids[:-1] if stopped else token_ids
-        text = prompt.prefix + decode_text(self.tokenizer, shown, self._tail(prompt))
-        return Completion(text, token_ids, "stop" if stopped else "length", len(prompt.token_ids))
-
-    def _generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: GenerationConfig,
-        *,
-        streamer: BaseStreamer | None = None,
-        cancelled: threading.Event | None = None,
-    ) -> list[list[int]]:
-        """Generated ids of each row, up to and with its stop token. The only call of the model."""
-        width = max(len(p.token_ids) for p in prompts)
-        # Left padding with the row's own first token: attention never sees it, and a repetition penalty,
-        # which looks at ids and not at the mask, finds nothing but what is in the row anyway.
-        rows = [[p.token_ids[0]] * (width - len(p.token_ids)) + p.token_ids for p in prompts]
-        mask = [[0] * (width - len(p.token_ids)) + [1] * len(p.token_ids) for p in prompts]
-        room = [self._room(p, sampling) for p in prompts]
-        limits = _Limits(width, torch.tensor(room, device=self.device), cancelled or threading.Event())
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.inference_mode(), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(sampling.seed)
-            output = self.model.generate(
-                input_ids=torch.tensor(rows, device=self.device),
-                attention_mask=torch.tensor(mask, device=self.device),
-                generation_config=self._settings(sampling, max(room)),
-                stopping_criteria=[limits],
-                streamer=streamer,
-            )
-        return [self._cut(ids, limit) for ids, limit in zip(output[:, width:].tolist(), room, strict=True)]
-
-    def _settings(self, sampling: GenerationConfig, max_new_tokens: int) -> HfGenerationConfig:
-        """What the flags say; `generate` takes everything left open from generation_config.json."""
-        chosen: dict[str, Any] = {"repetition_penalty": sampling.repetition_penalty}
-        shape = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-        if sampling.temperature == 0:
-            chosen["do_sample"] = False
-        elif any(value is not None for value in shape.values()):
-            # -1 is how other engines spell "all tokens", 0 is transformers' way.
-            chosen |= shape | {"do_sample": True, "top_k": 0 if sampling.top_k == -1 else sampling.top_k}
-        pad = self.tokenizer.pad_token_id
-        return HfGenerationConfig(
-            **{name: value for name, value in chosen.items() if value is not None},
-            max_new_tokens=max_new_tokens,
-            num_beams=1,
-            return_dict_in_generate=False,
-            eos_token_id=self.stop_token_ids or None,
-            pad_token_id=pad if pad is not None else next(iter(self.stop_token_ids), 0),
-        )
-
-    def _cut(self, token_ids: list[int], limit: int) -> list[int]:
-        """The row's own part of a batch that ran as long as its longest row."""
-        kept = token_ids[:limit]
-        end = next((i for i, token in enumerate(kept) if token in self.stop_token_ids), len(kept))
-        return kept[: end + 1]
+        A flag that shapes the distribution makes answers be drawn from it; temperature 0 is always greedy.
+        """
+        file = self.defaults
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        given = {name: getattr(file, name) for name in names if getattr(file, name) is not None}
+        chosen = {name: getattr(flags, name) for name in names if name != "min_p"}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        if not file.do_sample and not chosen.keys() & {"temperature", "top_p", "top_k"}:
+            given["temperature"] = 0.0
+        settled = {"temperature": 1.0} | given | chosen
+        settled["top_k"] = max(settled.get("top_k", 0), 0)  # -1 is how other engines spell "all tokens"
+        return Sampling(
+            flags.max_new_tokens or self.context, **settled, stop=flags.stop_words, seed=flags.seed,
+            top_logps=top_logps,
+        )  # fmt: skip
 
 
-class _Limits(StoppingCriteria):
-    """Ends each row at its own length, and all of them when the caller has lost interest."""
-
-    def __init__(self, prompt_length: int, limits_B: torch.Tensor, cancelled: threading.Event) -> None:
-        self.prompt_length = prompt_length
-        self.limits_B = limits_B
-        self.cancelled = cancelled
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ARG002
-        generated = input_ids.shape[1] - self.prompt_length
-        return (self.limits_B <= generated) | self.cancelled.is_set()
+def find_ends(defaults: HfGenerationConfig, template: ChatTemplate) -> list[int]:
+    """Tokens that end an answer: the template's, generation_config.json's, the tokenizer's."""
+    ends = defaults.eos_token_id
+    file_ends = ends if isinstance(ends, list) else [ends]
+    return sorted({*template.stop_token_ids, *file_ends, template.tokenizer.eos_token_id} - {None})
 
 
-class _Streamer(BaseStreamer):
-    """Hands each generated token of a batch of one to `accept`; the first `put` is the prompt."""
-
-    def __init__(self, accept: Callable[[int], None]) -> None:
-        self.accept = accept
-        self.is_prompt = True
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self.is_prompt:
-            self.accept(int(value))
-        self.is_prompt = False
-
-    def end(self) -> None:
-        pass
+def takes_flat(model: Any) -> bool:
+    """Whether our decoder can run the model, which then attends as it needs; said once where it cannot."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    refusal = refusal_of_flat(base, base.config)
+    if refusal:
+        say(f"{type(base).__name__} answers through transformers' generate, because {refusal}")
+        return False
+    base.set_attn_implementation(FLAT_ATTENTION)
+    return True

@@ -9,20 +9,36 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from swift.config.option import ConfigError, fill_defaults
 from swift.config.runs import InferRun
 from swift.data.datasets import use_plugins
 from swift.data.sources import open_rows
+from swift.engines.ranks import Ranks, join_ranks, leave_ranks
 from swift.engines.transformers.scorer import TextScorer
-from swift.infer.batch import answer_rows, load_questions, mend_last_line, report
+from swift.infer.batch import (
+    Stats,
+    answer_rows,
+    leave_out_answered,
+    load_questions,
+    mend_last_line,
+    report,
+)
 from swift.infer.chat import Chat
 from swift.infer.engine import TransformersInferEngine
 from swift.infer.scoring import score_rows
+from swift.infer.vllm_engine import VllmInferEngine, load_vllm
 from swift.models.adapters import TAKEN, adapter_base, load_run_args
 from swift.models.heads import count_labels
 from swift.models.hub import resolve_adapter, resolve_model
+from swift.models.load import pick_device
+from swift.rollout.vllm import check_group, check_vllm
 from swift.template.loss_scale import build_weights
+from swift.utils import env
 from swift.utils.log import say, warn
+
+TIMEOUT_SECONDS = 24 * 3600  # one process may have longer answers than another; a dead one ends all at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +57,8 @@ class Source:
 def run_infer(run: InferRun) -> int:
     """Answers as `run` says; returns the exit code."""
     run.check()
+    if run.infer.infer_backend == "vllm":
+        check_vllm("--infer_backend vllm")
     check_sampling(run)
     use_plugins(run.plugins)
     build_weights(run.template.loss_scale)  # a wrong name is told before anything is downloaded
@@ -52,6 +70,7 @@ def run_infer(run: InferRun) -> int:
         return score_texts(source, labels, specs, columns)
     result_path = Path(run.infer.result_path) if run.infer.result_path else None
     if not specs:
+        check_single("a chat")
         open_result_file(result_path)
         return chat(load_engine(source), run, result_path)
     if run.generation.stream:
@@ -65,14 +84,49 @@ def run_infer(run: InferRun) -> int:
         model_author=source.saved.get("model_author") or (),
         **run.model.hub,
     )
-    result_path = result_path or default_result_path(source)
-    open_result_file(result_path)
-    engine = load_engine(source)
-    stats = answer_rows(
-        engine, questions, rejects, options=run.infer, sampling=run.generation, result_path=result_path
+    ranks, device = join_ranks(
+        pick_device(run.model.device), TIMEOUT_SECONDS, sequence_size=sharing_ranks(run)
     )
+    result_path = ranks.share(result_path or default_result_path(source))
+    stats, left, engine = Stats(), [], None
+    if ranks.is_main:
+        open_result_file(result_path)
+        left = [number for number, _ in leave_out_answered(questions, result_path, stats)]
+    left = ranks.share(left)
+    if left:
+        engine = load_engine(source, device, ranks)
+        stats.started = time.perf_counter()
+        answer_rows(
+            engine, [(number, questions[number]) for number in left], rejects, stats,
+            options=run.infer, sampling=run.generation, result_path=result_path, ranks=ranks,
+        )  # fmt: skip
+    everyone = ranks.collect((stats, rejects))
+    for speaker in ranks.speakers[1:]:
+        stats.merge(everyone[speaker][0])
+        rejects.merge(everyone[speaker][1])
     report(stats, rejects, metric=run.infer.metric, result_path=result_path)
+    if isinstance(engine, VllmInferEngine):
+        engine.local.close()  # before the process group that it shares
+    leave_ranks()
     return 0
+
+
+def sharing_ranks(run: InferRun) -> int:
+    """Neighbouring processes that answer the same rows together: those among which vLLM cuts a model."""
+    world = int(env.read("WORLD_SIZE", "1") or 1)
+    if world == 1 or run.infer.infer_backend != "vllm":
+        return 1  # of one process vLLM starts those that it needs by itself
+    check_group(run.vllm, world)
+    return run.vllm.vllm_tensor_parallel_size
+
+
+def check_single(what: str) -> None:
+    """Raises ConfigError for what more than one process cannot do."""
+    if env.read("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            f"{what} takes one process, not {env.read('WORLD_SIZE')}",
+            hint="unset NPROC_PER_NODE, or answer a dataset with --val_dataset",
+        )
 
 
 def score_texts(source: Source, labels: int, specs: tuple[str, ...], columns: dict[str, Any]) -> int:
@@ -83,6 +137,7 @@ def score_texts(source: Source, labels: int, specs: tuple[str, ...], columns: di
             f"{source.adapter or run.model.model} gives scores, not answers",
             hint="name conversations to score with --val_dataset",
         )
+    check_single("scoring")
     options = {"seed": run.data_seed, "shuffle": run.infer.dataset_shuffle, "columns": columns}
     rows = open_rows(specs, **options, **run.model.hub)
     chosen = list(rows)[: run.infer.val_dataset_sample]
@@ -93,7 +148,8 @@ def score_texts(source: Source, labels: int, specs: tuple[str, ...], columns: di
         source.model, adapter=source.adapter, num_labels=labels, problem=problem,
         model=run.model, template=run.template,
     )  # fmt: skip
-    count = score_rows(scorer, chosen, path, batch_size=run.infer.max_batch_size, strict=run.infer.strict)
+    size = run.infer.max_batch_size or 8
+    count = score_rows(scorer, chosen, path, batch_size=size, strict=run.infer.strict)
     say(f"{count} scores: {path}")
     return 0
 
@@ -104,6 +160,16 @@ def check_sampling(run: InferRun) -> None:
         raise ConfigError("--repetition_penalty must be above 0, got 0", hint="1 = no penalty")
     if run.generation.top_k is not None and run.generation.top_k < -1:
         raise ConfigError(f"--top_k must be at least -1, got {run.generation.top_k}", hint="-1 = all tokens")
+    if run.infer.top_logprobs and not run.infer.logprobs:
+        raise ConfigError("--top_logprobs has no effect without --logprobs true")
+    if run.infer.logprobs and not (run.infer.val_dataset or run.infer.load_data_args):
+        raise ConfigError("--logprobs is written with rows", hint="name some with --val_dataset")
+    if run.infer.merge_lora and not run.infer.adapters:
+        raise ConfigError("--merge_lora needs --adapters", hint="name a checkpoint directory with adapters")
+    if run.infer.merge_lora and run.quant.quant_method:
+        raise ConfigError(
+            "--merge_lora with --quant_method: few bits cannot hold the sum", hint="leave one of them out"
+        )
 
 
 def find_source(run: InferRun) -> Source:
@@ -177,11 +243,21 @@ def open_result_file(path: Path | None) -> None:
     mend_last_line(path)
 
 
-def load_engine(source: Source) -> TransformersInferEngine:
+def load_engine(
+    source: Source, device: torch.device | None = None, ranks: Ranks | None = None
+) -> TransformersInferEngine:
     run = source.run
-    engine = TransformersInferEngine.load(
-        source.model, adapter_path=source.adapter, model=run.model, template=run.template
-    )
+    if run.infer.infer_backend == "vllm":
+        engine: TransformersInferEngine = load_vllm(
+            source.model, source.adapter, run.model, run.template, run.vllm, ranks or Ranks()
+        )
+    else:
+        engine = TransformersInferEngine.load(
+            source.model, adapter_path=source.adapter, model=run.model, template=run.template,
+            quant=run.quant, merged=run.infer.merge_lora, device=device,
+        )  # fmt: skip
+    if run.infer.logprobs and not engine.by_decoder:
+        raise ConfigError("--logprobs: transformers' generate, which this model needs, does not tell them")
     adapters = f", adapters {source.adapter}" if source.adapter else ""
     dtype = str(engine.dtype).removeprefix("torch.")
     say(f"model {run.model.model}{adapters}, {dtype}, {engine.device}, {describe_system(engine)}")

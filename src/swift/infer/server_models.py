@@ -21,7 +21,6 @@ from swift.engines.transformers.attention import FLAT_ATTENTION
 from swift.engines.transformers.forward import refusal_of_flat
 from swift.infer.engine import TransformersInferEngine
 from swift.infer.openai_requests import ApiError, SampledRequest
-from swift.infer.run import take_saved
 from swift.models.adapters import TAKEN, adapter_base, load_adapter, load_run_args
 from swift.models.heads import count_labels
 from swift.models.hub import resolve_adapter, resolve_model
@@ -29,6 +28,7 @@ from swift.models.load import load_model, load_tokenizer, pick_device
 from swift.rollout.decoder import Decoder
 from swift.rollout.types import Sampling
 from swift.template.chat import ChatTemplate
+from swift.utils.log import say
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,26 +133,35 @@ def make_plan(run: DeployRun) -> Plan:
     if not run.model.model and len(set(bases.values())) > 1:
         named = ", ".join(f"{path} of {base}" for path, base in bases.items())
         raise ConfigError(f"--adapters are of different models: {named}", hint="name theirs with --model")
-    own = first or Path(run.model.model or "").expanduser()
-    saved = load_run_args(own) if run.serve.load_args and own.is_dir() else {}
-    full = take_saved(run, saved | ({"model": bases[first]} if first else {}))
-    if not full.model.model:
+    saved = saved_by(run, first) | {"model": bases.get(first)} if first else saved_by(run, run.model.model)
+    names = ("torch_dtype",) if run.model.model else TAKEN["model"]
+    config, _ = fill_defaults(run.model, saved, names)
+    if not config.model:
         raise ConfigError(f"--adapters {first} does not name its base model", hint="name it with --model")
-    model = resolve_model(full.model.model, revision=full.model.model_revision, **hub)
+    model = resolve_model(config.model, revision=config.model_revision, **hub)
     check_answers(model, list(adapters.values()))
-    base = run.serve.served_model_name or Path(full.model.model).name
+    base = run.serve.served_model_name or Path(config.model).name
     if base in adapters:
         raise ConfigError(
             f"--adapters {base}=... has the name of the model", hint="choose another, or --served_model_name"
         )
-    if None in adapters or not adapters:
-        return Plan(full, model, (Source(base, adapters.get(None), full.template),))
-    sources = [Source(base, None, run.template)]
-    for name, path in adapters.items():
-        saved = load_run_args(path) if run.serve.load_args else {}
-        template, _ = fill_defaults(run.template, saved, TAKEN["template"])
-        sources.append(Source(str(name), path, template))
-    return Plan(full, model, tuple(sources))
+    places = {base: adapters.pop(None, None)} | {str(name): path for name, path in adapters.items()}
+    sources = [find_source(run, name, path, path or config.model) for name, path in places.items()]
+    return Plan(replace(run, model=config), model, tuple(sources))
+
+
+def saved_by(run: DeployRun, path: Path | str | None) -> dict[str, Any]:
+    """args.json of a checkpoint; {} for what is none, and with --load_args false."""
+    own = Path(path or "").expanduser()
+    return load_run_args(own) if run.serve.load_args and path and own.is_dir() else {}
+
+
+def find_source(run: DeployRun, name: str, adapter: Path | None, checkpoint: Path | str) -> Source:
+    """A model by name, with the settings of its own training where the flags have their defaults."""
+    template, taken = fill_defaults(run.template, saved_by(run, checkpoint), TAKEN["template"])
+    if taken:
+        say(f"{name}, from the checkpoint: " + ", ".join(f"{key} {value!r}" for key, value in taken.items()))
+    return Source(name, adapter, template)
 
 
 def check_answers(model: Path, adapters: list[Path]) -> None:

@@ -3,6 +3,7 @@
 Not here: saving (the training engine), the checks of a merged directory (export/merge.py).
 """
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from swift.models.starts import starts_from_weights, take_starts
 from swift.models.targets import choose_targets
 
 RUN_ARGS = "args.json"
+# How torch says which tensor is of another shape.
+SHAPES = re.compile(r"size mismatch for (\S+): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)")
 # What a checkpoint's args.json settles, by group. Lengths and loss settings belong to training alone.
 TAKEN = {
     "model": ("model", "model_revision", "use_hf", "torch_dtype"),
@@ -127,10 +130,8 @@ def load_adapter(
     One that has adapters already gets these beside them, under their own name.
     """
     check_adapter_directory(path)
-    wrong_model = ConfigError(
-        f"--adapters {path} does not fit the model {model.name_or_path}",
-        hint=f"it was trained on {adapter_base(path)}",
-    )
+    misfit = f"--adapters {path} does not fit the model {model.name_or_path}"
+    hint = f"it was trained on {adapter_base(path)}"
     try:
         stored = stored_names(path)
         with quiet(FutureWarning, UserWarning):
@@ -143,11 +144,13 @@ def load_adapter(
     except SafetensorError as error:
         raise ConfigError(f"--adapters {path}: {ADAPTER_WEIGHTS[0]} is damaged: {error}") from error
     except (RuntimeError, ValueError) as error:  # other shapes; none of the modules
-        raise wrong_model from error
+        shapes = SHAPES.search(str(error))
+        named = f": {shapes[1]} is [{shapes[2]}], not [{shapes[3]}]" if shapes else ""
+        raise ConfigError(misfit + named, hint=hint) from error
     # PEFT only warns about adapters that are missing or left over, and runs with zeros in their place.
     expected = set(get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False))
     if stored is not None and {n for n in stored ^ expected if "lora_" in n}:
-        raise wrong_model
+        raise ConfigError(misfit, hint=hint)
     return peft_model
 
 

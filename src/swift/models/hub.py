@@ -7,13 +7,18 @@ Not here: what a whole directory is (directory.py), the built-in model (builtin.
 
 import importlib
 import re
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
+    LocalTokenNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -144,68 +149,109 @@ def modelscope_copies(name: str, revision: str | None) -> Iterator[Path]:
 
 def download(flag: str, name: str, *, use_hf: bool, revision: str | None, token: str | None) -> Path:
     """Fetches `name` from the hub that ids mean; every failure is a ConfigError in words."""
-    hub = "HuggingFace" if use_hf else "ModelScope"
     if "/" not in name and not use_hf:
         raise ConfigError(
             f"{flag} {name}: no such directory, and hub ids have the form org/name", hint=NO_HUB_HINT
         )
-    switches = ("SWIFT_OFFLINE", "HF_HUB_OFFLINE") if use_hf else ("SWIFT_OFFLINE",)
-    offline = next((variable for variable in switches if env.is_on(variable)), None)
+    offline = offline_switch(use_hf=use_hf)
     if offline:
         raise ConfigError(
             f"{flag} {name} is neither a directory nor in the cache, and {offline} is on",
             hint=NO_HUB_HINT,
         )
-    try:
+    with explained(f"{flag} {name}", "fetched from", use_hf=use_hf, revision=revision):
         if use_hf:
             return fetch_from_huggingface(name, revision, token)
-        return fetch_from_modelscope(flag, name, revision, token)
-    except ConfigError:
-        raise
-    except Exception as error:  # each hub library has its own HTTP library below it, with its own exceptions
-        raise explain(error, f"{flag} {name}", hub, revision) from error
+        library = load_modelscope(f"{flag} {name}: no such directory, and")
+        say(f"{name}: fetching from ModelScope")
+        path: Path = library.fetch(name, revision=revision, token=token)
+        return path
+
+
+def offline_switch(*, use_hf: bool) -> str | None:
+    """The environment variable that forbids asking this hub; None when it may be asked."""
+    switches = ("SWIFT_OFFLINE", "HF_HUB_OFFLINE") if use_hf else ("SWIFT_OFFLINE",)
+    return next((variable for variable in switches if env.is_on(variable)), None)
 
 
 def fetch_from_huggingface(name: str, revision: str | None, token: str | None) -> Path:
     # Asked first and with a limit of its own: an unreachable hub is known within seconds.
     info = HfApi(token=token).model_info(name, revision=revision, timeout=REACHABLE_SECONDS)
-    names = [file.rfilename for file in info.siblings or []]
-    weights = "*.safetensors" if any(n.endswith(".safetensors") for n in names) else "*.bin"
+    patterns = choose_files([file.rfilename for file in info.siblings or []])
     say(f"{name}: fetching from HuggingFace")
     return Path(
         snapshot_download(
             name,
             revision=revision,
             token=token,
-            allow_patterns=[*TEXT_FILES, weights],
+            allow_patterns=patterns,
             ignore_patterns=list(IGNORED_FILES),
         )
     )
 
 
-def fetch_from_modelscope(flag: str, name: str, revision: str | None, token: str | None) -> Path:
+def choose_files(names: list[str]) -> list[str]:
+    """Patterns of the files that we want of a repository: texts, and one format of the weights."""
+    return [*TEXT_FILES, "*.safetensors" if any(n.endswith(".safetensors") for n in names) else "*.bin"]
+
+
+def load_modelscope(what: str) -> Any:
+    """The module that speaks to ModelScope; ConfigError, beginning with `what`, where its library is not."""
     try:
-        modelscope_hub = importlib.import_module("swift.models.modelscope_hub")
+        return importlib.import_module("swift.models.modelscope_hub")
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"{flag} {name}: no such directory, and ModelScope's library is not installed ({error.name})",
+            f"{what} ModelScope's library is not installed ({error.name})",
             hint="pip install 'swiftune[hub]', or pass --use_hf true for HuggingFace",
         ) from error
-    say(f"{name}: fetching from ModelScope")
-    return modelscope_hub.fetch(name, revision=revision, token=token)
 
 
-def explain(error: Exception, what: str, hub: str, revision: str | None) -> ConfigError:
+@contextmanager
+def explained(what: str, done: str, *, use_hf: bool, revision: str | None = None) -> Iterator[None]:
+    """Whatever a hub's library raises becomes a ConfigError about `what`, which was to be `done` the hub.
+
+    Each library has its own HTTP library below it, with its own exceptions.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise explain(error, what, done, "HuggingFace" if use_hf else "ModelScope", revision) from error
+
+
+def explain(error: Exception, what: str, done: str, hub: str, revision: str | None) -> ConfigError:
     """A hub library's exception as one line with what to do."""
+    kind, response = type(error).__name__, getattr(error, "response", None)
+    status = getattr(response, "status_code", None) or getattr(error, "status_code", None)
     if isinstance(error, GatedRepoError):
         return ConfigError(
             f"{what} is gated on {hub}", hint="accept its terms on its page, then pass --hub_token or log in"
         )
     if isinstance(error, RevisionNotFoundError):
         return ConfigError(f"{what} has no revision {revision} on {hub}")
-    if isinstance(error, RepositoryNotFoundError) or "NotExist" in type(error).__name__:
+    if isinstance(error, RepositoryNotFoundError) or "NotExist" in kind:
         return ConfigError(
             f"{what} does not exist on {hub}", hint="check the spelling; a private one needs --hub_token"
         )
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return ConfigError(f"{what} could not be fetched from {hub}: {lines[0]}", hint=NO_HUB_HINT)
+    if isinstance(error, LocalTokenNotFoundError) or (kind == "AuthenticationError" and not status):
+        return ConfigError(
+            f"{what}: {hub} wants a token", hint="pass --hub_token, or log in with its own tool"
+        )
+    if status in (401, 403):
+        reason = "does not know this token" if status == 401 else "does not allow it to this token"
+        verb = "read" if done == "fetched from" else "write"
+        return ConfigError(f"{what}: {hub} {reason}", hint=f"pass a --hub_token that may {verb} there")
+    lines = str(error).strip().splitlines() or [kind]
+    hint = NO_HUB_HINT if done == "fetched from" else None
+    return ConfigError(f"{what} could not be {done} {hub}: {lines[0]}", hint=hint)
+
+
+def check_reachable(endpoint: str) -> None:
+    """Raises ConnectionError within seconds: left alone, the hubs' libraries try for half a minute."""
+    try:
+        urllib.request.urlopen(endpoint, timeout=REACHABLE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return  # it answered; what it has to say comes from the library
+    except OSError as error:
+        raise ConnectionError(f"{endpoint} does not answer: {error}") from error

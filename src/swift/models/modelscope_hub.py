@@ -1,28 +1,54 @@
-"""ModelScope downloads. Imported by name only where an id is asked of that hub: the library is an extra."""
+"""ModelScope: downloads and uploads. Imported by name only where that hub is asked: the library is an extra.
 
-import urllib.error
-import urllib.request
+Tokens are handed over with each call, so that none is written to the disk.
+"""
+
+import logging
 from pathlib import Path
 
-from modelscope import snapshot_download
-from modelscope.hub.api import HubApi
+from modelscope_hub import HubApi, HubConfig
 
-REACHABLE_SECONDS = 5
+from swift.models.hub import IGNORED_FILES, check_reachable, choose_files
+from swift.utils import env
 
 
 def fetch(name: str, *, revision: str | None, token: str | None) -> Path:
-    """Downloads a repository into ModelScope's own cache; OSError within seconds when the hub is silent."""
-    check_reachable(str(HubApi().endpoint))
-    if token:
-        HubApi().login(token)
-    return Path(snapshot_download(name, revision=revision))
+    """Downloads a repository into ModelScope's own cache, going on with files that are there in part.
+
+    OSError within seconds when the hub is silent.
+    """
+    api = open_hub(token)
+    api = HubApi(token=token, config=HubConfig(endpoint=api.resolve_endpoint_for_read(name)))
+    files = api.list_repo_files(name, "model", revision=revision)
+    listed = [{"Path": f.path, "Size": f.size, "Sha256": f.sha256} for f in files if f.type != "tree"]
+    path = api.download_repo(
+        name,
+        "model",
+        revision=revision,
+        file_list=listed,
+        allow_patterns=choose_files([f.path for f in files]),
+        ignore_patterns=list(IGNORED_FILES),
+    )
+    return Path(path)
 
 
-def check_reachable(endpoint: str) -> None:
-    """Raises ConnectionError within seconds: left alone, the library tries for half a minute."""
-    try:
-        urllib.request.urlopen(endpoint, timeout=REACHABLE_SECONDS).close()
-    except urllib.error.HTTPError:
-        return  # it answered; what it has to say about the model comes from the library
-    except OSError as error:
-        raise ConnectionError(f"{endpoint} does not answer: {error}") from error
+def find_user(token: str | None) -> str:
+    """Who the token belongs to."""
+    return str(open_hub(token).whoami().username)
+
+
+def upload(directory: Path, name: str, *, token: str | None, private: bool, message: str) -> str:
+    """All files of a directory into the repository, made where it is not there; its address."""
+    api = HubApi(token=token, config=HubConfig())
+    if not api.repo_exists(name, "model"):
+        api.create_repo(name, "model", visibility="private" if private else "public")
+    api.upload_folder(name, "model", directory, commit_message=message, use_cache=False)
+    return f"{HubConfig().endpoint}/models/{name}"
+
+
+def open_hub(token: str | None) -> HubApi:
+    if not env.is_on("SWIFT_DEBUG"):
+        logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
+    config = HubConfig()  # the library's own is of the time when it was imported
+    check_reachable(str(config.endpoint))
+    return HubApi(token=token, config=config)

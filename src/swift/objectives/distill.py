@@ -11,7 +11,7 @@ and what the teacher was shown. Shapes: T = tokens, N = those with logits, n = s
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -105,10 +105,11 @@ class Distill:
     [S] is 1 for answers of the student itself; without the column all are from the data.
     """
 
+    couples_rows: ClassVar[bool] = False
+
     beta: float = 0.5
     top_k: int | None = None
     sft_alpha: float = 0.0
-    couples_rows: bool = False
 
     @property
     def needs(self) -> frozenset[str]:

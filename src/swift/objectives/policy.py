@@ -10,6 +10,7 @@ Shapes: T = tokens, S = segments, each one answer.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -135,7 +136,9 @@ def rollout_weights(log_ratio_T: Tensor, batch: Batch, *, mode: str, threshold: 
 
 
 def entropy_threshold(entropy_N: Tensor, share: float) -> float:
-    """What the `share` of tokens with the most entropy have at least. Source: arXiv:2506.01939."""
+    """What the `share` of tokens with the most entropy have at least, 0 of none. Source: arXiv:2506.01939."""
+    if not len(entropy_N):
+        return 0.0
     return float(entropy_N.sort(descending=True).values[max(int(len(entropy_N) * share) - 1, 0)])
 
 
@@ -150,8 +153,9 @@ class Policy:
     token count as answers.
     """
 
+    couples_rows: ClassVar[bool] = False
+
     rule: PolicyRule = field(default_factory=PolicyRule)
-    couples_rows: bool = False
 
     @property
     def needs(self) -> frozenset[str]:

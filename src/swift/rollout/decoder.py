@@ -62,6 +62,11 @@ class Ticket:
     def done(self) -> bool:
         return None not in self.completions
 
+    @property
+    def answers(self) -> list[Completion]:
+        """The completions of a ticket that is done."""
+        return [c for c in self.completions if c is not None]
+
 
 @dataclass(eq=False, slots=True)
 class Row:
@@ -141,7 +146,7 @@ class Decoder:
         tickets = [self.submit(request) for request in requests]
         while self.step():
             pass
-        return [[c for c in ticket.completions if c is not None] for ticket in tickets]
+        return [ticket.answers for ticket in tickets]
 
     @torch.no_grad()
     def step(self) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from packaging import version
+from transformers import PreTrainedTokenizerBase
 
 from swift.config.option import ConfigError
 from swift.config.vllm import VllmConfig, VllmRolloutConfig
@@ -76,6 +77,7 @@ def start_rollout(
     model: Path,
     *,
     dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
     stop_token_ids: Sequence[int],
     ranks: Ranks,
     seed: int = 0,
@@ -85,32 +87,33 @@ def start_rollout(
     model: the directory that the training started from, with the tokenizer; `dtype` of its arithmetic. Where
     weights differ from the directory's they have to be sent before the first request.
     """
-    check_group(config, ranks)
+    terms = {"tokenizer": tokenizer, "stop_token_ids": stop_token_ids, "ranks": ranks}
     if config.mode == "server":
-        options = {"timeout_seconds": config.vllm_server_timeout}
-        return VllmServers(config.servers, ranks=ranks, stop_token_ids=stop_token_ids, **options)
-    share = COLOCATED_SHARE
+        return VllmServers(config.servers, timeout_seconds=config.vllm_server_timeout, **terms)
     if config.vllm_device == "auto":
-        arguments = engine_arguments(config, dtype=dtype)
         spare = spare_gpus()
         if len(spare) >= config.vllm_tensor_parallel_size:
-            started = start_beside(model, arguments, spare, ranks)
-            options = {"timeout_seconds": config.vllm_server_timeout, "process": started.process}
-            return VllmServers((started.url,), ranks=ranks, stop_token_ids=stop_token_ids, **options)
+            url, process = start_beside(model, engine_arguments(config, dtype=dtype), spare, ranks)
+            terms["timeout_seconds"] = config.vllm_server_timeout
+            return VllmServers((url,), process=process, **terms)
         say("--vllm_device auto: no GPU is left beside the training, so vLLM shares those that it uses")
-    arguments = {"seed": seed} | engine_arguments(config, dtype=dtype, share=share)
-    return start_local(
-        model, arguments, stop_token_ids=stop_token_ids, ranks=ranks, sleep_level=config.sleep_level
-    )
+    check_group(config, ranks.world)
+    arguments = {"seed": seed} | engine_arguments(config, dtype=dtype, share=COLOCATED_SHARE)
+    return start_local(model, arguments, sleep_level=config.sleep_level, **terms)
 
 
-def check_group(config: VllmRolloutConfig, ranks: Ranks) -> None:
-    """ConfigError where processes cannot answer in groups as large as asked."""
+def check_group(config: VllmConfig, world: int) -> None:
+    """ConfigError where `world` processes cannot answer in groups as large as asked."""
     size = config.vllm_tensor_parallel_size
-    if config.mode == "colocate" and config.vllm_device is None and ranks.world % size:
+    if world % size:
         raise ConfigError(
-            f"--vllm_tensor_parallel_size {size} does not divide the {ranks.world} training process(es)",
-            hint="set NPROC_PER_NODE to a multiple of it, or use a server: swift rollout",
+            f"--vllm_tensor_parallel_size {size} does not divide the {world} process(es)",
+            hint="set NPROC_PER_NODE to a multiple of it; a training can also use a server: swift rollout",
+        )
+    if config.vllm_pipeline_parallel_size > 1:
+        raise ConfigError(
+            "--vllm_pipeline_parallel_size needs a vLLM that starts its own processes",
+            hint="--vllm_tensor_parallel_size, or leave NPROC_PER_NODE unset",
         )
 
 

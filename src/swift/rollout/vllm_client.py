@@ -14,12 +14,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from swift.config.option import ConfigError
 from swift.engines.ranks import Ranks
 from swift.rollout.types import Completion, Request
 from swift.rollout.vllm_server import SERVED_NAME
-from swift.rollout.vllm_terms import read_choice, sampling_fields
+from swift.rollout.vllm_terms import Terms
 from swift.rollout.weights import folder_for_weights, write_buckets
 from swift.utils.log import say
 
@@ -37,6 +38,7 @@ class VllmServers:
         urls: Sequence[str],
         *,
         ranks: Ranks,
+        tokenizer: PreTrainedTokenizerBase,
         stop_token_ids: Sequence[int],
         timeout_seconds: float,
         process: "subprocess.Popen[bytes] | None" = None,
@@ -47,7 +49,7 @@ class VllmServers:
         Raises ConfigError where one does not come, or has no part in this host's files.
         """
         self.servers = [Server(url, timeout_seconds) for url in urls]
-        self.ranks, self.stop_token_ids = ranks, tuple(stop_token_ids)
+        self.ranks, self.terms = ranks, Terms(tokenizer, tuple(stop_token_ids))
         self.process, self.version = process, 0
         self.pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="rollout")
         if ranks.is_main:
@@ -78,17 +80,15 @@ class VllmServers:
         return list(self.pool.map(self._ask, turns, requests))
 
     def _ask(self, server: "Server", request: Request) -> list[Completion]:
-        body = sampling_fields(request, self.stop_token_ids) | {
+        body = self.terms.sampling(request) | {
             "model": SERVED_NAME,
             "prompt": request.token_ids,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }
         choices = server.ask("POST", "/v1/completions", body, phase=ASKING)["choices"]
-        top = request.sampling.top_logps
-        return [
-            read_choice(c, top, self.version) for c in sorted(choices, key=lambda choice: choice["index"])
-        ]
+        choices.sort(key=lambda choice: choice["index"])
+        return [self.terms.read_choice(request, choice, self.version) for choice in choices]
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         self.ranks.barrier()  # nobody is being answered any more
@@ -159,7 +159,7 @@ class Server:
 
     def _is_up(self) -> bool:
         try:
-            return self._send("GET", "/health", None, PROBE_SECONDS)[0] == 200
+            return self._send("GET", "/health", None, min(PROBE_SECONDS, self.timeout_seconds))[0] == 200
         except (OSError, http.client.HTTPException):
             return False
 

@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm import LLM, SamplingParams
+from transformers import PreTrainedTokenizerBase
 from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind
 
 from swift.config.option import ConfigError
 from swift.engines.ranks import Ranks
 from swift.rollout.types import Completion, Request
-from swift.rollout.vllm_terms import read_answer, sampling_fields
+from swift.rollout.vllm_terms import Terms
+from vllm import LLM, RequestOutput, SamplingParams
 
 RECEIVER = "swift.rollout.vllm_worker.WeightReceiver"
 
@@ -36,20 +38,21 @@ class VllmLocal:
         model: Path,
         arguments: dict[str, Any],
         *,
+        tokenizer: PreTrainedTokenizerBase,
         stop_token_ids: Sequence[int],
         ranks: Ranks | None = None,
         sleep_level: int = 0,
         adapter: Path | None = None,
     ) -> None:
         """`arguments`: of vLLM's engine. `adapter`: a directory of PEFT's that answers go through."""
-        self.ranks, self.stop_token_ids = ranks or Ranks(), tuple(stop_token_ids)
+        self.ranks, self.terms = ranks or Ranks(), Terms(tokenizer, tuple(stop_token_ids))
         self.together = int(arguments.get("tensor_parallel_size", 1)) if self.ranks.world > 1 else 1
-        self.sleep_level = sleep_level if torch.cuda.is_available() else 0  # a CPU has nothing to free
+        self.sleep_level = sleep_level
         self.asleep: set[str] = set()
         self.version = 0
         self.adapter = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
         with same_random_states():
-            self.llm = start(model, arguments, spread=self.ranks.world > 1, sleeps=self.sleep_level > 0)
+            self.llm = start(model, arguments, spread=self.ranks.world > 1, sleeps=sleep_level > 0)
         self.context = int(self.llm.model_config.max_model_len)
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
@@ -66,14 +69,50 @@ class VllmLocal:
     def _answer(self, requests: Sequence[Request]) -> list[list[Completion]]:
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=request.token_ids) for request in requests],
-            [SamplingParams(**sampling_fields(request, self.stop_token_ids)) for request in requests],
+            [SamplingParams(**self.terms.sampling(request)) for request in requests],
             use_tqdm=False,
             lora_request=self.adapter,
         )
-        return [
-            [read_answer(answer, request.sampling.top_logps, self.version) for answer in output.outputs]
-            for request, output in zip(requests, outputs, strict=True)
-        ]
+        return [self._read(request, output) for request, output in zip(requests, outputs, strict=True)]
+
+    def _read(self, request: Request, output: RequestOutput) -> list[Completion]:
+        return [self.terms.read_answer(request, answer, self.version) for answer in output.outputs]
+
+    def complete(
+        self, requests: Iterable[tuple[int, Request]], *, max_rows: int
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """The answers to each request by its number, as they finish; taken from the iterator with time."""
+        engine, source, asked = self.llm.llm_engine, iter(requests), dict[str, Request]()
+        more = True
+        while more or asked:
+            while more and len(asked) < max_rows:
+                number, request = next(source, (0, None))
+                more = request is not None
+                if request is not None:
+                    asked[str(number)] = request
+                    self._submit(str(number), request, RequestOutputKind.FINAL_ONLY)
+            for output in engine.step():
+                if output.finished:
+                    yield int(output.request_id), self._read(asked.pop(output.request_id), output)
+
+    def stream(self, request: Request) -> Iterator[RequestOutput]:
+        """One answer as it grows, in vLLM's terms; the last is all of it."""
+        engine, done = self.llm.llm_engine, False
+        self._submit("stream", request, RequestOutputKind.CUMULATIVE)
+        try:
+            while not done:
+                for output in engine.step():
+                    done = output.finished
+                    yield output
+        finally:
+            if not done:
+                engine.abort_request(["stream"])
+
+    def _submit(self, name: str, request: Request, kind: RequestOutputKind) -> None:
+        self._check_length([request])
+        settings = self.terms.sampling(request) | {"output_kind": kind}
+        prompt = TokensPrompt(prompt_token_ids=request.token_ids)
+        self.llm.llm_engine.add_request(name, prompt, SamplingParams(**settings), lora_request=self.adapter)
 
     def _check_length(self, requests: Sequence[Request]) -> None:
         longest = max((len(request.token_ids) for request in requests), default=0)
@@ -119,10 +158,14 @@ def start(model: Path, arguments: dict[str, Any], *, spread: bool, sleeps: bool)
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",  # defaults of sampling are ours
         "worker_extension_cls": RECEIVER,
-        "distributed_executor_backend": "external_launcher" if spread else "uni",
-        "enable_sleep_mode": sleeps,
+        "use_tqdm_on_load": False,
+        "enable_sleep_mode": sleeps and torch.cuda.is_available(),  # a CPU has nothing to free
         "disable_log_stats": True,
     }
+    if spread:
+        settings["distributed_executor_backend"] = "external_launcher"
+    elif max(arguments.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")) == 1:
+        settings["distributed_executor_backend"] = "uni"  # else vLLM starts the processes that it needs
     try:
         return LLM(**settings | arguments)
     except (ValueError, TypeError, RuntimeError, torch.OutOfMemoryError) as error:

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,6 @@ SERVED = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """A server that rank 0 has started for its own job; `process` is there on rank 0."""
-
-    url: str
-    process: "subprocess.Popen[bytes] | None"
 
 
 def server_command(model: Path, arguments: dict[str, Any], *, host: str, port: int) -> list[str]:
@@ -86,8 +77,10 @@ def check_port(host: str, port: int) -> None:
             ) from error
 
 
-def start_beside(model: Path, arguments: dict[str, Any], gpus: Sequence[str], ranks: Ranks) -> Started:
-    """A server on GPUs that the training leaves free. Called by all ranks; rank 0 starts it."""
+def start_beside(
+    model: Path, arguments: dict[str, Any], gpus: Sequence[str], ranks: Ranks
+) -> "tuple[str, subprocess.Popen[bytes] | None]":
+    """URL and, on rank 0, process of a server on GPUs that the training leaves free. Called by all ranks."""
     process, port = None, 0
     if ranks.is_main:
         with socket.socket() as probe:
@@ -97,4 +90,4 @@ def start_beside(model: Path, arguments: dict[str, Any], gpus: Sequence[str], ra
         command = server_command(model, arguments, host="127.0.0.1", port=port)
         process = subprocess.Popen(command, env=env.with_gpus(gpus), stdout=subprocess.DEVNULL)
         say(f"vLLM answers on GPU {', '.join(gpus)}, 127.0.0.1:{port}")
-    return Started(f"http://127.0.0.1:{ranks.share(port)}", process)
+    return f"http://127.0.0.1:{ranks.share(port)}", process

@@ -1,8 +1,12 @@
 """Requests and answers in vLLM's terms, the same in its own process and over HTTP."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from swift.rollout.detokenize import AnswerText, decode_text
 from swift.rollout.types import Completion, Request
 
 FINISHED = ("stop", "length")  # any other reason is an answer that was given up
@@ -21,54 +25,88 @@ def first_seed(request: Request) -> int:
     return ((mixed ^ (mixed >> 31)) >> 2) + request.first
 
 
-def sampling_fields(request: Request, stop_token_ids: Sequence[int]) -> dict[str, Any]:
-    """vLLM's SamplingParams. `stop_token_ids` always end an answer; what config.json calls eos does not."""
-    sampling = request.sampling
-    return {
-        "n": request.count,
-        "seed": first_seed(request),
-        "max_tokens": sampling.max_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
-        "repetition_penalty": sampling.repetition_penalty,
-        "stop": list(sampling.stop),
-        "stop_token_ids": sorted({*sampling.stop_token_ids, *stop_token_ids}),
-        "ignore_eos": True,
-        "logprobs": sampling.top_logps,
-        "skip_special_tokens": True,
-    }
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """The translation for one model. `stop_token_ids` end every answer; config.json's own do not."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: tuple[int, ...]
+
+    def ends(self, request: Request) -> set[int]:
+        """Tokens that end an answer to the request."""
+        return {*request.sampling.stop_token_ids, *self.stop_token_ids}
+
+    def sampling(self, request: Request) -> dict[str, Any]:
+        """vLLM's SamplingParams."""
+        asked = request.sampling
+        return {
+            "n": request.count,
+            "seed": first_seed(request),
+            "max_tokens": asked.max_tokens,
+            "temperature": asked.temperature,
+            "top_p": asked.top_p,
+            "top_k": asked.top_k,
+            "min_p": asked.min_p,
+            "repetition_penalty": asked.repetition_penalty,
+            "stop": list(asked.stop),
+            "stop_token_ids": sorted(self.ends(request)),
+            "ignore_eos": True,
+            "logprobs": asked.top_logps,
+        }
+
+    def text(self, request: Request, token_ids: list[int]) -> str:
+        """Of an answer, without what ended it; as our own decoder has it.
+
+        vLLM's text may begin with a part of the prompt, where that ends within a character (0.32).
+        """
+        shown = token_ids[:-1] if token_ids and token_ids[-1] in self.ends(request) else token_ids
+        if not request.sampling.stop:
+            return decode_text(self.tokenizer, shown, tail(request))
+        writer = self.writer(request)
+        for token in shown:
+            writer.push(token)
+        writer.flush()
+        return writer.text
+
+    def writer(self, request: Request) -> AnswerText:
+        """What makes text of an answer's tokens as they come."""
+        return AnswerText(self.tokenizer, request.sampling.stop, tail(request))
+
+    def read_answer(self, request: Request, answer: Any, version: int) -> Completion:
+        """A whole CompletionOutput of vLLM's."""
+        chosen = [at[token].logprob for token, at in zip(answer.token_ids, answer.logprobs, strict=True)]
+        likely = [{token: found.logprob for token, found in at.items()} for at in answer.logprobs]
+        return self._build(request, list(answer.token_ids), chosen, likely, answer.finish_reason, version)
+
+    def read_choice(self, request: Request, choice: Mapping[str, Any], version: int) -> Completion:
+        """An element of `choices` of /v1/completions, with ids for tokens."""
+        logps, reason = choice["logprobs"], choice["finish_reason"]
+        likely = [
+            {int(token.removeprefix("token_id:")): value for token, value in at.items()}
+            for at in logps["top_logprobs"]
+        ]
+        return self._build(request, choice["token_ids"], logps["token_logprobs"], likely, reason, version)
+
+    def _build(
+        self,
+        request: Request,
+        token_ids: list[int],
+        logps: list[float],
+        likely: list[dict[int, float]],
+        reason: str,
+        version: int,
+    ) -> Completion:
+        assert len(token_ids) == len(logps), (len(token_ids), len(logps))
+        top = [most_likely(at, request) for at in likely] if request.sampling.top_logps else None
+        reason = reason if reason in FINISHED else "abort"
+        return Completion(token_ids, logps, reason, self.text(request, token_ids), top, version)
 
 
-def read_answer(answer: Any, top: int, version: int) -> Completion:
-    """vLLM's CompletionOutput."""
-    chosen = [at[token].logprob for token, at in zip(answer.token_ids, answer.logprobs, strict=True)]
-    likely = [{token: found.logprob for token, found in at.items()} for at in answer.logprobs]
-    return build(list(answer.token_ids), chosen, likely, answer.finish_reason, answer.text, top, version)
+def tail(request: Request) -> list[int]:
+    """The end of the prompt that the answer's text continues."""
+    return request.token_ids[len(request.token_ids) - request.continued :]
 
 
-def read_choice(choice: Mapping[str, Any], top: int, version: int) -> Completion:
-    """An element of `choices` of /v1/completions, with ids for tokens."""
-    logps = choice["logprobs"]
-    likely = [
-        {int(token.removeprefix("token_id:")): value for token, value in at.items()}
-        for at in logps["top_logprobs"]
-    ]
-    chosen, reason = logps["token_logprobs"], choice["finish_reason"]
-    return build(choice["token_ids"], chosen, likely, reason, choice["text"], top, version)
-
-
-def build(
-    token_ids: list[int],
-    logps: list[float],
-    likely: list[dict[int, float]],
-    reason: str | None,
-    text: str,
-    top: int,
-    version: int,
-) -> Completion:
-    """A Completion with the `top` most likely tokens of each position; vLLM tells the drawn one too."""
-    assert len(token_ids) == len(logps), (len(token_ids), len(logps))
-    best = [dict(sorted(at.items(), key=lambda item: -item[1])[:top]) for at in likely] if top else None
-    return Completion(token_ids, logps, reason if reason in FINISHED else "abort", text, best, version)
+def most_likely(logps: Mapping[int, float], request: Request) -> dict[int, float]:
+    """As many as were asked for; vLLM adds the token that was drawn."""
+    return dict(sorted(logps.items(), key=lambda item: -item[1])[: request.sampling.top_logps])

@@ -16,7 +16,7 @@ from swift.template.agents import check_calls, choose_agent, split_turns, with_a
 from swift.template.jinja import Renderer
 from swift.template.loss_scale import build_weights
 from swift.template.shape import learn_shape
-from swift.template.specs import chatml, plain_text
+from swift.template.specs import chatml, plain_text, with_defaults
 from swift.template.turns import find_turns
 from swift.template.types import Message, Rendered
 
@@ -72,6 +72,22 @@ class ChatTemplate:
         if self.calls:
             check_calls(self.calls, messages, text, turns)
         return Rendered(text, self._weights.spans(text, turns, messages, self._shape.end_of_turn))
+
+    def deployed(self) -> str:
+        """`source` with the system prompt and the other settings in it, for programs that know none of ours.
+
+        It gives the prompts that `prompt` gives, up to --response_prefix.
+        """
+        settings = {"system": self.system or "", "enable_thinking": self.config.enable_thinking}
+        source = with_defaults(self.source, **settings, folds_system=self._shape.folds_system)
+        known = {k: v for k, v in self._renderer.variables.items() if k != "enable_thinking"}
+        alone = Renderer(source, known)
+        user, answer = {"role": "user", "content": "zquser"}, {"role": "assistant", "content": "zqanswer"}
+        for chat in ([user], [user, answer, user], [{"role": "system", "content": "zqsystem"}, user]):
+            expected = self.prompt(chat).removesuffix(self.response_prefix)
+            rendered = alone.text(chat, add_generation_prompt=True)
+            assert rendered == expected, (rendered, expected)
+        return source
 
     def _prepare(self, messages: Sequence[Message], tools: list[Any] | None) -> list[Message]:
         """Adds our system prompt to a conversation without one, in the form that the template can show."""

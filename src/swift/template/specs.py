@@ -5,6 +5,7 @@ hermes is as in the templates of Qwen2.5 and Qwen3, qwen3_coder as in that of Qw
 JSON, glm4_5 and llama3 as in those of GLM-4.5 and Llama 3.1; react is the form of arXiv:2210.03629.
 """
 
+import json
 from importlib import resources
 
 
@@ -25,6 +26,36 @@ def chatml(end_of_turn: str, *, opening: str = "") -> str:
 def plain_text(end: str, *, opening: str = "") -> str:
     """Jinja source of the bare text of all messages, one after another: `end` is the token that ends it."""
     return _fill("plain_text.jinja", opening, end)
+
+
+def with_defaults(source: str, *, system: str, enable_thinking: bool | None, folds_system: bool) -> str:
+    """A chat template that by itself does what we do with a run's settings, wherever it is rendered.
+
+    system: for conversations without one of their own; "" = none. folds_system: the template shows no system
+    messages, so their text goes before the first user's.
+    """
+    lines = []
+    if enable_thinking is not None:
+        value = str(enable_thinking).lower()
+        lines.append(
+            f"if enable_thinking is not defined -%}}{{%- set enable_thinking = {value} -%}}{{%- endif"
+        )
+    if system:
+        ours = f"[{{'role': 'system', 'content': {json.dumps(system, ensure_ascii=False)}}}]"
+        lines += [
+            "if not messages or messages[0]['role'] != 'system'",
+            f"set messages = {ours} + messages",
+            "endif",
+        ]
+    if folds_system and system:
+        words = "[messages[0]['content'], messages[1]['content']] | select | join('\n\n')"
+        lines += [
+            "if messages[0]['role'] == 'system' and messages[1:] and messages[1]['role'] == 'user'",
+            f"set messages = [{{'role': 'user', 'content': {words}}}] + messages[2:]",
+            "endif",
+        ]
+    # The empty text at the end keeps a line end with which the template may start.
+    return "".join(f"{{%- {line} -%}}" for line in lines) + ("{{- '' }}" if lines else "") + source
 
 
 def _fill(name: str, opening: str, end: str) -> str:

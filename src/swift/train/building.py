@@ -100,6 +100,7 @@ def build_engine(
         resume_from=resumption.checkpoint if resumption else None,
         frozen=frozen,
         frozen_moves=method.mix_every is not None,
+        temperature=run.online.temperature if isinstance(run, RlhfRun) and method.samples else 1.0,
     )
 
 

@@ -265,7 +265,8 @@ class RolloutFeed:
         shares = np.array_split(np.arange(len(mine)), self.plan.parts)
         part_of = [part for part, share in enumerate(shares) for _ in share]
         return [
-            {"answer": asdict(a), "token": t, "part": p} for a, t, p in zip(mine, spans, part_of, strict=True)
+            {"answer": asdict(replace(a, messages=None, infos={})), "token": t, "part": p}
+            for a, t, p in zip(mine, spans, part_of, strict=True)
         ]
 
     def _restore(self, number: int) -> Held:

@@ -128,6 +128,7 @@ def watched(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 
 def find_head(model: nn.Module, name: str) -> nn.Module:
+    """The layer called `name`, however deep it is wrapped."""
     return next(module for path, module in model.named_modules() if path.rpartition(".")[2] == name)
 
 

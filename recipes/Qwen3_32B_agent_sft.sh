@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Qwen3-32B on conversations with tool calls; the flags are explained in tools/agent_sft.sh.
+# For 4 nodes of 8 GPUs: tensor 8 x context 4. On 8 nodes --context_parallel_size 8, on 12 nodes 4 again with
+# three copies of the model.
+#
+#   bash Qwen3_32B_agent_sft.sh --ips 10.0.8.7,10.0.8.8,10.0.8.9,10.0.8.11 --save DIR --dataset FILE.jsonl
+set -euo pipefail
+export MODEL=${MODEL:-Qwen/Qwen3-32B}
+exec bash "$(dirname "${BASH_SOURCE[0]}")/tools/agent_sft.sh" "$@"

@@ -1,0 +1,92 @@
+"""Uploads of a directory to HuggingFace or ModelScope.
+
+Owns: which files go, who uploads, and that no secret of a run goes with them.
+Not here: what is uploaded (export/publish.py), ModelScope's library (modelscope_hub.py).
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants
+
+from swift.config.option import ConfigError
+from swift.models.adapters import RUN_ARGS, load_run_args
+from swift.models.hub import HUB_ID, check_reachable, explained, load_modelscope, offline_switch
+from swift.utils.files import format_bytes, write_json
+from swift.utils.log import say
+
+SENT = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".py")
+# What a run needs to go on, and nobody else.
+KEPT = ("trainer_state.json", "manifest.json", "training_args.bin", "optimizer.bin", "scheduler.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where to upload, and as whom; `name` is OWNER/NAME once it is checked."""
+
+    name: str
+    use_hf: bool
+    token: str | None
+    private: bool
+    message: str
+
+    @property
+    def hub(self) -> str:
+        return "HuggingFace" if self.use_hf else "ModelScope"
+
+    @property
+    def flag(self) -> str:
+        return f"--hub_model_id {self.name}"
+
+
+def check_destination(where: Destination) -> Destination:
+    """Asks the hub who we are, before anything slow; the owner is put before a name without one."""
+    if not HUB_ID.fullmatch(where.name):
+        raise ConfigError(f"{where.flag} has not the form OWNER/NAME")
+    offline = offline_switch(use_hf=where.use_hf)
+    if offline:
+        raise ConfigError(f"--push_to_hub needs {where.hub}, and {offline} is on")
+    with explained(where.flag, "pushed to", use_hf=where.use_hf):
+        if where.use_hf:
+            check_reachable(constants.ENDPOINT)
+            user = HfApi(token=where.token).whoami()["name"]
+        else:
+            user = load_modelscope("--push_to_hub true:").find_user(where.token)
+    say(f"pushing to {where.hub} as {user}")
+    return where if "/" in where.name else replace(where, name=f"{user}/{where.name}")
+
+
+def push(directory: Path, where: Destination, *, prepare: Callable[[Path], None]) -> None:
+    """Uploads weights, configs and tokenizer files of a directory, not what a run needs to go on.
+
+    `prepare` may replace files of the directory that it is given, whose files are links to the real ones.
+    """
+    with tempfile.TemporaryDirectory(prefix="swift-push-") as temporary:
+        staging = Path(temporary)
+        for file in directory.iterdir():
+            if file.is_file() and file.suffix in SENT and file.name not in KEPT:
+                (staging / file.name).symlink_to(file.resolve())
+        if (staging / RUN_ARGS).exists():  # another program may have written a token into it
+            write_json(staging / RUN_ARGS, load_run_args(directory))
+        prepare(staging)
+        size = sum(file.stat().st_size for file in staging.iterdir())
+        say(f"uploading {len(list(staging.iterdir()))} files, {format_bytes(size)}")
+        with explained(where.flag, "pushed to", use_hf=where.use_hf):
+            address = upload_to_huggingface(staging, where) if where.use_hf else upload(staging, where)
+    say(f"pushed {directory} to {address}")
+
+
+def upload_to_huggingface(directory: Path, where: Destination) -> str:
+    api = HfApi(token=where.token)
+    api.create_repo(where.name, private=where.private or None, exist_ok=True)
+    api.upload_folder(repo_id=where.name, folder_path=directory, commit_message=where.message)
+    return f"{constants.ENDPOINT}/{where.name}"
+
+
+def upload(directory: Path, where: Destination) -> str:
+    address: str = load_modelscope("--push_to_hub true:").upload(
+        directory, where.name, token=where.token, private=where.private, message=where.message
+    )
+    return address

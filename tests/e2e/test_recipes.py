@@ -1,0 +1,97 @@
+"""recipes/: the flags that they take and give, and one of them from two machines' training to an answer."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.sh"))
+WRAPPER = [  # as users call it
+    "--ssh_password", "<PASSWORD>", "--port", "29900", "--tensor_model_parallel_size", "8",
+    "--context_parallel_size", "4", "--max_length", "64000", "--epochs", "1", "--save_interval", "50",
+]  # fmt: skip
+NAMES = (
+    "model", "micro_batch_size", "global_batch_size", "tensor_model_parallel_size", "context_parallel_size",
+    "sequence_parallel", "max_length", "max_epochs", "save_interval",
+)  # fmt: skip
+ALIASES = {
+    "micro_batch_size": "per_device_train_batch_size", "max_epochs": "num_train_epochs",
+    "save_interval": "save_steps",
+}  # fmt: skip
+
+
+def call(recipe: str, directory: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "SWIFT_OFFLINE": "1", **variables}
+    command = ["bash", str(ROOT / "recipes" / recipe), *words]
+    return subprocess.run(
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+
+
+def values(recipe: str, directory: Path, *words: str, **variables: str) -> dict[str, object]:
+    result = call(recipe, directory, *words, "--print_config", "true", **variables)
+    assert result.returncode == 0, result.stderr
+    # Behind `swift launch` what the command says on stderr is on screen too.
+    parsed: dict[str, object] = yaml.safe_load(result.stdout[result.stdout.index("# ") :])
+    return parsed
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_clean(path: Path) -> None:
+    assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
+    assert os.access(path, os.X_OK) and "set -euo pipefail" in path.read_text()
+    if shutil.which("shellcheck"):
+        assert subprocess.run(["shellcheck", str(path)], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "micro", "rows"), [("Qwen3_32B_agent_sft.sh", 8, 64), ("Qwen2.5_72B_agent_sft.sh", 4, 32)]
+)
+def test_the_wrapper_takes_the_flags_that_it_always_had(
+    recipe: str, micro: int, rows: int, tiny_qwen3_dir: Path, tmp_path: Path
+) -> None:
+    """Through the whole launcher, on this machine as the only node; megatron prints what it was given."""
+    (tmp_path / "rows.jsonl").write_text('{"query": "Who?", "response": "I."}\n')
+    found = values(
+        recipe, tmp_path, "--ips", "127.0.0.1", "--save", "out", "--dataset", "rows.jsonl", *WRAPPER,
+        MODEL=str(tiny_qwen3_dir), NPROC_PER_NODE="1",
+    )  # fmt: skip
+    assert [found[ALIASES.get(name, name)] for name in NAMES] == [
+        str(tiny_qwen3_dir), micro, rows, 8, 4, True, 64000, 1, 50,
+    ]  # fmt: skip
+    assert (found["output_dir"], found["dataset"]) == ("out", ["rows.jsonl"])
+    missing = call(recipe, tmp_path, "--ips", "127.0.0.1", "--dataset", "rows.jsonl")
+    assert (missing.returncode, missing.stderr) == (2, "error: --save is missing\n")
+
+
+def test_recipes_of_one_machine(tmp_path: Path) -> None:
+    learnt = values("Qwen3_8B_self_cognition.sh", tmp_path, "--max_steps", "3", NAME="Ada")
+    assert (learnt["model_name"], learnt["train_type"], learnt["max_steps"]) == (["Ada"], "lora", 3)
+    full = values("Qwen3_8B_full_sft.sh", tmp_path, DATASET="rows.jsonl")
+    assert (full["train_type"], full["fsdp"], full["packing"]) == ("full", "fsdp2", True)
+    grpo = values("Qwen3_8B_grpo.sh", tmp_path, USE_VLLM="false")
+    assert (grpo["rlhf_type"], grpo["num_generations"], grpo["use_vllm"]) == ("grpo", 16, False)
+    to_mcore = values("tools/export_hf_2_megatron_model.sh", tmp_path, MODEL="a/Qwen3-32B")
+    assert (to_mcore["to_mcore"], to_mcore["output_dir"]) == (True, "Qwen3-32B-mcore")
+    to_hf = values("tools/export_megatron_2_hf_model.sh", tmp_path, MCORE_MODEL="out/v0/")
+    assert (to_hf["to_hf"], to_hf["output_dir"]) == (True, "out/v0-hf")
+
+
+@pytest.mark.slow
+def test_full_training_in_miniature(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
+    rows = [{"query": f"Say {i}.", "response": f"{i}, it is."} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = ("--max_length", "128", "--torch_dtype", "float32", "--max_steps", "2", "--add_version", "false")
+    result = call(
+        "Qwen3_8B_full_sft.sh", tmp_path, *small,
+        MODEL=str(tiny_qwen3_dir), DATASET="rows.jsonl", NPROC_PER_NODE="1",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "output" / "checkpoint-2" / "model.safetensors").exists()
