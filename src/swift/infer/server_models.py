@@ -180,9 +180,9 @@ def check_answers(model: Path, adapters: list[Path], *, own_decoder: bool) -> No
 def load_models(plan: Plan) -> Loaded:
     """Loads the weights, and the adapters on top of them."""
     run, options = plan.run, plan.run.serve
+    device = pick_device(run.model.device)
     network: Any = load_model(
-        plan.model, dtype=run.model.torch_dtype, attention=None, device=pick_device(run.model.device),
-        quant=run.quant,
+        plan.model, dtype=run.model.torch_dtype, attention=None, device=device, quant=run.quant,
     )  # fmt: skip
     adapters: dict[str, str] = {}
     for i, source in enumerate(plan.sources):
