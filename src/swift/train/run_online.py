@@ -148,7 +148,8 @@ class OnlineStage:
         run, ready = self.run, self.ready
         scheduler = build_scheduler(run.turns, tokenizer=ready.tokenizer)
         wanted = self._longest_prompt() + TURNS * run.online.max_completion_length
+        limits = (context_length(ready.model_config), run.vllm.vllm_max_model_len, wanted)
         return Turns(
             scheduler, str(run.turns.scheduler), ChatTemplate(ready.tokenizer, run.template),
-            min(context_length(ready.model_config) or wanted, wanted), run.rewards.reward_timeout,
+            min(filter(None, limits)), run.rewards.reward_timeout,
         )  # fmt: skip
