@@ -9,11 +9,12 @@ from swift.config.generation import GenerationConfig, InferOptions
 from swift.config.layout import LayoutConfig
 from swift.config.model import ModelConfig
 from swift.config.objective import RlhfConfig
-from swift.config.online import SAMPLES, OnlineConfig
+from swift.config.online import ANSWERS, SAMPLES, OnlineConfig
 from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
 from swift.config.parallel import ParallelConfig
 from swift.config.plugins import PluginConfig
+from swift.config.ppo import PpoConfig
 from swift.config.quant import QuantConfig
 from swift.config.rewards import RewardConfig, check_rewarded
 from swift.config.schedule import OutputConfig, ScheduleConfig
@@ -160,6 +161,7 @@ class RlhfRun(TrainRun):
     online: OnlineConfig = field(default_factory=OnlineConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
     turns: TurnConfig = field(default_factory=TurnConfig)
+    ppo: PpoConfig = field(default_factory=PpoConfig)
     vllm: VllmRolloutConfig = field(default_factory=VllmRolloutConfig)
 
     def check_complete(self) -> None:
@@ -167,6 +169,7 @@ class RlhfRun(TrainRun):
         TrainRun.check_complete(self)
         self.rlhf.check()
         self.online.check(self.rlhf.rlhf_type)
+        self.ppo.check(self.rlhf.rlhf_type)
         check_rewarded(self.rlhf.rlhf_type, [*self.rewards.changed, *self.turns.changed])
         self.turns.check()
         if self.rlhf.rlhf_type in SAMPLES:
@@ -174,9 +177,14 @@ class RlhfRun(TrainRun):
                 max_completion_length=self.online.max_completion_length,
                 has_environment=self.turns.use_gym_env,
             )
+            if "cispo" in self.rlhf.losses and self.online.epsilon_high is None:
+                raise ConfigError(
+                    "--loss_type cispo needs --epsilon_high, the largest weight of a token", hint="5 is usual"
+                )
+        if self.rlhf.rlhf_type in ANSWERS:
             self.vllm.check_rollout()
         else:
-            self.vllm.check_unused(f"--rlhf_type {' or '.join(SAMPLES)}")
+            self.vllm.check_unused(f"--rlhf_type {' or '.join(ANSWERS)}")
         if self.data.cached_dataset:
             raise ConfigError("--cached_dataset holds conversations for swift sft", hint="give --dataset")
         if self.rlhf.needs_reference and self.tuner.init_weights.startswith(("pissa", "olora")):

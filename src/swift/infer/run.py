@@ -60,6 +60,7 @@ def run_infer(run: InferRun) -> int:
     if run.infer.infer_backend == "vllm":
         check_vllm("--infer_backend vllm")
     check_sampling(run)
+    check_options(run)
     use_plugins(run.plugins)
     build_weights(run.template.loss_scale)  # a wrong name is told before anything is downloaded
     source = find_source(run)
@@ -157,6 +158,10 @@ def score_texts(source: Source, labels: int, specs: tuple[str, ...], columns: di
 def check_sampling(run: InferRun) -> None:
     """Bounds that the flags' own ranges cannot say."""
     run.generation.check()
+
+
+def check_options(run: InferRun) -> None:
+    """Raises ConfigError where flags of `swift infer` alone contradict each other."""
     if run.infer.top_logprobs and not run.infer.logprobs:
         raise ConfigError("--top_logprobs has no effect without --logprobs true")
     if run.infer.logprobs and not (run.infer.val_dataset or run.infer.load_data_args):

@@ -24,6 +24,7 @@ from swift.models.heads import count_labels
 from swift.models.hub import resolve_adapter, resolve_model
 from swift.models.load import load_config, load_model, load_tokenizer, pick_device
 from swift.rollout.decoder import Decoder
+from swift.rollout.slots import spare_bytes
 from swift.rollout.types import Sampling
 from swift.template.chat import ChatTemplate
 from swift.utils.log import say
@@ -184,9 +185,9 @@ def check_answers(model: Path, adapters: list[Path], *, own_decoder: bool) -> No
 def load_models(plan: Plan) -> Loaded:
     """Loads the weights, and the adapters on top of them."""
     run, options = plan.run, plan.run.serve
+    device = pick_device(run.model.device)
     network: Any = load_model(
-        plan.model, dtype=run.model.torch_dtype, attention=None, device=pick_device(run.model.device),
-        quant=run.quant,
+        plan.model, dtype=run.model.torch_dtype, attention=None, device=device, quant=run.quant,
     )  # fmt: skip
     adapters: dict[str, str] = {}
     for i, source in enumerate(plan.sources):
@@ -206,7 +207,7 @@ def load_models(plan: Plan) -> Loaded:
         )  # fmt: skip
         decoders[source.name] = Decoder(
             network, tokenizer, stop_token_ids=engine.stop_token_ids, context=engine.context,
-            max_rows=options.max_batch_size,
+            max_rows=options.max_batch_size, memory_bytes=spare_bytes(device) // len(plan.sources),
         )  # fmt: skip
     return Loaded(models, decoders, partial(activate, network, adapters))
 
