@@ -31,8 +31,8 @@ from swift.utils import env
 from swift.utils.files import write_json
 from swift.utils.log import say
 
-# How far the next-token distributions of answers may move: mean divergence in nats, by bits. Two to three times
-# what was seen with the built-in model (0.03, 0.4), whose 135M parameters suffer more than those of larger ones.
+# How far the next-token distributions of answers may move: mean divergence in nats, by bits. Two to three
+# times what was seen (0.03, 0.4) with the built-in model, whose 135M parameters suffer more than larger ones.
 ALLOWED = {8: 0.1, 4: 1.0}
 
 
