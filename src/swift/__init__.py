@@ -5,8 +5,9 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# What plugin files start from, loaded when it is named.
+# What plugin files start from, and answers from Python; loaded when named.
 _PUBLIC = {
+    **dict.fromkeys(("InferEngine", "InferRequest", "RequestConfig"), "swift.infer.api"),
     **dict.fromkeys(
         ("DatasetMeta", "ResponsePreprocessor", "RowPreprocessor", "register_dataset"), "swift.llm"
     ),

@@ -128,6 +128,31 @@ def test_rows_of_one_settings_share_a_prompt_that_is_read_once(model, tokenizer,
     assert sizes == [60, 3, 60, 8, 5]
 
 
+def test_memory_that_does_not_suffice_makes_rows_wait(model, tokenizer, decode, monkeypatch) -> None:
+    """2 layers, keys and values of 2 heads of 16 float32: 512 bytes a token. 5 slots of 128 or 2 of 256."""
+    settings = Sampling(150, temperature=1.3, seed=5, repetition_penalty=1.2, stop=("zzz",))
+    requests = [
+        Request(prompt(20 + i, seed=i), settings, count=count) for i, count in enumerate((2, 1, 3, 1))
+    ]
+    expected = decode(requests, stop_token_ids=[])
+    decoder = Decoder(
+        model, tokenizer, stop_token_ids=[], context=400, max_rows=8, memory_bytes=512 * 128 * 5
+    )
+    sizes, run = [], decoder._run
+    monkeypatch.setattr(decoder, "_run", lambda ids, *a, **k: sizes.append(len(ids)) or run(ids, *a, **k))
+    found = decoder.generate(requests)
+    assert [[a.token_ids for a in answers] for answers in found] == [
+        [a.token_ids for a in answers] for answers in expected
+    ]
+    assert [[a.text for a in answers] for answers in found] == [[a.text for a in b] for b in expected]
+    # The third group waits for three slots at once; with 128 tokens one row has to give way, and is read
+    # again with what it had answered.
+    assert sizes[:5] == [20, 2, 21, 3, 3]
+    assert sizes[sizes.index(2, 3) - 1] == 3
+    assert any(128 < size < 160 for size in sizes)
+    assert decoder.slots.rows * decoder.slots.capacity <= 128 * 5
+
+
 def test_settings_shape_the_distribution(model, tokenizer, decode) -> None:
     ids = prompt(12)
     scaled = teacher_forced(model, ids, [0])[0]

@@ -134,6 +134,10 @@ def test_limits(template: ChatTemplate) -> None:
     for (asked,) in engine.asked:
         assert asked.sampling.max_tokens == min(64, prompt + 40 - len(asked.token_ids)) > 0
     assert found.num_turns == len(engine.asked) < 9
+    # What was told last is taken back: nothing of it is left for an answer.
+    assert (found.text, found.finish_reason, found.loss_mask[-1]) == ("1", "length", 1)
+    assert found.messages[-1] == {"role": "assistant", "content": "1"}
+    assert prompt + len(found.token_ids) <= prompt + 40
 
 
 def test_ranks_ask_as_often_as_the_one_with_the_longest_conversation(template: ChatTemplate) -> None:
@@ -183,6 +187,25 @@ def test_math_tips_take_a_wrong_answer_back(template: ChatTemplate) -> None:
     assert [t.num_turns for t in (wrong, right, without)] == [2, 1, 1]
     kept = wrong.loss_mask.index(0)
     assert wrong.logps[:kept] == [-0.5 - i for i in range(kept)]  # those it was sampled with
+
+
+def test_an_answer_that_was_taken_back_stands_where_there_is_no_room_for_another(
+    template: ChatTemplate,
+) -> None:
+    class Cuts(MultiTurnScheduler):
+        def step(self, request: Any, choice: Any, turn: int) -> dict:
+            request.messages[-1]["content"] = "No. " + "Wait. " * 50
+            return {}
+
+    engine = Scripted(template, ["No way"])
+    prompt = len(engine.tokenizer(template.prompt(start().messages)).input_ids)
+    (found,) = run(engine, Cuts(), template, start(), context=prompt + 40)
+    assert (found.text, text_of(template, found), found.finish_reason) == (
+        "No way",
+        "No way<|im_end|>",
+        "length",
+    )
+    assert found.logps == [-0.5 - i for i in range(len(found.token_ids))]
 
 
 def test_an_answer_cut_inside_a_token(template: ChatTemplate) -> None:

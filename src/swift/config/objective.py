@@ -20,13 +20,18 @@ LOSSES: dict[str, tuple[str, ...]] = {
     "orpo": (),
     "rm": (),
     "grpo": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"),
+    "gkd": (),
+    "ppo": (),
 }  # fmt: skip
-NOT_YET = ("ppo", "gkd")
-RLHF_TYPES = (*LOSSES, *NOT_YET)
+RLHF_TYPES = tuple(LOSSES)
 
 # What has an effect only with some methods, or only with some losses.
 METHODS_OF: dict[str, tuple[str, ...]] = {
-    "beta": ("dpo", "cpo", "simpo", "kto", "orpo", "grpo"),
+    "beta": ("dpo", "cpo", "simpo", "kto", "orpo", "grpo", "gkd"),
+    "teacher_model": ("gkd",),
+    "lmbda": ("gkd",),
+    "gkd_logits_topk": ("gkd",),
+    "sft_alpha": ("gkd",),
     "loss_weights": ("dpo",),
     "label_smoothing": ("dpo", "cpo", "simpo"),
     "rpo_alpha": ("dpo",),
@@ -40,8 +45,8 @@ METHODS_OF: dict[str, tuple[str, ...]] = {
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
     "center_rewards_coefficient": ("rm",),
-    "ref_model": ("dpo", "kto", "grpo"),
-    "ref_adapters": ("dpo", "kto", "grpo"),
+    "ref_model": ("dpo", "kto", "grpo", "ppo"),
+    "ref_adapters": ("dpo", "kto", "grpo", "ppo"),
     "precompute_ref_log_probs": ("dpo", "kto"),
     "sync_ref_model": ("dpo", "kto", "grpo"),
     "ref_model_sync_steps": ("dpo", "kto", "grpo"),
@@ -53,7 +58,7 @@ LOSSES_OF: dict[str, tuple[str, ...]] = {
     "simpo_gamma": ("simpo",),
     "f_divergence_type": ("sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop"),
 }
-BETAS = {"simpo": 2.0, "grpo": 0.04}  # where it is not 0.1
+BETAS = {"simpo": 2.0, "grpo": 0.04, "gkd": 0.5}  # where it is not 0.1
 REFERENCE_FLAGS = ("ref_model", "ref_adapters", "precompute_ref_log_probs", "sync_ref_model")
 
 
@@ -62,13 +67,14 @@ class RlhfConfig:
     rlhf_type: str = option(
         "dpo",
         help="method: dpo, kto, orpo, simpo or cpo from preferences; rm trains a reward model; grpo "
-        "learns from rewards of its own answers",
+        "learns from rewards of its own answers, gkd from a teacher, ppo with a value model",
         choices=RLHF_TYPES,
     )
     beta: float | None = option(
         None,
         help="strength of the pull towards the reference model (orpo: weight of the odds ratio); "
-        "none = 2 for simpo, 0.04 for grpo (0 = no reference), 0.1 otherwise",
+        "none = 2 for simpo, 0.04 for grpo (0 = no reference), 0.5 for gkd (0 = forward KL, 1 = reverse KL), "
+        "0.1 otherwise",
         range=(0, None),
     )
     loss_type: tuple[str, ...] | None = option(
@@ -118,6 +124,16 @@ class RlhfConfig:
     center_rewards_coefficient: float | None = option(
         None, help="rm: pull of the two rewards' sum towards 0; none = off (0.01 is usual)", range=(0, None)
     )
+    teacher_model: str | None = option(None, help="gkd: model whose distribution is learnt")
+    lmbda: float = option(
+        0.5, help="gkd: share of steps that learn from the student's own answers", range=(0, 1)
+    )
+    gkd_logits_topk: int | None = option(
+        None, help="gkd: the teacher's most likely tokens that are compared; none = all", range=(1, None)
+    )
+    sft_alpha: float = option(
+        0.0, help="gkd: weight of the likelihood of the data's own answers", range=(0, None)
+    )
     ref_model: str | None = option(
         None, help="reference model; none = the model as it is before training (without its new adapters)"
     )
@@ -149,11 +165,11 @@ class RlhfConfig:
         """Whether batches need the column ref_logps."""
         if self.rlhf_type == "grpo":
             return self.beta_value > 0
+        if self.rlhf_type == "ppo":
+            return True
         return self.rlhf_type == "kto" or (self.rlhf_type == "dpo" and not self.reference_free)
 
     def check(self) -> None:
-        if self.rlhf_type in NOT_YET:
-            return
         self._check_losses()
         changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
         for name in changed:
@@ -199,9 +215,19 @@ class RlhfConfig:
                 hint="give one weight for each loss, in the same order",
             )
 
+    def _check_teacher(self) -> None:
+        if not self.teacher_model:
+            raise ConfigError(
+                "--rlhf_type gkd needs --teacher_model", hint="a larger model of the same tokenizer"
+            )
+        if self.beta is not None and self.beta > 1:
+            raise ConfigError(f"--beta must be from 0 to 1 with --rlhf_type gkd, got {self.beta:g}")
+
     def _check_companions(self, changed: list[str]) -> None:
         """Values and pairs of flags that make no sense together."""
-        if self.beta == 0 and self.rlhf_type != "grpo":
+        if self.rlhf_type == "gkd":
+            self._check_teacher()
+        if self.beta == 0 and self.rlhf_type not in ("grpo", "gkd"):
             raise ConfigError("--beta must be above 0, got 0", hint="0.1 is usual")
         if self.label_smoothing == 0.5 and "robust" in self.losses:
             raise ConfigError(

@@ -9,7 +9,10 @@ from dataclasses import dataclass, fields
 
 from swift.config.option import ConfigError, option
 
-SAMPLES = ("grpo",)  # methods that do
+SAMPLES = ("grpo", "ppo")  # methods that learn from rewards of such answers
+PPO_TOO = ("log_completions", "log_entropy", "overlong_filter")
+ANSWERS = (*SAMPLES, "gkd")  # all that sample
+SHARED = ("max_completion_length", "temperature", "top_p", "top_k", "repetition_penalty")
 SCALES = {"true": "group", "false": "none"}  # the spelling of earlier versions
 
 
@@ -111,21 +114,29 @@ class OnlineConfig:
     def check(self, rlhf_type: str) -> None:
         """Raises ConfigError where a flag has no effect or contradicts another."""
         changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
-        if rlhf_type not in SAMPLES:
-            for name in changed:
+        for name in changed:
+            methods = ANSWERS if name in SHARED else SAMPLES if name in PPO_TOO else ("grpo",)
+            if rlhf_type not in methods:
                 raise ConfigError(
-                    f"--{name} has no effect with --rlhf_type {rlhf_type}, whose answers are in the data",
-                    hint=f"it belongs to {', '.join(SAMPLES)}; leave it out",
+                    f"--{name} has no effect with --rlhf_type {rlhf_type}",
+                    hint=f"it belongs to {', '.join(methods)}; leave it out",
                 )
-            return
         if self.temperature == 0:
             raise ConfigError(
                 "--temperature 0 gives every prompt the same answer again and again",
                 hint="1 samples what the model believes",
             )
+        if rlhf_type != "grpo":
+            return
         if self.num_generations == 1 and self.advantage_estimator != "reinforce_plus_plus":
             raise ConfigError(
                 "--num_generations 1 leaves nothing to compare an answer with", hint="8 is usual"
+            )
+        if self.scaling == "gdpo" and (self.kl_in_reward or self.advantage_estimator != "grpo"):
+            clash = "--kl_in_reward true" if self.kl_in_reward else "another --advantage_estimator than grpo"
+            raise ConfigError(
+                f"--scale_rewards gdpo does not go with {clash}: it sees each reward by itself",
+                hint="--scale_rewards group",
             )
         if self.generation_batch_size and self.steps_per_generation:
             raise ConfigError(

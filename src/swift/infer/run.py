@@ -60,6 +60,7 @@ def run_infer(run: InferRun) -> int:
     if run.infer.infer_backend == "vllm":
         check_vllm("--infer_backend vllm")
     check_sampling(run)
+    check_options(run)
     use_plugins(run.plugins)
     build_weights(run.template.loss_scale)  # a wrong name is told before anything is downloaded
     source = find_source(run)
@@ -156,10 +157,11 @@ def score_texts(source: Source, labels: int, specs: tuple[str, ...], columns: di
 
 def check_sampling(run: InferRun) -> None:
     """Bounds that the flags' own ranges cannot say."""
-    if run.generation.repetition_penalty == 0:
-        raise ConfigError("--repetition_penalty must be above 0, got 0", hint="1 = no penalty")
-    if run.generation.top_k is not None and run.generation.top_k < -1:
-        raise ConfigError(f"--top_k must be at least -1, got {run.generation.top_k}", hint="-1 = all tokens")
+    run.generation.check()
+
+
+def check_options(run: InferRun) -> None:
+    """Raises ConfigError where flags of `swift infer` alone contradict each other."""
     if run.infer.top_logprobs and not run.infer.logprobs:
         raise ConfigError("--top_logprobs has no effect without --logprobs true")
     if run.infer.logprobs and not (run.infer.val_dataset or run.infer.load_data_args):

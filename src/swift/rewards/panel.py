@@ -240,7 +240,7 @@ class Panel:
         return np.asarray(weights, dtype=np.float64)
 
     def check_columns(self, names: Iterable[str]) -> None:
-        """The columns that rows of the run have, be it some. Raises RewardError when a reward needs another."""
+        """The columns that some row of the run has. Raises RewardError when a reward needs another."""
         self._columns = tuple(names)
         columns = build_columns((), None, self._columns)
         for function in self.functions:

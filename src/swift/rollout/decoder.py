@@ -20,7 +20,7 @@ from swift.config.option import ConfigError
 from swift.engines.transformers.attention import Segments
 from swift.rollout.detokenize import AnswerText, decode_text
 from swift.rollout.sampling import Drawn, Shape, answer_key, draw, uniform
-from swift.rollout.slots import Decode, Prefill, Slots
+from swift.rollout.slots import Decode, Prefill, Slots, spare_bytes
 from swift.rollout.types import Completion, Request
 
 PREFILL_TOKENS = 8192  # of prompts in one step, unless a single one is longer
@@ -70,7 +70,7 @@ class Ticket:
 
 @dataclass(eq=False, slots=True)
 class Row:
-    """An answer in flight."""
+    """An answer that waits or is in flight."""
 
     ticket: Ticket
     index: int
@@ -86,6 +86,11 @@ class Row:
         """Tokens of prompt and answer."""
         return len(self.ticket.request.token_ids) + len(self.token_ids)
 
+    @property
+    def read(self) -> list[int]:
+        """What has to be read before the next token: the prompt, and what was answered already."""
+        return self.ticket.request.token_ids + self.token_ids
+
 
 class Decoder:
     """Answers requests with `model`, which has to be in evaluation mode and attend by FLAT_ATTENTION."""
@@ -99,9 +104,14 @@ class Decoder:
         context: int,
         max_rows: int,
         prefill_tokens: int = PREFILL_TOKENS,
+        memory_bytes: int | None = None,
         version: int = 0,
     ) -> None:
-        """`context`: tokens of prompt and answer together. `version`: of the weights, for the completions."""
+        """`context`: tokens of prompt and answer together. `version`: of the weights, for the completions.
+
+        `memory_bytes`: of keys and values; None = most of what is free. Where they do not suffice for all
+        rows, the last ones wait and are read again later.
+        """
         self.model = model
         self.tokenizer = tokenizer
         self.stop_token_ids = frozenset(stop_token_ids)
@@ -109,8 +119,8 @@ class Decoder:
         self.version = version
         self.device = next(model.parameters()).device
         self.added_tokens = tokenizer.get_added_vocab()
-        self.slots = Slots(max_rows, context)
-        self.waiting: deque[tuple[Ticket, range]] = deque()  # answers of a request that no row has yet
+        self.slots = Slots(max_rows, context, memory_bytes or spare_bytes(self.device))
+        self.waiting: deque[list[Row]] = deque()  # rows in one list have the same to read
         self.cancelling = False  # something that waits or is in flight was cancelled
         self.rows: list[Row] = []  # row r is slot r
         # Of each row: the token that goes in next, where it stands, the key of its draws, their number.
@@ -133,8 +143,7 @@ class Decoder:
                 hint="one token at least, and room for an answer",
             )
         ticket = Ticket(request, listen, [None] * request.count)
-        for start in range(0, request.count, self.max_rows):
-            self.waiting.append((ticket, range(start, min(start + self.max_rows, request.count))))
+        self.waiting.append([self._row(ticket, index) for index in range(request.count)])
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
@@ -177,24 +186,34 @@ class Decoder:
             self._end(self.rows[r], "abort")
         self._remove(gone)
         for _ in range(len(self.waiting)):  # another thread may append meanwhile
-            ticket, answers = self.waiting.popleft()
-            if not ticket.cancelled:
-                self.waiting.append((ticket, answers))
+            rows = self.waiting.popleft()
+            if not rows[0].ticket.cancelled:
+                self.waiting.append(rows)
                 continue
-            for index in answers:
-                self._end(self._row(ticket, index), "abort")
+            for row in rows:
+                self._end(row, "abort")
 
-    def _choose(self) -> list[tuple[Ticket, range]]:
-        """Who joins now: in order, as long as there are rows and tokens of the budget."""
-        chosen: list[tuple[Ticket, range]] = []
-        room, budget = self.max_rows - len(self.rows), self.prefill_tokens
+    def _choose(self) -> list[list[Row]]:
+        """Who joins now: in order, as long as there are rows, memory and tokens of the budget.
+
+        A group joins as a whole, so that its prompt is read once, unless it never fits.
+        """
+        chosen: list[list[Row]] = []
+        size, budget = len(self.rows), self.prefill_tokens
+        longest = max((row.length for row in self.rows), default=0)
         while self.waiting:
-            ticket, answers = self.waiting[0]
-            length = len(ticket.request.token_ids)
-            if len(answers) > room or (chosen and length > budget):
+            rows = self.waiting[0]
+            longest = max(longest, rows[0].length + 1)
+            room = self.slots.fitting(longest) - size
+            # What a row takes is known once the first group has been read.
+            is_sure = not chosen or bool(self.slots.layers)
+            if (size and len(rows) > room) or (chosen and rows[0].length > budget) or not is_sure:
                 break
-            chosen.append(self.waiting.popleft())
-            room, budget = room - len(answers), budget - length
+            self.waiting.popleft()
+            if len(rows) > room:
+                self.waiting.appendleft(rows[room:])
+            chosen.append(rows[:room])
+            size, budget = size + len(chosen[-1]), budget - rows[0].length
         return chosen
 
     def _row(self, ticket: Ticket, index: int) -> Row:
@@ -212,12 +231,12 @@ class Decoder:
     def _tail(self, request: Request) -> list[int]:
         return request.token_ids[len(request.token_ids) - request.continued :]
 
-    def _prefill(self, joining: list[tuple[Ticket, range]]) -> None:
-        """Runs prompts as one flat row, and draws the first token of each of their answers."""
-        prompts = [ticket.request.token_ids for ticket, _ in joining]
+    def _prefill(self, joining: list[list[Row]]) -> None:
+        """Reads prompts as one flat row, and draws the next token of each of their answers."""
+        prompts, counts = [rows[0].read for rows in joining], [len(rows) for rows in joining]
+        new = [row for rows in joining for row in rows]
         lengths = [len(prompt) for prompt in prompts]
-        counts = [len(answers) for _, answers in joining]
-        before, total = len(self.rows), len(self.rows) + sum(counts)
+        before, total = len(self.rows), len(self.rows) + len(new)
         self.slots.reserve(total, max(lengths))
         starts = [0, *accumulate(lengths)][:-1]
         prompt_of = [i for i, count in enumerate(counts) for _ in range(count)]
@@ -237,11 +256,10 @@ class Decoder:
             at["ids"], at["places"], Prefill(self.slots, segments, at["tokens"], at["rows"], at["positions"]),
             logits_to_keep=at["last"],
         )  # fmt: skip
-        new = [self._row(ticket, index) for ticket, answers in joining for index in answers]
         self.rows += new
         keys = [answer_key(r.ticket.request.sampling.seed, r.ticket.request.first + r.index) for r in new]
         self.keys[before:total] = torch.tensor(keys).to(self.device)
-        self.steps[before:total] = 0
+        self.steps[before:total] = torch.tensor([len(row.token_ids) for row in new]).to(self.device)
         self.lengths[before:total] = torch.tensor([n for _, n in copies]).to(self.device)
         self._mark_seen(new, before, logits_SV.shape[1])
         settings = [row.ticket.request.sampling for row in new]
@@ -251,8 +269,9 @@ class Decoder:
 
     def _decode(self) -> None:
         """Runs the last token of every row, and draws the next."""
-        size = len(self.rows)
         longest = max(row.length for row in self.rows)  # the last token is in none of the slots yet
+        self._evict(self.slots.fitting(longest))
+        size = len(self.rows)
         self.slots.reserve(size, longest)
         attending = Decode(self.slots, self.row_numbers[:size], self.lengths[:size], longest)
         logits_RV = self._run(self.tokens[:size], self.lengths[:size], attending)
@@ -261,6 +280,13 @@ class Decoder:
             settings = [row.ticket.request.sampling for row in self.rows]
             self.shape = Shape.of(settings, logits_RV.shape[1], self.device)
         self._take(logits_RV, self.shape, slice(0, size))
+
+    def _evict(self, fitting: int) -> None:
+        """Makes the last rows wait again where memory has room for fewer."""
+        if len(self.rows) > fitting:
+            self.waiting.extendleft([row] for row in reversed(self.rows[fitting:]))
+            del self.rows[fitting:]
+            self.shape = None
 
     def _run(self, ids_N: Tensor, positions_N: Tensor, attending: object, **options: Tensor) -> Tensor:
         """The model on one flat row: logits of the positions kept, all unless told otherwise."""
@@ -282,7 +308,7 @@ class Decoder:
             self.seen = torch.zeros(self.max_rows, vocabulary, dtype=torch.bool, device=self.device)
         for r, row in enumerate(rows, start=start):
             self.seen[r] = False
-            self.seen[r, torch.tensor(row.ticket.request.token_ids).to(self.device)] = True
+            self.seen[r, torch.tensor(row.read).to(self.device)] = True
 
     def _take(self, logits: Tensor, shape: Shape, span: slice) -> None:
         """Draws a token for the rows of `span` and hands them on; rows that have ended leave."""

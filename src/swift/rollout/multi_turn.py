@@ -91,7 +91,8 @@ class Talk:
         )
         self.is_open = True
         self.answer_start = 0  # where the tokens of the last assistant message begin
-        self.done: list[Message] = []  # the messages as they were after the last answer
+        self.done: list[Message] = []  # the messages as they were after the last answer, and the tokens
+        self.tokens: tuple[list[int], list[int], list[float]] = ([], [], [])
 
     def begin(self) -> None:
         """The prompt, once the scheduler has had its say about the messages."""
@@ -113,7 +114,18 @@ class Talk:
         trajectory.finish_reason = completion.finish_reason
         trajectory.num_turns += 1
         self.done = copy.deepcopy(messages)
+        self.tokens = (trajectory.token_ids[:], trajectory.loss_mask[:], trajectory.logps[:])
         return TurnChoice(TurnMessage(completion.text), completion.finish_reason, list(completion.token_ids))
+
+    def close_if_full(self, context: int) -> None:
+        """Ends it where no answer fits behind what it was told, which is then taken back."""
+        if not self.is_open or self.room(context) > 0:
+            return
+        self.is_open = False
+        if self.done:
+            trajectory = self.trajectory
+            trajectory.messages, trajectory.finish_reason = self.done, "length"
+            trajectory.token_ids, trajectory.loss_mask, trajectory.logps = self.tokens
 
     def go_on(self, stepped: Any) -> str | None:
         """Appends what the scheduler made of the messages; why that cannot be, if it cannot."""
@@ -216,7 +228,7 @@ def run_turns(
     hooks.call("on_trajectory_start", everything, talks)
     for talk in talks:
         talk.begin()
-        talk.is_open = talk.room(context) > 0
+        talk.close_if_full(context)
     turn = 0
     while any_rank(any(talk.is_open for talk in talks)):
         turn += 1
@@ -228,7 +240,7 @@ def run_turns(
         ]
         _continue(hooks, going, choices, turn)
         for talk in going:
-            talk.is_open &= talk.room(context) > 0
+            talk.close_if_full(context)
     hooks.call("on_trajectory_end", everything, talks)
     for talk in talks:
         talk.trajectory.infos["num_turns"] = talk.trajectory.num_turns

@@ -5,6 +5,7 @@ width.
 Not here: which row belongs to whom (decoder.py).
 """
 
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from swift.engines.transformers.attention import Segments
 
 FIRST_CAPACITY = 128  # tokens of a slot, doubled as answers grow
+SHARE = 0.6  # of free memory, for keys and values: prompts need room for what is computed on the way
 
 
 class Slots:
@@ -22,24 +24,34 @@ class Slots:
     What is beyond a row's length is zero or left over, never NaN: a mask would not hide that.
     """
 
-    def __init__(self, max_rows: int, context: int) -> None:
-        self.max_rows, self.context = max_rows, context
+    def __init__(self, max_rows: int, context: int, memory_bytes: int) -> None:
+        self.max_rows, self.context, self.memory_bytes = max_rows, context, memory_bytes
         self.rows = self.capacity = 0
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values
 
+    def fitting(self, length: int) -> int:
+        """How many rows of `length` tokens the memory holds, one at least; all before layers have written."""
+        capacity = grown(max(self.capacity, FIRST_CAPACITY), length, self.context)
+        row_bytes = capacity * sum(
+            x.shape[1] * x.shape[3] * x.element_size() for buffers in self.layers.values() for x in buffers
+        )
+        return min(self.max_rows, max(self.memory_bytes // max(row_bytes, 1), 1))
+
     def reserve(self, rows: int, length: int) -> None:
-        """Makes room for so many rows of `length` tokens; what is there stays."""
+        """Makes room for so many rows of `length` tokens, which have to fit; what they hold stays."""
         if rows <= self.rows and length <= self.capacity:
             return
-        self.rows = grown(self.rows, rows, self.max_rows)
+        limit = max(self.fitting(length), rows)
+        self.rows = min(grown(self.rows, rows, self.max_rows), limit)
         self.capacity = grown(max(self.capacity, FIRST_CAPACITY), length, self.context)
         for layer in self.layers:  # one after the other: never two copies of everything
             self.layers[layer] = tuple(self._enlarge(old) for old in self.layers[layer])  # type: ignore[assignment]
 
     def _enlarge(self, old: Tensor) -> Tensor:
-        rows, heads, capacity, width = old.shape
+        _, heads, capacity, width = old.shape
         new = old.new_zeros(self.rows, heads, self.capacity, width)
-        new[:rows, :, :capacity] = old
+        rows = min(len(old), self.rows)
+        new[:rows, :, :capacity] = old[:rows]
         return new
 
     def write(
@@ -153,6 +165,14 @@ class Decode:
                 mask &= distance < window
             self.masks[window] = mask[:, None, None]
         return self.masks[window]
+
+
+def spare_bytes(device: torch.device) -> int:
+    """Memory that keys and values may take: a share of what is free on a GPU, of all on a CPU."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(SHARE * (torch.cuda.mem_get_info(device)[0] + cached))
+    return int(SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def layer_index(module: nn.Module) -> int:

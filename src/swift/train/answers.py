@@ -8,6 +8,7 @@ Shapes: N = answers of all ranks, n = those of this one, F = rewards.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +24,14 @@ from swift.data.types import place
 from swift.engines.protocol import Engine, Sums
 from swift.engines.ranks import Ranks
 from swift.objectives.advantages import Advantages, compute_advantages
+from swift.plugins.turns import MultiTurnScheduler
 from swift.rewards.panel import Answer, Panel
+from swift.rollout.multi_turn import Start, run_turns
 from swift.rollout.protocol import RolloutEngine
 from swift.rollout.types import Request, Sampling
+from swift.template.chat import ChatTemplate
 from swift.template.tokenize import Encoded
+from swift.template.types import Message
 from swift.train.evaluation import Found
 from swift.train.state import TrainState
 
@@ -44,10 +49,18 @@ class Answered:
     logps: list[float]  # the sampler's
     finish_reason: str
     text: str
+    mask: list[int] | None = None  # of conversations: 1 = the model's own token
+    messages: list[Message] | None = None  # of conversations: all of it
+    infos: dict[str, Any] = field(default_factory=dict)  # what environments told
 
     @property
     def is_cut(self) -> bool:
         return self.finish_reason == "length"
+
+    @property
+    def length(self) -> int:
+        """Tokens of the model."""
+        return len(self.token_ids) if self.mask is None else sum(self.mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +70,17 @@ class Judged:
     mine: list[Answered]  # [n]
     first: int  # where they begin among all
     facts: Tensor  # [N, F + 2] float64: rewards (NaN = not judged), tokens, whether it was cut
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How conversations go on after an answer."""
+
+    scheduler: MultiTurnScheduler
+    name: str
+    template: ChatTemplate
+    context: int  # tokens of a conversation
+    timeout_seconds: float
 
 
 @dataclass(frozen=True)
@@ -70,31 +94,60 @@ class Sampler:
     config: OnlineConfig
     seed: int
     prefix: str = ""  # text of every answer that the prompt already holds
+    turns: Turns | None = None
     ranks: Ranks = field(default_factory=Ranks)
 
     def answer(self, rows: np.ndarray, generations: int, number: int) -> list[Answered]:
         """[n] of this rank: an even share of all, a group may be spread over ranks."""
         pairs = [(slot, int(row), place) for slot, row in enumerate(rows) for place in range(generations)]
         mine = np.array_split(np.arange(len(pairs)), self.engine.data_world)[self.engine.data_rank]
+        draws = np.random.SeedSequence([self.seed % 2**32, number]).generate_state(len(rows))
+        asked = [(*pairs[i][1:], int(draws[pairs[i][0]])) for i in mine]
+        return self._talk(asked) if self.turns else self._answer_once(asked)
+
+    def _answer_once(self, asked: list[tuple[int, int, int]]) -> list[Answered]:
+        """`asked`: row, place and seed of each answer; those of one prompt are neighbours."""
         requests: list[Request] = []
-        slots: list[int] = []
-        for i in mine:
-            slot, row, place = pairs[i]
-            if slots and slots[-1] == slot:
-                requests[-1] = replace(requests[-1], count=requests[-1].count + 1)
+        rows: list[int] = []
+        for row, number, seed in asked:
+            last = requests[-1] if requests and rows[-1] == row else None
+            if last and (last.sampling.seed, last.first + last.count) == (seed, number):
+                requests[-1] = replace(last, count=last.count + 1)
                 continue
-            draw = np.random.SeedSequence([self.seed % 2**32, number, slot]).generate_state(1)
-            slots.append(slot)
-            ids = self.rows[row].input_ids.tolist()
-            requests.append(Request(ids, self._sampling(int(draw[0])), 1, place))
+            rows.append(row)
+            requests.append(Request(self.rows[row].input_ids.tolist(), self._sampling(seed), 1, number))
         answers = self.rollout.generate(requests)
         return [
             Answered(
-                int(rows[slot]), request.first + i, request.token_ids,
+                row, request.first + i, request.token_ids,
                 found.token_ids, found.logps, found.finish_reason, self.prefix + found.text,
             )
-            for slot, request, group in zip(slots, requests, answers, strict=True)
+            for row, request, group in zip(rows, requests, answers, strict=True)
             for i, found in enumerate(group)
+        ]  # fmt: skip
+
+    def _talk(self, asked: list[tuple[int, int, int]]) -> list[Answered]:
+        """As `_answer_once`, of conversations that go on as --multi_turn_scheduler says."""
+        turns = self.turns
+        assert turns is not None
+        starts = []
+        for row, number, seed in asked:
+            sample = self.rows.samples[row]
+            where = place(*self.rows.places[row])
+            starts.append(
+                Start(sample.messages, sample.extra, f"{row}-{number}", where, seed, number, sample.tools)
+            )
+        trajectories = run_turns(
+            self.rollout, starts, scheduler=turns.scheduler, name=turns.name, template=turns.template,
+            sampling=self._sampling(0), context=turns.context, timeout_seconds=turns.timeout_seconds,
+            any_rank=lambda going: any(self.ranks.collect(going)),
+        )  # fmt: skip
+        return [
+            Answered(
+                row, number, t.prompt_ids, t.token_ids, t.logps, t.finish_reason, t.text,
+                t.loss_mask, t.messages, t.infos,
+            )
+            for (row, number, _), t in zip(asked, trajectories, strict=True)
         ]  # fmt: skip
 
     def _sampling(self, seed: int) -> Sampling:
@@ -109,16 +162,18 @@ class Sampler:
         answers = []
         for found in mine:
             sample = self.rows.samples[found.row]
+            said: Message = {"role": "assistant", "content": found.text}
             answers.append(
                 Answer(
                     text=found.text,
-                    messages=[*sample.messages, {"role": "assistant", "content": found.text}],
+                    messages=found.messages or [*sample.messages, said],
                     columns=sample.extra,
                     prompt_id=str(found.row),
                     request_id=f"{found.row}-{found.place}",
                     token_ids=found.token_ids,
                     finish_reason=found.finish_reason,
                     place=place(*self.rows.places[found.row]),
+                    rollout_infos=found.infos,
                 )
             )
         rewards, fault = np.zeros((0, len(self.panel.names))), None
@@ -129,7 +184,7 @@ class Sampler:
         faults = [one for one in self.ranks.collect(fault) if one is not None]
         if faults:
             raise faults[0]
-        rest = [(len(found.token_ids), float(found.is_cut)) for found in mine]
+        rest = [(found.length, float(found.is_cut)) for found in mine]
         other = torch.tensor(rest, dtype=torch.float64).view(-1, 2)
         facts, first = self.engine.gather(torch.cat([torch.from_numpy(rewards), other], 1))
         return Judged(mine, first, facts)
@@ -153,8 +208,9 @@ class Sampler:
         given = found.rewards[~found.rewards.isnan()]
         sums = Sums()
         sums.add("reward", float(given.sum()), len(given))
-        sums.add("reward_std", float(found.std.mean()), 1)
-        sums.add("frac_reward_zero_std", found.frac_reward_zero_std, 1)
+        if len(found.std) < len(found.rewards):  # there are groups
+            sums.add("reward_std", float(found.std.mean()), 1)
+            sums.add("frac_reward_zero_std", found.frac_reward_zero_std, 1)
         for name, mean, std in zip(self.panel.names, found.function_mean, found.function_std, strict=True):
             judges = not bool(mean.isnan())
             sums.add(f"rewards/{name}/mean", float(mean) if judges else 0.0, judges)
@@ -196,6 +252,8 @@ def collate_answers(answers: Sequence[Answered], overlong_filter: bool) -> Batch
         ids = np.array([*found.prompt, *found.token_ids], dtype=np.int32)
         labels = ids.copy()
         labels[: len(found.prompt)] = IGNORED
+        if found.mask is not None:
+            labels[len(found.prompt) :][np.array(found.mask) == 0] = IGNORED
         if overlong_filter and found.is_cut:
             labels[:] = IGNORED
         rows.append(Encoded(ids, labels, None))

@@ -75,7 +75,8 @@ def build_engine(
         )  # fmt: skip
     model = choose_weights(model, run, resumption)
     frozen = None
-    if method.needs_reference and (run.tuner.train_type == "full" or ready.reference_adapter):
+    beside = run.tuner.train_type == "full" or ready.reference_adapter or method.teaches
+    if method.needs_reference and beside:
         kept = resumption.checkpoint / REFERENCE if resumption and method.mix_every else None
         frozen = load_model(kept or ready.reference_path or ready.model_path, **loading)
         if ready.reference_adapter and not kept:
@@ -100,6 +101,7 @@ def build_engine(
         resume_from=resumption.checkpoint if resumption else None,
         frozen=frozen,
         frozen_moves=method.mix_every is not None,
+        temperature=run.online.temperature if isinstance(run, RlhfRun) and method.samples else 1.0,
     )
 
 

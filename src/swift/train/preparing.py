@@ -69,7 +69,7 @@ class Prepared:
     root: Path  # where run directories go
     model_path: Path
     model_config: PretrainedConfig
-    reference_path: Path | None  # of --ref_model
+    reference_path: Path | None  # of --ref_model or --teacher_model
     reference_adapter: Path | None  # of --ref_adapters
     tokenizer: PreTrainedTokenizerBase
     rows: EncodedDataset
@@ -104,7 +104,7 @@ def prepare(
     check_writable(root)
     hub = run.model.hub
     run, model_path = locate(run)
-    reference = run.rlhf.ref_model if isinstance(run, RlhfRun) else None
+    reference = run.rlhf.teacher_model or run.rlhf.ref_model if isinstance(run, RlhfRun) else None
     reference_path = resolve_model(reference, revision=None, **hub) if reference else None
     adapters = run.rlhf.ref_adapters if isinstance(run, RlhfRun) else ()
     reference_adapter = resolve_adapter(adapters[0], **hub) if adapters else None
@@ -165,6 +165,8 @@ def learn_facts(objective: Objective, ready: Prepared) -> Objective:
 def check_stream(run: TrainRun, method: Method) -> None:
     """Raises ConfigError for what needs to know all rows."""
     what = "labels" if method.shape in ("labelled", "classes") else None
+    if method.teaches and isinstance(run, RlhfRun) and run.rlhf.lmbda > 0:
+        what = "--lmbda above 0"
     if isinstance(run, RlhfRun) and run.rlhf.precompute_ref_log_probs:
         what = "--precompute_ref_log_probs"
     elif isinstance(run, SftRun) and run.sft.enable_channel_loss:

@@ -13,10 +13,11 @@ from swift.models.directory import describe_weights
 from swift.train import summary
 from swift.train.backend import TRANSFORMERS, Backend
 from swift.train.building import build_callbacks, open_run_directory
+from swift.train.distill import DistillStage
 from swift.train.loop import Loop
 from swift.train.method import Method, rlhf_method, sft_method
 from swift.train.preparing import Prepared, check_equal_on_ranks, learn_facts, prepare
-from swift.train.resume import check_same_data, hide_secrets, load_resumption
+from swift.train.resume import Resumption, check_same_data, hide_secrets, load_resumption
 from swift.train.run_online import OnlineStage
 from swift.train.saving import Saver, list_checkpoints
 from swift.train.scoring import precompute_reference
@@ -38,7 +39,7 @@ def run_sft(run: SftRun) -> int:
 
 
 def run_rlhf(run: RlhfRun) -> int:
-    return train(run, "rlhf", lambda run: rlhf_method(run.rlhf, run.online))
+    return train(run, "rlhf", lambda run: rlhf_method(run.rlhf, run.online, run.ppo))
 
 
 def train(
@@ -62,11 +63,7 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
     method = replace(method, objective=learn_facts(method.objective, ready))
     run, tokenizer = ready.run, ready.tokenizer
     ranks, device = backend.join(run, ready)
-    stage: Stage = (
-        OnlineStage(run, ready, ranks, resumption)
-        if isinstance(run, RlhfRun) and method.samples
-        else RowStage(run, method, ready, ranks, resumption)
-    )
+    stage = open_stage(run, method, ready, ranks, resumption)
     data = stage.identity()
     check_equal_on_ranks(ranks, data)
     if resumption:
@@ -111,6 +108,17 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
     if code == 0 and ranks.is_main and state.last_saved_step is not None:
         backend.finish(run, directory / f"checkpoint-{state.last_saved_step}")
     return code
+
+
+def open_stage(
+    run: TrainRun, method: Method, ready: Prepared, ranks: Ranks, resumption: Resumption | None
+) -> Stage:
+    """Where the steps of this method come from."""
+    if isinstance(run, RlhfRun) and method.samples:
+        return OnlineStage(run, ready, ranks, resumption)
+    if method.teaches:
+        return DistillStage(run, method, ready, ranks, resumption)
+    return RowStage(run, method, ready, ranks, resumption)
 
 
 def precompute(run: RlhfRun, ready: Prepared, engine: Engine, ranks: Ranks) -> None:

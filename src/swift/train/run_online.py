@@ -5,30 +5,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from swift.config.online import RolloutPlan
 from swift.config.option import ConfigError, flatten
 from swift.config.runs import RlhfRun
 from swift.data.loader import StepPlan
 from swift.engines.protocol import Engine
 from swift.engines.ranks import Ranks
-from swift.models.directory import read_json
+from swift.models.load import context_length
 from swift.rewards.panel import Panel
-from swift.rollout.local import LocalRollout
-from swift.rollout.protocol import RolloutEngine
-from swift.rollout.vllm import check_vllm, start_rollout
+from swift.rollout.multi_turn import build_scheduler
+from swift.rollout.vllm import check_vllm
 from swift.template.chat import ChatTemplate
-from swift.train.answers import RolloutEvaluation, Sampler
+from swift.train.actor_critic import ActorCritic
+from swift.train.answers import RolloutEvaluation, Sampler, Turns
 from swift.train.completions import keep_completions
+from swift.train.foresight import Foresight
 from swift.train.online import RolloutFeed
 from swift.train.preparing import Prepared
 from swift.train.resume import Resumption
+from swift.train.reward_models import find_reward_models, load_reward_models
+from swift.train.rollouts import start_answers
 from swift.train.stage import Opened
 from swift.utils.log import say
 
-ROWS_ON_CPU = 256
-SHARE_OF_FREE = 0.7  # of the memory that the weights have left
+TURNS = 8  # answers of full length that a conversation has room for
 HEAD = 100  # rows whose columns are looked at before the weights load
 
 
@@ -54,7 +54,10 @@ class OnlineStage:
                 f"{self.plan.prompts}",
                 hint="leave it out, or lower --gradient_accumulation_steps",
             )
-        self.panel = Panel.build(run.rewards, settings={**flatten(run), "tokenizer": ready.tokenizer})
+        settings = {**flatten(run), "tokenizer": ready.tokenizer}
+        self.panel = Panel.build(run.rewards, settings=settings, has_environment=run.turns.use_gym_env)
+        self.judges = find_reward_models(run.rewards, run.model)
+        self.turns = self._plan_turns() if run.turns.scheduler else None
         first = (ready.rows.samples[i] for i in range(min(HEAD, len(ready.rows))))
         self.panel.check_columns({name for sample in first for name in sample.extra})
         self.held = (resumption.state.position or {}).get("answers") if resumption else None
@@ -62,6 +65,17 @@ class OnlineStage:
     def _plan(self, size: int, resumption: Resumption | None) -> RolloutPlan:
         """The flags' arithmetic; a resumed run keeps its rollouts, however many processes it has now."""
         world, config = self.ranks.data_world, self.run.online
+        if not resumption and self.run.rlhf.rlhf_type == "ppo":
+            ppo = self.run.ppo
+            if self.accumulation % ppo.num_mini_batches:
+                raise ConfigError(
+                    f"--num_mini_batches {ppo.num_mini_batches} does not divide "
+                    f"--gradient_accumulation_steps {self.accumulation}",
+                    hint=f"for example --gradient_accumulation_steps {ppo.num_mini_batches}",
+                )
+            answers = size * self.accumulation * world
+            self.accumulation //= ppo.num_mini_batches
+            return RolloutPlan(answers, 1, ppo.num_mini_batches, ppo.num_ppo_epochs)
         if not resumption:
             return config.plan(size, self.accumulation, world)
         plan = RolloutPlan(
@@ -93,60 +107,42 @@ class OnlineStage:
 
     def open(self, engine: Engine, directory: Path) -> Opened:
         run, ready, config = self.run, self.ready, self.run.online
-        rollout = self._start(engine)
+        self.panel.add_models(load_reward_models(self.judges, run.model, engine.device))
+        context = self.turns.context if self.turns else self._longest_prompt() + config.max_completion_length
+        rollout = start_answers(run, ready, engine, self.ranks, context)
         parts = {
             "engine": engine, "rollout": rollout, "panel": self.panel, "config": config,
             "seed": run.schedule.seed, "ranks": self.ranks, "prefix": run.template.response_prefix or "",
+            "turns": self.turns,
         }  # fmt: skip
         feed = RolloutFeed(
             Sampler(rows=ready.rows, **parts),
             self.order,
             self.plan,
             micro_batch_size=run.schedule.per_device_train_batch_size,
-            beta=run.rlhf.beta_value,
+            beta=1.0 if isinstance(engine, ActorCritic) else run.rlhf.beta_value,
+            foresee=Foresight(engine, run.ppo) if isinstance(engine, ActorCritic) else None,
             held=self.held,
             keep=partial(keep_completions, directory) if config.log_completions else None,
         )
         evaluation = None
         if ready.eval_rows is not None and run.eval_limit != 0:
-            generations = config.num_generations_eval or config.num_generations
+            generations = config.num_generations_eval or self.plan.generations
             evaluation = RolloutEvaluation(
                 Sampler(rows=ready.eval_rows, **parts), generations, run.eval_limit
             )
         return Opened(feed, evaluation, feed.observe)
 
-    def _start(self, engine: Engine) -> RolloutEngine:
-        """Whoever answers: the trained model itself, or vLLM."""
-        ready, run, longest = self.ready, self.run, self.run.online.max_completion_length
-        stops = find_stops(run, ready)
-        if run.vllm.use_vllm:
-            return start_rollout(
-                run.vllm, ready.model_path, dtype=engine.dtype, stop_token_ids=stops, ranks=self.ranks,
-                seed=run.schedule.seed,
-            )  # fmt: skip
-        rows = [rows for rows in (ready.rows, ready.eval_rows) if rows is not None]
-        context = max(int(one.lengths.max()) for one in rows) + longest
-        return LocalRollout(
-            engine, ready.tokenizer, context=context, max_rows=count_rows(engine, ready, context),
-            stop_token_ids=stops,
+    def _longest_prompt(self) -> int:
+        both = [rows for rows in (self.ready.rows, self.ready.eval_rows) if rows is not None]
+        return max(int(rows.lengths.max()) for rows in both)
+
+    def _plan_turns(self) -> Turns:
+        """A conversation has as much of the model's context as its turns may need."""
+        run, ready = self.run, self.ready
+        scheduler = build_scheduler(run.turns, tokenizer=ready.tokenizer)
+        wanted = self._longest_prompt() + TURNS * run.online.max_completion_length
+        return Turns(
+            scheduler, str(run.turns.scheduler), ChatTemplate(ready.tokenizer, run.template),
+            min(context_length(ready.model_config) or wanted, wanted), run.rewards.reward_timeout,
         )  # fmt: skip
-
-
-def find_stops(run: RlhfRun, ready: Prepared) -> list[int]:
-    """Tokens that end an answer: the template's, the tokenizer's and those of generation_config.json."""
-    template = ChatTemplate(ready.tokenizer, run.template)
-    path = ready.model_path / "generation_config.json"
-    ends = read_json(path).get("eos_token_id") if path.is_file() else None
-    listed = ends if isinstance(ends, list) else [ends]
-    return sorted({*template.stop_token_ids, *listed, ready.tokenizer.eos_token_id} - {None})
-
-
-def count_rows(engine: Engine, ready: Prepared, context: int) -> int:
-    """Answers computed together: what keys and values of that many tokens leave room for on a GPU."""
-    if engine.device.type != "cuda":
-        return ROWS_ON_CPU
-    config = ready.model_config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * width * engine.dtype.itemsize
-    free, _ = torch.cuda.mem_get_info(engine.device)
-    return max(int(SHARE_OF_FREE * free / per_token / context), 1)

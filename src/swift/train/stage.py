@@ -50,7 +50,7 @@ class RowStage:
     def __init__(
         self, run: TrainRun, method: Method, ready: Prepared, ranks: Ranks, resumption: Resumption | None
     ) -> None:
-        self.run, self.method, self.ready = run, method, ready
+        self.run, self.method, self.ready, self.ranks = run, method, ready, ranks
         self.plan = plan_steps(run, ready.rows, ready.max_length, ranks, resumption)
         check_rows(method, ready.rows, self.plan)
         self.feed = make_feed(self.plan, ready.rows, ready.stream, resumption)

@@ -1,0 +1,90 @@
+"""Distillation's rows: those of the data, or in some steps the student's own answers to their prompts."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from swift.batch import IGNORED, Batch
+from swift.config.online import OnlineConfig
+from swift.config.runs import RlhfRun
+from swift.data.feed import StoredFeed
+from swift.engines.protocol import Engine
+from swift.rollout.protocol import RolloutEngine
+from swift.rollout.types import Request, Sampling
+from swift.train.answers import Answered, collate_answers
+from swift.train.rollouts import start_answers
+from swift.train.stage import Opened, RowStage
+
+
+@dataclass(frozen=True)
+class DistillFeed(StoredFeed):
+    """As StoredFeed; in a step of the student's own, each row keeps its prompt and loses its answer.
+
+    A row's prompt is everything before its first trained token. Source: arXiv:2306.13649 algorithm 1.
+    """
+
+    engine: Engine
+    rollout: RolloutEngine
+    config: OnlineConfig
+    share: float  # of steps that are the student's own
+    seed: int
+
+    def is_own(self, step: int) -> bool:
+        """The same on every rank."""
+        return float(np.random.RandomState([self.seed % 2**32, step]).rand()) < self.share
+
+    def batches(self, step: int, data_rank: int, /) -> list[Batch]:
+        if not self.is_own(step):
+            found = StoredFeed.batches(self, step, data_rank)
+            return [with_origin(batch, 0.0) for batch in found]
+        parts = self.plan.micro_batches(step, data_rank)
+        requests = [self._request(int(row), step) for numbers in parts for row in numbers]
+        self.rollout.wake()
+        self.rollout.update_weights(self.engine.weights(), version=step)
+        answers = self.rollout.generate(requests)
+        self.rollout.sleep()
+        said = iter(
+            Answered(0, 0, request.token_ids, one.token_ids, one.logps, one.finish_reason, one.text)
+            for request, (one,) in zip(requests, answers, strict=True)
+        )
+        return [with_origin(collate_answers([next(said) for _ in numbers], False), 1.0) for numbers in parts]
+
+    def _request(self, row: int, step: int) -> Request:
+        encoded, config = self.rows.sequences(row)[0], self.config
+        start = int(np.argmax(encoded.labels != IGNORED))
+        seed = np.random.SeedSequence([self.seed % 2**32, step, row]).generate_state(1)
+        sampling = Sampling(
+            config.max_completion_length, config.temperature, config.top_p, max(config.top_k, 0),
+            repetition_penalty=config.repetition_penalty, seed=int(seed[0]),
+        )  # fmt: skip
+        return Request(encoded.input_ids[:start].tolist(), sampling)
+
+    def close(self) -> None:
+        self.rollout.close()
+
+
+def with_origin(batch: Batch, sampled: float) -> Batch:
+    """segment["sampled"] [S]: 1 for the student's own answers."""
+    column = torch.full((batch.num_segments,), sampled)
+    return replace(batch, segment={**batch.segment, "sampled": column})
+
+
+class DistillStage(RowStage):
+    """Rows with answers, and somebody who gives others."""
+
+    run: RlhfRun
+
+    def open(self, engine: Engine, directory: Path) -> Opened:
+        opened = RowStage.open(self, engine, directory)
+        run, ready = self.run, self.ready
+        if run.rlhf.lmbda == 0:
+            return opened
+        assert ready.stream is None, "prepare has refused it"
+        longest = int(ready.rows.lengths.max()) + run.online.max_completion_length
+        feed = DistillFeed(
+            ready.rows, self.plan, engine, start_answers(run, ready, engine, self.ranks, longest),
+            run.online, run.rlhf.lmbda, run.schedule.seed,
+        )  # fmt: skip
+        return replace(opened, feed=feed)

@@ -1,0 +1,34 @@
+"""Whoever answers while a model is trained: the model itself, or vLLM."""
+
+from swift.config.runs import RlhfRun
+from swift.engines.protocol import Engine
+from swift.engines.ranks import Ranks
+from swift.models.directory import read_json
+from swift.rollout.local import LocalRollout
+from swift.rollout.protocol import RolloutEngine
+from swift.rollout.vllm import start_rollout
+from swift.template.chat import ChatTemplate
+from swift.train.preparing import Prepared
+
+MOST_ROWS = 1024  # answers computed together, where there is memory for their keys and values
+
+
+def start_answers(run: RlhfRun, ready: Prepared, engine: Engine, ranks: Ranks, context: int) -> RolloutEngine:
+    """Called by all ranks. `context`: tokens of prompt and answer."""
+    stops = find_stops(run, ready)
+    if run.vllm.use_vllm:
+        return start_rollout(
+            run.vllm, ready.model_path, dtype=engine.dtype, tokenizer=ready.tokenizer,
+            stop_token_ids=stops, ranks=ranks, seed=run.schedule.seed,
+        )  # fmt: skip
+    tokenizer = ready.tokenizer
+    return LocalRollout(engine, tokenizer, context=context, max_rows=MOST_ROWS, stop_token_ids=stops)
+
+
+def find_stops(run: RlhfRun, ready: Prepared) -> list[int]:
+    """Tokens that end an answer: the template's, the tokenizer's and those of generation_config.json."""
+    template = ChatTemplate(ready.tokenizer, run.template)
+    path = ready.model_path / "generation_config.json"
+    ends = read_json(path).get("eos_token_id") if path.is_file() else None
+    listed = ends if isinstance(ends, list) else [ends]
+    return sorted({*template.stop_token_ids, *listed, ready.tokenizer.eos_token_id} - {None})
