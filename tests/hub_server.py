@@ -25,6 +25,7 @@ LARGE = 20_000  # bytes from which a file goes the way of large files
 @dataclass
 class Repository:
     private: bool = False
+    gated: bool = False
     files: dict[str, bytes] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)  # of commits
 
@@ -129,6 +130,9 @@ class Requests(BaseHTTPRequestHandler):
         found = self.hub.repositories.get(name)
         if found is None or (found.private and self.token not in (TOKEN, READ_TOKEN)):
             self.answer(404, {"error": "not found", "Code": 10010205001}, X_Error_Code="RepoNotFound")
+            return None
+        if found.gated:
+            self.answer(403, {"error": "gated"}, X_Error_Code="GatedRepo")
             return None
         return found
 
@@ -350,7 +354,8 @@ ROUTES: tuple[tuple[str, Callable[..., None]], ...] = (
     (rf"GET /api/v1/models/{_NAME}/revisions", Requests.ms_revisions),
     (r"POST /api/v1/models", Requests.ms_create),
     (rf"GET /api/v1/models/{_NAME}/repo/files", Requests.ms_files),
-    (rf"(?:HEAD|GET) /api/v1/models/{_NAME}/repo", Requests.ms_file),
+    (rf"GET /api/v1/datasets/{_NAME}/repo/tree", Requests.ms_files),
+    (rf"(?:HEAD|GET) /api/v1/(?:models|datasets)/{_NAME}/repo", Requests.ms_file),
     (rf"POST /api/v1/repos/models/{_NAME}/info/lfs/objects/batch", Requests.lfs_batch),
     (rf"POST /api/v1/repos/models/{_NAME}/commit/master", Requests.ms_commit),
 )

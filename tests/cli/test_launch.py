@@ -12,7 +12,7 @@ from swift.cli import launch
 from swift.cli.launch_checks import Finding, Report
 from swift.cli.launch_cluster import Place, expand_nodes, find_place
 from swift.cli.launch_link import Link, LinkError, ask_pass_folder, close_all, command_for
-from swift.cli.launch_watch import Output
+from swift.cli.launch_watch import Output, Trouble
 from swift.cli.main import run
 from swift.config.launch import LaunchRun
 from swift.utils import env
@@ -202,15 +202,19 @@ def test_the_first_error_is_the_one_that_others_followed_from(tmp_path: Path) ->
     ]
     for line in lost:
         output.take(a, f"[rank0] [rank0]: {line}")
-    assert output.first_error() == (0, f"10.0.0.1 rank 0: {lost[-1]}", tuple(lost[:-1]))
+    assert output.first_error() == Trouble(0, f"10.0.0.1 rank 0: {lost[-1]}", tuple(lost[:-1]))
     for line in [*lost[:2], "ValueError: a bad row", "and what follows"]:
         output.take(b, f"[rank3] {line}")
-    assert output.first_error() == (3, "10.0.0.2 rank 3: ValueError: a bad row", tuple(lost[:2]))
+    assert output.first_error() == Trouble(3, "10.0.0.2 rank 3: ValueError: a bad row", tuple(lost[:2]))
+    output.clear()
+    for line in ("error: no such file", "hint: look again"):
+        output.take(b, line)
+    assert output.first_error() == Trouble(None, "10.0.0.2: no such file (look again)")
     output.clear()
     for line in lost:
         output.take(a, f"[rank0] {line}")
     output.take(b, "process 3 ended with exit code -9; the others were stopped")
-    assert output.first_error() == (3, "10.0.0.2 rank 3: ended by SIGKILL (out of memory?)", ())
+    assert output.first_error() == Trouble(3, "10.0.0.2 rank 3: ended by SIGKILL (out of memory?)")
     assert (tmp_path / "logs" / "rank-3.log").read_text().splitlines()[-2] == "ValueError: a bad row"
     assert "[10.0.0.2 rank 3] ValueError: a bad row" in (tmp_path / "logs" / "all.log").read_text()
     assert "[rank 3] ValueError: a bad row" in (tmp_path / "logs" / "10.0.0.2.log").read_text()

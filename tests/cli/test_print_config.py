@@ -52,7 +52,7 @@ def test_awkward_values_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[
         "0.5",
         "--model",
         "none",
-        "--sft_alpha=-0.1",
+        "--teacher_kl_coef=-0.1",
     ]
     first = print_config(argv, capsys)
     values = yaml.safe_load(first)
@@ -60,7 +60,7 @@ def test_awkward_values_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert values["dataset"] == ["a b.jsonl#5", "[z", "x: y"]
     assert (values["columns"], values["learning_rate"], values["model"]) == ({"问": "query"}, 5e-7, None)
     assert (values["save_strategy"], values["max_steps"], values["lora_alpha"]) == ("no", -1, 1.5)
-    assert (values["deepspeed"], values["reward_weights"], values["sft_alpha"]) == (
+    assert (values["deepspeed"], values["reward_weights"], values["teacher_kl_coef"]) == (
         '{"zero": 3}',
         [1, 0.5],
         -0.1,

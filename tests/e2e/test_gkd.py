@@ -35,7 +35,7 @@ def test_the_student_comes_closer(workers, tiny_llama_dir, make_tiny_model_dir, 
     result = workers.run(command(tiny_llama_dir, teacher, data, tmp_path / "out", *flags))
     assert result.code == 0, result.stderr[-3000:]
     before, after = (row["eval_loss"] for row in read_log(only_run(tmp_path / "out")) if "eval_loss" in row)
-    assert after < 0.6 * before
+    assert after < 0.8 * before
 
 
 def test_the_data_s_own_answers_can_weigh_too(workers, tiny_llama_dir, make_tiny_model_dir, tmp_path):

@@ -231,3 +231,28 @@ def test_groups_that_teach_nothing_are_sampled_again(workers, tiny_llama_dir, tm
             == pytest.approx(row["dynamic_sample/kept"])
             == pytest.approx(1 - row["frac_reward_zero_std"])
         )
+
+
+@pytest.mark.slow
+def test_ppo_learns_with_a_value_model_and_goes_on(workers, tiny_llama_dir, tmp_path):
+    """The same reward; the value model learns what answers are worth, and both are in a checkpoint."""
+    write_prompts(tmp_path)
+    flags = ("--rlhf_type", "ppo", "--max_steps", "24", "--learning_rate", "2e-2", "--save_steps", "10")
+    arguments = command(tiny_llama_dir, tmp_path, tmp_path / "out", *flags, "--num_ppo_epochs", "2")
+    arguments = [*arguments, "--lr_scheduler_type", "constant", "--kl_coef", "0.01", "--add_version", "false"]
+    i = arguments.index("--num_generations")
+    del arguments[i : i + 2]
+    result = workers.run(arguments)
+    assert result.code == 0, result.stderr[-3000:]
+    rows = rows_of(tmp_path / "out")
+    assert sum(row["reward"] for row in rows[-3:]) > 2 * sum(row["reward"] for row in rows[:3])
+    log = [row for row in read_log(tmp_path / "out") if "value/loss" in row]
+    assert log[0]["kl"] == pytest.approx(0, abs=1e-6) and log[1]["clip_ratio/region_mean"] > 0
+    assert sum(row["value/loss"] for row in log[-4:]) < sum(row["value/loss"] for row in log[:4])
+    assert (tmp_path / "out" / "checkpoint-20" / "value_model" / "model.safetensors").is_file()
+    checkpoint = tmp_path / "out" / "checkpoint-10"
+    again = ["rlhf", "--resume_from_checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "again")]
+    assert workers.run([*again, "--add_version", "false"]).code == 0
+    for name in ("model.safetensors", "value_model/model.safetensors"):
+        ours, theirs = (load_file(tmp_path / run / "checkpoint-24" / name) for run in ("again", "out"))
+        assert all((ours[key] == theirs[key]).all() for key in theirs)

@@ -15,6 +15,7 @@ from hub_server import LARGE, READ_TOKEN, TOKEN, Hub, Repository
 from swift.config.option import ConfigError, build
 from swift.config.runs import ExportRun
 from swift.config.tuner import TunerConfig
+from swift.data.sources import open_rows
 from swift.export.run import run_export
 from swift.models.adapters import add_lora
 from swift.models.hub import resolve_adapter, resolve_model
@@ -182,10 +183,14 @@ def test_what_the_hub_does_not_have(use_hf, hub, monkeypatch) -> None:
         export(model="ann/none", hub_model_id="ann/tiny", use_hf=use_hf)
 
 
-def test_a_revision_that_is_not_there(hub: Hub) -> None:
+def test_a_revision_that_is_not_there_and_a_gate(hub: Hub, monkeypatch) -> None:
+    monkeypatch.setenv("USE_HF", "1")
     hub.repositories["ann/tiny"] = Repository(files={"config.json": b"{}"})
     with pytest.raises(ConfigError, match="--model ann/tiny has no revision v9 on HuggingFace"):
-        resolve_model("ann/tiny", use_hf=True, revision="v9")
+        resolve_model("ann/tiny", revision="v9")
+    hub.repositories["ann/tiny"].gated = True
+    with pytest.raises(ConfigError, match="--model ann/tiny is gated on HuggingFace"):
+        resolve_model("ann/tiny")
 
 
 @BOTH
@@ -199,3 +204,16 @@ def test_nothing_is_asked_about_what_is_here_or_when_offline(
     with pytest.raises(ConfigError, match=r"--push_to_hub needs \w+, and SWIFT_OFFLINE is on"):
         export(model=str(tiny_llama_dir), hub_model_id="ann/tiny", use_hf=use_hf)
     assert hub.asked == []
+
+
+def test_rows_come_from_modelscope(hub: Hub, monkeypatch, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    rows = [{"query": "q", "response": "a"}, {"query": "你", "response": "b"}]
+    files = {"train.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(), "README.md": b"rows"}
+    hub.repositories["ann/rows"] = Repository(files=files)
+    options = {"seed": 1, "shuffle": False, "columns": {}}
+    found = open_rows(("ann/rows",), **options)
+    assert [row.columns for row in found] == rows
+    with pytest.raises(ConfigError, match="dataset ann/none: not found as a file or on ModelScope"):
+        open_rows(("ann/none",), **options)

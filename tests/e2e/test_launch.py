@@ -292,7 +292,7 @@ def test_a_machine_that_is_cut_off(
     finally:
         two.run("ip", "link", "set", "eth0", "up")
     assert process.returncode == 0, said
-    assert f"error: {two.address}: no word for 12 s: the machine or the network to it is down" in said
+    assert f"error: {two.address}: no word for 12 s: the machine or the network to it is down" in said, said
     assert f"warning: {two.address}: " in said and "starting again on 1 node(s) from " in said
     assert_nothing_runs(one)
     theirs = single(workers, words, tmp_path / "single")

@@ -84,7 +84,7 @@ def test_recipes_of_one_machine(tmp_path: Path) -> None:
     assert (to_hf["to_hf"], to_hf["output_dir"]) == (True, "out/v0-hf")
 
 
-@pytest.mark.slow
+@pytest.mark.slow_suite
 def test_full_training_in_miniature(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
     rows = [{"query": f"Say {i}.", "response": f"{i}, it is."} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -2,10 +2,14 @@
 
 import pytest
 
-from swift.config.objective import LOSSES, LOSSES_OF, METHODS_OF, NOT_YET, RLHF_TYPES, RlhfConfig
+from swift.config.objective import LOSSES, LOSSES_OF, METHODS_OF, RLHF_TYPES, RlhfConfig
+from swift.config.online import OnlineConfig
 from swift.config.option import ConfigError, build, iterate_knobs
+from swift.config.ppo import PpoConfig
 from swift.objectives.build import BUILDERS, build_objective
+from swift.objectives.distill import Distill
 from swift.objectives.kto import Kto
+from swift.objectives.policy import Policy, PolicyRule
 from swift.objectives.preference import RULES, Preference
 from swift.objectives.reward import Reward
 
@@ -70,7 +74,7 @@ REFUSED = [
 @pytest.mark.parametrize(("flags", "message"), REFUSED, ids=[m.split(":")[0] for _, m in REFUSED])
 def test_contradictions_are_refused(flags, message):
     with pytest.raises(ConfigError) as error:
-        build_objective(build(RlhfConfig, flags))
+        build_objective(build(RlhfConfig, flags), OnlineConfig(), PpoConfig())
     assert error.value.message == message
 
 
@@ -98,7 +102,7 @@ def test_tables_name_what_exists():
     knobs = {knob.name for knob in iterate_knobs(RlhfConfig)}
     assert set(METHODS_OF) == knobs - {"rlhf_type", "loss_type"}
     assert set(LOSSES_OF) < knobs
-    assert {*BUILDERS, *NOT_YET} == set(RLHF_TYPES)
+    assert {*BUILDERS, "grpo", "ppo"} == set(RLHF_TYPES)
     assert set(LOSSES["dpo"]) | set(LOSSES["cpo"]) == set(RULES) - {"orpo"} | {"sft"}
     assert {name for names in LOSSES_OF.values() for name in names} <= set(RULES)
 
@@ -125,11 +129,16 @@ def test_tables_name_what_exists():
         ({"rlhf_type": "orpo"}, Preference(("orpo",), rpo_alpha=1.0, reference_free=True)),
         ({"rlhf_type": "kto", "undesirable_weight": 0.5}, Kto(undesirable_weight=0.5)),
         ({"rlhf_type": "kto", "loss_type": ("apo_zero_unpaired",)}, Kto("apo_zero_unpaired")),
+        ({"rlhf_type": "gkd", "teacher_model": "t", "beta": 1.0}, Distill(1.0)),
+        (
+            {"rlhf_type": "grpo", "loss_type": ("dapo",), "beta": 0.0},
+            Policy(PolicyRule(loss_type="dapo", beta=0.0, has_rollout_logps=True)),
+        ),
         ({"rlhf_type": "rm", "center_rewards_coefficient": 0.01}, Reward(center=0.01)),
     ],
 )
 def test_flags_build_the_objective(flags, expected):
-    assert build_objective(build(RlhfConfig, flags)) == expected
+    assert build_objective(build(RlhfConfig, flags), OnlineConfig(), PpoConfig()) == expected
 
 
 def test_who_needs_a_reference():

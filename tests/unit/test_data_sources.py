@@ -177,7 +177,7 @@ def test_missing_file_and_near_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("spec", "package", "hub"),
-    [("owner/name#5", "modelscope", "ModelScope"), ("hf::owner/name:x", "datasets", "HuggingFace")],
+    [("owner/name#5", "modelscope_hub", "ModelScope"), ("hf::owner/name:x", "datasets", "HuggingFace")],
 )
 def test_hub_id_without_the_package(
     monkeypatch: pytest.MonkeyPatch, spec: str, package: str, hub: str

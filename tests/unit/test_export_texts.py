@@ -55,9 +55,10 @@ def test_plain_transformers_renders_our_prompts(family, tmp_path: Path) -> None:
         # Some templates print the date of the day, ours a fixed one.
         assert re.sub(r"Today Date: .*", "", text) == re.sub(r"Today Date: .*", "", ours.prompt(chat))
     assert SYSTEM in ours.prompt([U])
-    # Exported again, and read by us with the same settings, it stays what it is.
+    # Read by us with the same settings, and exported again, it stays what it is.
     again = ChatTemplate(theirs, TemplateConfig(**settings))
     assert [again.prompt(chat) for chat in CHATS] == [ours.prompt(chat) for chat in CHATS]
+    assert again.deployed() == theirs.chat_template
 
 
 def test_a_template_in_the_tokenizers_config_is_replaced_too(tmp_path: Path) -> None:
@@ -69,7 +70,8 @@ def test_a_template_in_the_tokenizers_config_is_replaced_too(tmp_path: Path) -> 
     before = (tmp_path / "tokenizer.json").read_bytes()
     carry_template(tmp_path, {"model": "m", "system": None})
     assert not (tmp_path / "chat_template.jinja").exists()  # nothing to say
-    carry_template(tmp_path, {"system": "Be brief."})
+    (tmp_path / "system.txt").write_text("Be brief.\n")
+    assert carry_template(tmp_path, {"system": str(tmp_path / "system.txt")}) == {"system": "Be brief."}
     written = (tmp_path / "chat_template.jinja").read_text()
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"] == written
     assert "Be brief." in written and (tmp_path / "tokenizer.json").read_bytes() == before

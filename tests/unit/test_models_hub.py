@@ -3,11 +3,9 @@
 import importlib
 import json
 import shutil
-import types
 from pathlib import Path
 
 import pytest
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from swift.config.option import ConfigError
 from swift.models import hub
@@ -203,86 +201,3 @@ def test_modelscope_without_its_library_says_what_to_install(monkeypatch: pytest
     with pytest.raises(ConfigError, match=r"ModelScope's library is not installed \(modelscope\)") as caught:
         resolve_model("Qwen/Qwen3-0.6B")
     assert caught.value.hint == "pip install 'swiftune[hub]', or pass --use_hf true for HuggingFace"
-
-
-def test_modelscope_fetches_and_its_errors_are_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-
-    def fetch(name: str, *, revision: str | None, token: str | None) -> Path:
-        asked.append((name, revision, token))
-        return fake_model(tmp_path / "fetched")
-
-    monkeypatch.setattr(importlib, "import_module", lambda name: types.SimpleNamespace(fetch=fetch))
-    assert resolve_model("Qwen/Qwen3-0.6B", revision="v1", token="secret") == tmp_path / "fetched"
-    assert asked == [("Qwen/Qwen3-0.6B", "v1", "secret")]
-
-    def fail(name: str, **_: object) -> Path:
-        raise ConnectionError("host does not answer\nmore about it")
-
-    monkeypatch.setattr(importlib, "import_module", lambda name: types.SimpleNamespace(fetch=fail))
-    with pytest.raises(ConfigError) as caught:
-        resolve_model("Qwen/Qwen3-0.6B")
-    assert (
-        caught.value.message
-        == "--model Qwen/Qwen3-0.6B could not be fetched from ModelScope: host does not answer"
-    )
-
-
-def hub_error(kind: type[Exception], text: str) -> Exception:
-    """One of the hub library's errors, which want an HTTP response that we do not have."""
-    error = kind.__new__(kind)
-    error.args = (text,)
-    return error
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (hub_error(GatedRepoError, "403"), "--model a/b is gated on HuggingFace"),
-        (hub_error(RepositoryNotFoundError, "404"), "--model a/b does not exist on HuggingFace"),
-        (hub_error(RevisionNotFoundError, "404"), "--model a/b has no revision v9 on HuggingFace"),
-        (OSError("disk\nfull"), "--model a/b could not be fetched from HuggingFace: disk"),
-        (RuntimeError(), "--model a/b could not be fetched from HuggingFace: RuntimeError"),
-    ],
-)
-def test_huggingface_errors_in_words(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Api:
-        def __init__(self, token: str | None) -> None: ...
-
-        def model_info(self, *_: object, **__: object) -> None:
-            raise error
-
-    monkeypatch.setattr(hub, "HfApi", Api)
-    with pytest.raises(ConfigError) as caught:
-        resolve_model("a/b", use_hf=True, revision="v9")
-    assert caught.value.message == message
-
-
-@pytest.mark.parametrize(
-    ("files", "weights"),
-    [(("model.safetensors", "pytorch_model.bin"), "*.safetensors"), (("pytorch_model.bin",), "*.bin")],
-)
-def test_huggingface_fetches_one_format_of_the_weights(files, weights, tmp_path, monkeypatch) -> None:
-    seen = {}
-
-    class Api:
-        def __init__(self, token: str | None) -> None:
-            seen["token"] = token
-
-        def model_info(self, name: str, *, revision: str | None, timeout: float) -> types.SimpleNamespace:
-            seen["timeout"] = timeout
-            return types.SimpleNamespace(siblings=[types.SimpleNamespace(rfilename=f) for f in files])
-
-    def fetch(name: str, **options: object) -> str:
-        seen.update(options)
-        return str(fake_model(tmp_path / "snapshot"))
-
-    monkeypatch.setattr(hub, "HfApi", Api)
-    monkeypatch.setattr(hub, "snapshot_download", fetch)
-    monkeypatch.setenv("USE_HF", "1")
-    assert resolve_model("a/b", token="t") == tmp_path / "snapshot"
-    assert seen["token"] == "t" and seen["timeout"] == 5
-    assert weights in seen["allow_patterns"] and "*.json" in seen["allow_patterns"]
-    assert len([p for p in seen["allow_patterns"] if p in ("*.safetensors", "*.bin")]) == 1

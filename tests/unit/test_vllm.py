@@ -17,6 +17,7 @@ from swift.cli.main import run
 from swift.config.option import ConfigError, build
 from swift.config.vllm import VllmConfig, VllmRolloutConfig
 from swift.engines.ranks import Ranks
+from swift.infer.vllm_engine import lora_rank
 from swift.rollout import vllm
 from swift.rollout.types import Request, Sampling
 from swift.rollout.vllm_client import VllmServers
@@ -30,6 +31,8 @@ LOCAL = {"vllm_server_host": ("127.0.0.1",)}
 
 def test_without_vllm_one_line_says_how_to_get_it(tiny_llama_dir, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run(["infer", "--model", str(tiny_llama_dir), "--infer_backend", "vllm"]) == 2
+    assert "error: --infer_backend vllm needs vLLM, which is not installed" in capsys.readouterr().err
     assert run(["rollout", "--model", str(tiny_llama_dir)]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "error: swift rollout needs vLLM, which is not installed",
@@ -122,8 +125,30 @@ def test_flags_without_effect_are_told(tiny_llama_dir, capsys):
     assert run(["infer", *model, "--tensor_parallel_size", "2"]) == 2
     line = "error: --vllm_tensor_parallel_size has no effect without --infer_backend vllm"
     assert line in capsys.readouterr().err
+    few_bits = ["--quant_method", "bnb", "--quant_bits", "4"]
+    assert run(["infer", *model, "--infer_backend", "vllm", *few_bits]) == 2
+    assert "error: --quant_method has no effect on --infer_backend vllm" in capsys.readouterr().err
     assert run(["rollout", *model, "--attn_impl", "sdpa"]) == 2
     assert "--attn_impl has no effect on swift rollout: vLLM chooses it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("saved", "expected"),
+    [
+        ({"r": 8, "bias": "none", "modules_to_save": None}, 8),
+        ({"r": 9, "use_dora": False}, 16),
+        ({"r": 8, "rank_pattern": {"q_proj": 70}}, 128),
+        ({"r": 8, "use_dora": True}, "vLLM cannot apply what use_dora adds"),
+        ({"r": 8, "modules_to_save": ["lm_head"]}, "vLLM cannot apply what modules_to_save adds"),
+    ],
+)
+def test_adapters_that_vllm_applies(saved: dict[str, Any], expected: int | str, tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
+    if isinstance(expected, int):
+        assert lora_rank(tmp_path) == expected
+        return
+    with pytest.raises(ConfigError, match=expected):
+        lora_rank(tmp_path)
 
 
 def test_draws_of_neighbouring_seeds_do_not_meet(tiny_tokenizer):

@@ -51,7 +51,12 @@ def engines(directory: Path, tmp_path_factory) -> Iterator[dict[str, RolloutEngi
         terms = {"tokenizer": load_tokenizer(directory), "stop_token_ids": [END]}
         options = {"dtype": torch.float32, "ranks": Ranks(), **terms}
         colocated = VllmRolloutConfig(use_vllm=True, sleep_level=1, **SETTINGS)
-        remote = VllmRolloutConfig(use_vllm=True, vllm_server_host=("127.0.0.1",), vllm_server_port=(PORT,))
+        remote = VllmRolloutConfig(
+            use_vllm=True,
+            vllm_server_host=("127.0.0.1",),
+            vllm_server_port=(PORT,),
+            vllm_server_timeout=900.0,
+        )
         state = torch.random.get_rng_state()
         found = {"local": start_rollout(colocated, directory, **options)}
         assert torch.equal(torch.random.get_rng_state(), state)  # a training's draws stay what they were

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from swift.cli.flags import resolve
 from swift.cli.launch_checks import Plan, Report, check_nodes, node_variables, settle
 from swift.cli.launch_cluster import enter, find_place
 from swift.cli.launch_link import Link, LinkError, ask_all, close_all, open_links
-from swift.cli.launch_watch import Failure, Output, watch
+from swift.cli.launch_watch import STOPPED, Failure, Output, Watch
 from swift.config.launch import LaunchRun
 from swift.config.layout import DEGREES
 from swift.config.option import ConfigError
@@ -90,6 +91,7 @@ def run_launch(run: LaunchRun) -> int:
     values = _understand(program, argv)
     if run.ssh_password:
         env.put({"SSHPASS": run.ssh_password})
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends a launch as Ctrl-C does
     return Launch(run, hosts, values).carry_out()
 
 
@@ -192,7 +194,7 @@ class Launch:
         for link, answer in answers.items():
             if isinstance(answer, LinkError):
                 return Failure(1, f"{link.host}: {answer.message}")
-        return watch(links, self.events, output)
+        return Watch(links, self.events, output).follow()
 
     def _gather_again(self, links: list[Link], report: Report) -> list[Link]:
         """The nodes for another start: all of them, or those that are left where the layout allows it."""
@@ -252,7 +254,7 @@ class Launch:
 
 def _tell(failure: Failure, folder: Path) -> None:
     """The first error, with the lines that led to it."""
-    if failure.code in (130, 143):
+    if failure.code == STOPPED:
         main.note(failure.text)
         return
     lines = [f"  {line}" for line in failure.lines]

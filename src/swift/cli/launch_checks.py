@@ -5,7 +5,6 @@ Owns: which answers are wrong, where, and how that is mended. How a node finds o
 
 import secrets
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,17 @@ from swift.cli.launch_link import Link, LinkError, ask_all
 from swift.utils.files import format_bytes
 
 CHECKS = ("ssh", "python", "packages", "gpus", "memory", "clock", "ports", "shared", "files", "all-reduce")
+MEND = {  # where a finding does not say so itself
+    "python": "install the same one, or name it with --python",
+    "packages": "install the same versions, for example the same image",
+    "gpus": "name nodes with GPUs of one kind; --nproc_per_node and slots=N in a host file say how many",
+    "memory": "nvidia-smi shows who has it",
+    "clock": "set it, and keep it set with chrony or ntp",
+    "ports": "let the nodes reach each other on all ports above 1023 (firewall, security group)",
+    "shared": "name a directory on storage that all nodes mount, with --output_dir or --save",
+    "files": "copy one of them to all nodes, or name one on storage that all nodes mount",
+    "all-reduce": "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the network interface to use",
+}
 PACKAGES = (
     "swiftune", "torch", "transformers", "peft", "megatron-core", "numpy", "safetensors", "tokenizers",
     "transformer-engine", "flash-attn", "deepspeed", "bitsandbytes", "vllm", "nvidia-nccl-cu12",
@@ -59,7 +69,14 @@ class Report:
     interfaces: dict[str, str] = field(default_factory=dict)
 
     def add(self, link: Link, check: str, text: str, mend: str = "", *, fatal: bool = True) -> None:
-        self.findings.append(Finding(link.host, check, text, mend, fatal))
+        self.findings.append(Finding(link.host, check, text, mend or MEND.get(check, ""), fatal))
+
+    def compare(self, values: dict[Link, Any], check: str) -> None:
+        """A finding for each node whose value is another one than that of the first."""
+        first, *others = values
+        for link in others:
+            if values[link] != values[first]:
+                self.add(link, check, f"{values[link]}, but {values[first]} on {first.host}")
 
     def take(self, answers: dict[Link, Any], check: str) -> dict[Link, Any]:
         """The answers that are none of an error; the others become findings."""
@@ -117,7 +134,8 @@ def check_nodes(links: list[Link], plan: Plan, report: Report) -> None:
     links = [link for link in links if link.host not in reached]
     if not links:
         return
-    _check_python(links, report)
+    versions = {link: report.shown[link.host, "python"].rpartition(".")[0] for link in links}
+    report.compare(versions, "python")
     _check_packages(links, report)
     _check_machine(links, plan, report)
     _check_clock(links, report)
@@ -130,49 +148,19 @@ def check_nodes(links: list[Link], plan: Plan, report: Report) -> None:
         _check_all_reduce(links, plan, report)
 
 
-def _check_python(links: list[Link], report: Report) -> None:
-    versions = {link: report.shown[link.host, "python"] for link in links}
-    _compare(
-        versions,
-        report,
-        "python",
-        lambda v: v.rsplit(".", 1)[0],
-        "install the same one, or name it with --python",
-    )
-
-
-def _compare(
-    values: dict[Link, Any], report: Report, check: str, key: Callable[[Any], Any], mend: str
-) -> None:
-    """A finding for each node whose value is another one than that of the first."""
-    first, *others = values
-    for link in others:
-        if key(values[link]) != key(values[first]):
-            report.add(link, check, f"{values[link]}, but {values[first]} on {first.host}", mend)
-
-
 def _check_packages(links: list[Link], report: Report) -> None:
     found = report.take(ask_all(links, "packages", names=PACKAGES), "packages")
-    for link, packages in found.items():
-        if packages["swift"] is None:
-            report.add(
-                link,
-                "packages",
-                "swift is not installed for this Python",
-                "install it, or name another --python",
-            )
     first = next(iter(found), None)
-    for link in list(found)[1:]:
-        reference = found[first] if first else {}
+    for link, packages in found.items():
         wrong = [
-            f"{name} {found[link][name] or 'missing'} (on {first.host}: {reference[name] or 'none'})"
-            for name in reference
-            if first and found[link][name] != reference[name]
+            f"{name} {version or 'missing'} (on {first.host}: {found[first][name] or 'none'})"
+            for name, version in packages.items()
+            if first and version != found[first][name]
         ]
-        if wrong and found[link]["swift"] is not None:
-            report.add(
-                link, "packages", ", ".join(wrong), "install the same versions, for example the same image"
-            )
+        if packages["swift"] is None:
+            report.add(link, "packages", "swift is not installed for this Python")
+        elif wrong:
+            report.add(link, "packages", ", ".join(wrong))
 
 
 def _check_machine(links: list[Link], plan: Plan, report: Report) -> None:
@@ -184,17 +172,17 @@ def _check_machine(links: list[Link], plan: Plan, report: Report) -> None:
         report.shown[link.host, "gpus"] = f"{len(gpus)} {kinds[link][0]}" if gpus else "none"
         report.shown[link.host, "memory"] = format_bytes(facts["memory"])
         if gpus and wanted and wanted > len(gpus):
-            report.add(link, "gpus", f"{wanted} processes, but {len(gpus)} GPU(s)", "lower --nproc_per_node")
+            report.add(link, "gpus", f"{wanted} processes, but {len(gpus)} GPU(s)")
         busy = [i for i, (_, total, free) in enumerate(gpus) if free < FREE_SHARE * total]
         if busy:
             used = ", ".join(f"GPU {i}: {(gpus[i][1] - gpus[i][2]) / 1024:.0f} GiB" for i in busy)
-            report.add(link, "memory", f"in use already: {used}", "nvidia-smi shows by whom", fatal=False)
+            report.add(link, "memory", f"in use already: {used}", fatal=False)
         if facts["memory"] < FREE_BYTES:
             report.add(link, "memory", f"{format_bytes(facts['memory'])} of memory free", fatal=False)
-    _compare(kinds, report, "gpus", lambda v: v, "name nodes with GPUs of one kind")
+    report.compare(kinds, "gpus")
     if all(plan.processes[link.host] is None for link in found):
         counts = {link: f"{len(facts['gpus'])} GPU(s)" for link, facts in found.items()}
-        _compare(counts, report, "gpus", lambda v: v, "--nproc_per_node, or slots=N in a host file")
+        report.compare(counts, "gpus")
 
 
 def _check_clock(links: list[Link], report: Report) -> None:
@@ -204,28 +192,21 @@ def _check_clock(links: list[Link], report: Report) -> None:
         report.shown[link.host, "clock"] = "ok"
         if abs(ahead) > CLOCK_SECONDS:
             way = "ahead of" if ahead > 0 else "behind"
-            report.add(
-                link,
-                "clock",
-                f"{abs(ahead):.0f} s {way} the others",
-                "set it, and keep it set with chrony or ntp",
-            )
+            report.add(link, "clock", f"{abs(ahead):.0f} s {way} the others")
 
 
 def _check_ports(links: list[Link], plan: Plan, report: Report) -> None:
     """Node 0 can listen on the port, and each node reaches each other on a port that anyone may take."""
     head = links[0]
-    answers = ask_all(links, "listen", port=0)
-    opened = report.take(answers, "ports")
+    opened = report.take(ask_all(links, "listen", port=0), "ports")
     targets = [[link.host, port] for link, port in opened.items()]
     if head.index == 0:
         try:
             head.ask("listen", port=plan.port)
             targets.append([head.host, plan.port])
         except LinkError as error:
-            report.add(
-                head, "ports", f"cannot listen on --port {plan.port}: {error.message}", "name another --port"
-            )
+            said = f"cannot listen on --port {plan.port}: {error.message}"
+            report.add(head, "ports", said, "name another --port")
     reached = report.take(ask_all(list(opened), "connect", targets=targets, patience=5.0), "ports")
     for link, problems in reached.items():
         closed = [
@@ -235,12 +216,7 @@ def _check_ports(links: list[Link], plan: Plan, report: Report) -> None:
         ]
         if closed:
             ends = "" if len(closed) < 4 else f" and {len(closed) - 3} more"
-            report.add(
-                link,
-                "ports",
-                f"cannot reach {', '.join(closed[:3])}{ends}",
-                "let the nodes reach each other on all ports above 1023 (firewall, security group)",
-            )
+            report.add(link, "ports", f"cannot reach {', '.join(closed[:3])}{ends}")
     ask_all(list(opened), "hush")
     names = ask_all(list(opened), "interface", target=lambda link: _other(link, links))
     report.interfaces = {link.host: name for link, name in names.items() if isinstance(name, str)}
@@ -261,15 +237,8 @@ def _check_shared(links: list[Link], folder: str, report: Report) -> None:
     ask_all([head], "token", folder=folder, name=name, write="remove")
     for link, (where, seen) in found.items():
         if not seen:
-            gone = (
-                f"{place} of {head.host} is not there" if where != place else f"{where} is another directory"
-            )
-            report.add(
-                link,
-                "shared",
-                f"{gone}: checkpoints of all nodes go below it",
-                "name a directory on storage that all nodes mount, with --output_dir or --save",
-            )
+            how = f"is another directory than on {head.host}" if where == place else "is not there"
+            report.add(link, "shared", f"{place}, where checkpoints go, {how}")
 
 
 def _check_files(links: list[Link], files: dict[str, str], report: Report) -> None:
@@ -280,23 +249,13 @@ def _check_files(links: list[Link], files: dict[str, str], report: Report) -> No
         holder = next((link for link, digest in hashes.items() if digest), None)
         if holder is None:
             if path.startswith(("/", "./", "../", "~")):
-                report.add(links[0], "files", f"{files[path]}: not there, on no node", "name one that is")
+                report.add(links[0], "files", f"{files[path]}: not there, on no node")
             continue  # else the name of something on a hub
         for link, digest in hashes.items():
             if digest is None:
-                report.add(
-                    link,
-                    "files",
-                    f"{files[path]}: not there, but on {holder.host}",
-                    "copy it, or mount the same storage",
-                )
+                report.add(link, "files", f"{files[path]}: not there, but on {holder.host}")
             elif digest != hashes[holder]:
-                report.add(
-                    link,
-                    "files",
-                    f"{files[path]}: differs from that on {holder.host}",
-                    "copy one of them to all nodes",
-                )
+                report.add(link, "files", f"{files[path]}: differs from that on {holder.host}")
 
 
 def _check_all_reduce(links: list[Link], plan: Plan, report: Report) -> None:
@@ -310,8 +269,7 @@ def _check_all_reduce(links: list[Link], plan: Plan, report: Report) -> None:
     for link, (code, output) in report.take(answers, "all-reduce").items():
         if code != 0:
             last = (output.strip().splitlines() or [f"exit code {code}"])[-1]
-            mend = "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the network interface to use"
-            report.add(link, "all-reduce", last[:300], mend)
+            report.add(link, "all-reduce", last[:300])
 
 
 def node_variables(

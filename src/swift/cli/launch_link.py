@@ -206,7 +206,7 @@ def command_for(run: LaunchRun, host: str, python: str) -> list[str]:
         return program
     options = [
         "-T", "-o", "LogLevel=ERROR", "-o", f"ConnectTimeout={CONNECT_SECONDS}",
-        "-o", "StrictHostKeyChecking=accept-new", "-o", "ServerAliveInterval=5",
+        "-o", "StrictHostKeyChecking=accept-new", "-o", "ServerAliveInterval=10",
     ]  # fmt: skip
     options += ["-o", "NumberOfPasswordPrompts=1" if env.read("SSHPASS") else "BatchMode=yes"]
     for flag, value in (("-F", run.ssh_config), ("-p", run.ssh_port), ("-l", run.ssh_user)):

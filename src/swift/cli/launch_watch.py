@@ -3,14 +3,13 @@
 Owns: log files, what is on screen, and telling the error that came first from those that followed from it.
 """
 
+import math
 import re
 import signal
 import sys
-import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Queue
@@ -23,6 +22,7 @@ SETTLE_SECONDS = 3.0  # after the first failure: the node at fault may report af
 GRACE_SECONDS = 5.0  # from asking the others to end to killing them
 SAVE_SECONDS = 600.0  # the same after Ctrl-C: the step is finished, and what is being saved
 KEPT_LINES = 400
+STOPPED = 130  # the exit code after Ctrl-C
 RANK = re.compile(r"\[rank(\d+)\] ?(.*)", re.DOTALL)
 TORCH = re.compile(r"^\[rank\d+\]: ?")  # torch puts it before lines of tracebacks
 AFTERMATH = re.compile(  # what processes say whose peer is gone
@@ -44,7 +44,7 @@ class Failure:
 
     @property
     def may_pass(self) -> bool:
-        return self.code not in (2, 130, 143)
+        return self.code not in (2, STOPPED)
 
 
 class Output:
@@ -84,156 +84,124 @@ class Output:
         self.kept.clear()
         self.troubled.clear()
 
-    def first_error(self) -> tuple[int, str, tuple[str, ...]] | None:
-        """The error that the others followed from: rank, place with its last line, the lines before."""
-        ranked = []
-        for (link, rank), moment in self.troubled.items():
-            for who, block in _errors(list(self.kept[link, rank])):
-                of = rank if rank is not None else who
-                follows = AFTERMATH.search(block[-1]) is not None
-                text = f"{link.host} rank {of}: {block[-1]}"
-                ranked.append((follows, rank is None, moment, of, text, block))
-        if not ranked:
-            return None
-        *_, where, text, block = min(ranked, key=lambda item: item[:3])
-        return where, text, tuple(block[:-1])
+    def first_error(self) -> "Trouble | None":
+        """The error that the others followed from, None when nobody spoke of one."""
+        found = [
+            (AFTERMATH.search(trouble.text) is not None, rank is None, moment, trouble)
+            for (link, rank), moment in self.troubled.items()
+            for trouble in _errors(link.host, rank, list(self.kept[link, rank]))
+        ]
+        return min(found, key=lambda item: item[:3])[-1] if found else None
 
 
-def _errors(lines: list[str]) -> Iterator[tuple[int | None, list[str]]]:
-    """The blocks of lines that tell of an error: tracebacks, mistakes of the user, ends by a signal."""
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """An error of a process: one line that says where it was, and the lines before."""
+
+    rank: int | None
+    text: str
+    lines: tuple[str, ...] = ()
+
+
+def _errors(host: str, rank: int | None, lines: list[str]) -> Iterator[Trouble]:
+    """Tracebacks, mistakes of the user, and ends by a signal among the lines of a process or a node."""
+    who = host if rank is None else f"{host} rank {rank}"
     for i, line in enumerate(lines):
         if line.startswith("error: "):
-            yield None, [line.removeprefix("error: ")]
-        elif line.startswith("Traceback "):
-            end = next(
-                (j for j in range(i + 1, len(lines)) if not lines[j].startswith((" ", "\t"))), len(lines) - 1
+            hint = next(
+                (f" ({after[6:]})" for after in lines[i + 1 : i + 2] if after.startswith("hint: ")), ""
             )
-            if end > i:
-                yield None, lines[i : end + 1]
+            yield Trouble(rank, f"{who}: {line[7:]}{hint}")
+        elif line.startswith("Traceback "):
+            end = next((j for j in range(i + 1, len(lines)) if not lines[j].startswith((" ", "\t"))), None)
+            if end is not None:
+                yield Trouble(rank, f"{who}: {lines[end]}", tuple(lines[i:end]))
         elif (match := ENDED.search(line)) and int(match[2]) < 0 and match[2] not in ("-15", "-2"):
-            number = -int(match[2])
-            cause = " (out of memory?)" if number == signal.SIGKILL else ""
-            yield int(match[1]), [f"ended by {signal.Signals(number).name}{cause}"]
+            name = signal.Signals(-int(match[2])).name
+            cause = " (out of memory?)" if name == "SIGKILL" else ""
+            yield Trouble(int(match[1]), f"{host} rank {match[1]}: ended by {name}{cause}")
 
 
-@contextmanager
-def heed_terminate() -> Iterator[None]:
-    """SIGTERM ends a launch as Ctrl-C does, with its own exit code."""
+class Watch:
+    """A command on all nodes, from its start to its end."""
 
-    def terminate(*_: object) -> None:
-        raise Terminate
+    def __init__(self, links: list[Link], events: "Queue[tuple[Link, str, Any]]", output: Output) -> None:
+        self.links, self.events, self.output = links, events, output
+        self.codes: dict[Link, int] = {}  # of the nodes where it has ended, in that order
+        self.lost: dict[Link, str] = {}  # and why
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def follow(self) -> Failure | None:
+        """Follows it to its end, None when it was a good one. Nothing runs after it."""
+        try:
+            self._await_end()
+        except KeyboardInterrupt:
+            return self._end_by_hand()
+        wrong = [abs(code) for code in self.codes.values() if code]
+        if not self.lost and not wrong:
+            return None
+        self._stop("SIGTERM", GRACE_SECONDS)
+        error = self.output.first_error()
+        code = 2 if 2 in wrong else next(iter(wrong), 1)
+        if self.lost and (error is None or AFTERMATH.search(error.text)):
+            link, why = next(iter(self.lost.items()))
+            return Failure(code, f"{link.host}: {why}")
+        if error is None:
+            return Failure(code, f"the command ended with exit code {code}; no process said why")
+        on_screen = error.rank == 0
+        return Failure(code, error.text, () if on_screen else error.lines, told=on_screen and code == 2)
 
+    def _await_end(self) -> None:
+        """Until all ended, or until some seconds after the first failure."""
+        deadline = math.inf
+        while len(self.codes) + len(self.lost) < len(self.links) and time.monotonic() < deadline:
+            self._take(0.5)
+            now = time.monotonic()
+            for link in self.links:
+                gone = link.closed or now - link.heard > SILENT_SECONDS
+                if gone and link not in self.codes and link not in self.lost:
+                    self.lost[link] = _why_lost(link)
+            if self.lost or any(self.codes.values()):
+                deadline = min(deadline, now + SETTLE_SECONDS)
+        end = time.monotonic() + 1.0  # for what is on its way; a node that still runs may never be silent
+        while time.monotonic() < end and self._take(0.1):
+            pass
 
-class Terminate(KeyboardInterrupt):
-    """SIGTERM came."""
+    def _take(self, seconds: float) -> bool:
+        try:
+            link, kind, value = self.events.get(timeout=seconds)
+        except Empty:
+            return False
+        if kind == "line":
+            self.output.take(link, value)
+        elif kind == "exit":
+            self.codes[link] = value
+        return True
 
+    def _running(self) -> list[Link]:
+        now = time.monotonic()
+        alive = [link for link in self.links if not link.closed and now - link.heard < SILENT_SECONDS]
+        return [link for link in alive if link not in self.codes]
 
-def watch(links: list[Link], events: "Queue[tuple[Link, str, Any]]", output: Output) -> Failure | None:
-    """Follows the command on all nodes to its end, None when it was a good one. Nothing runs after it."""
-    codes: dict[Link, int] = {}
-    try:
-        with heed_terminate():
-            lost = _follow(links, events, output, codes)
-    except KeyboardInterrupt as interrupt:
-        return _end_by_hand(links, events, output, codes, 143 if isinstance(interrupt, Terminate) else 130)
-    wrong = [abs(code) for code in codes.values() if code]
-    if not lost and not wrong:
-        return None
-    _stop(links, events, output, codes, "SIGTERM", GRACE_SECONDS)
-    failure = output.first_error()
-    code = 2 if 2 in wrong else next(iter(wrong), 1)
-    if lost and (failure is None or AFTERMATH.search(failure[1])):
-        return Failure(code, f"{lost[0].host}: {_why_lost(lost[0])}")
-    if failure is None:
-        return Failure(code, f"the command ended with exit code {code}; no process said why")
-    rank, text, lines = failure
-    return Failure(code, text, () if rank == 0 else lines, told=rank == 0 and code == 2)
+    def _stop(self, name: str, grace: float) -> None:
+        """Ends it where it still runs; returns when it has, or when nodes do not answer any more."""
+        for link in self._running():
+            link.tell("stop", name=name, grace=grace)
+        deadline = time.monotonic() + grace + SILENT_SECONDS / 2
+        while self._running() and time.monotonic() < deadline:
+            self._take(0.2)
+
+    def _end_by_hand(self) -> Failure:
+        """After Ctrl-C: this step is finished and saved; after another one, everything is killed."""
+        said = "stopping after this step on all nodes; Ctrl-C once more ends at once"
+        print(said, file=sys.stderr, flush=True)
+        try:
+            self._stop("SIGINT", SAVE_SECONDS)
+        except KeyboardInterrupt:
+            self._stop("SIGKILL", 0.0)
+        return Failure(STOPPED, "stopped by hand")
 
 
 def _why_lost(link: Link) -> str:
     if link.closed:
         return link.reason().message
     return f"no word for {SILENT_SECONDS:.0f} s: the machine or the network to it is down"
-
-
-def _follow(
-    links: list[Link], events: "Queue[tuple[Link, str, Any]]", output: Output, codes: dict[Link, int]
-) -> list[Link]:
-    """Until all ended, or until some seconds after the first failure. The nodes that were lost."""
-    lost: list[Link] = []
-    deadline = None
-    while len(codes) + len(lost) < len(links):
-        _take(events, output, codes, 0.5)
-        now = time.monotonic()
-        for link in links:
-            gone = link.closed or now - link.heard > SILENT_SECONDS
-            if gone and link not in codes and link not in lost:
-                lost.append(link)
-        if deadline is None and (lost or any(codes.values())):
-            deadline = now + SETTLE_SECONDS
-        if deadline is not None and now > deadline:
-            break
-    while _take(events, output, codes, 0.1):
-        pass
-    return lost
-
-
-def _take(
-    events: "Queue[tuple[Link, str, Any]]", output: Output, codes: dict[Link, int], seconds: float
-) -> bool:
-    try:
-        link, kind, value = events.get(timeout=seconds)
-    except Empty:
-        return False
-    if kind == "line":
-        output.take(link, value)
-    elif kind == "exit":
-        codes[link] = value
-    return True
-
-
-def _stop(
-    links: list[Link],
-    events: "Queue[tuple[Link, str, Any]]",
-    output: Output,
-    codes: dict[Link, int],
-    name: str,
-    grace: float,
-) -> None:
-    """Ends the command where it still runs; returns when it has, or when nodes do not answer any more."""
-    running = [link for link in links if link not in codes and not link.closed]
-    for link in running:
-        link.tell("stop", name=name, grace=grace)
-    deadline = time.monotonic() + grace + SILENT_SECONDS / 2
-    while time.monotonic() < deadline and any(
-        link not in codes and not link.closed and time.monotonic() - link.heard < SILENT_SECONDS
-        for link in running
-    ):
-        _take(events, output, codes, 0.2)
-
-
-def _end_by_hand(
-    links: list[Link],
-    events: "Queue[tuple[Link, str, Any]]",
-    output: Output,
-    codes: dict[Link, int],
-    code: int,
-) -> Failure:
-    """After Ctrl-C or SIGTERM: this step is finished and saved; a second time, everything is killed."""
-    print("stopping after this step on all nodes; Ctrl-C once more ends at once", file=sys.stderr, flush=True)
-    name = "SIGINT" if code == 130 else "SIGTERM"
-    try:
-        with heed_terminate():
-            _stop(links, events, output, codes, name, SAVE_SECONDS)
-    except KeyboardInterrupt:
-        _stop(links, events, output, codes, "SIGKILL", 0.0)
-    return Failure(code, "stopped by hand")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from swift.config.option import option
+from swift.config.option import ConfigError, option
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +21,13 @@ class GenerationConfig:
     )
     stop_words: tuple[str, ...] = option((), help="texts that end an answer, besides the template's own")
     seed: int = option(42, help="seed of sampling")
+
+    def check(self) -> None:
+        """Raises ConfigError for bounds that the flags' own ranges cannot say."""
+        if self.repetition_penalty == 0:
+            raise ConfigError("--repetition_penalty must be above 0, got 0", hint="1 = no penalty")
+        if self.top_k is not None and self.top_k < -1:
+            raise ConfigError(f"--top_k must be at least -1, got {self.top_k}", hint="-1 = all tokens")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

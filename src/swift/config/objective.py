@@ -21,9 +21,9 @@ LOSSES: dict[str, tuple[str, ...]] = {
     "rm": (),
     "grpo": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"),
     "gkd": (),
+    "ppo": (),
 }  # fmt: skip
-NOT_YET = ("ppo",)
-RLHF_TYPES = (*LOSSES, *NOT_YET)
+RLHF_TYPES = tuple(LOSSES)
 
 # What has an effect only with some methods, or only with some losses.
 METHODS_OF: dict[str, tuple[str, ...]] = {
@@ -45,8 +45,8 @@ METHODS_OF: dict[str, tuple[str, ...]] = {
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
     "center_rewards_coefficient": ("rm",),
-    "ref_model": ("dpo", "kto", "grpo"),
-    "ref_adapters": ("dpo", "kto", "grpo"),
+    "ref_model": ("dpo", "kto", "grpo", "ppo"),
+    "ref_adapters": ("dpo", "kto", "grpo", "ppo"),
     "precompute_ref_log_probs": ("dpo", "kto"),
     "sync_ref_model": ("dpo", "kto", "grpo"),
     "ref_model_sync_steps": ("dpo", "kto", "grpo"),
@@ -67,7 +67,7 @@ class RlhfConfig:
     rlhf_type: str = option(
         "dpo",
         help="method: dpo, kto, orpo, simpo or cpo from preferences; rm trains a reward model; grpo "
-        "learns from rewards of its own answers, gkd from a teacher",
+        "learns from rewards of its own answers, gkd from a teacher, ppo with a value model",
         choices=RLHF_TYPES,
     )
     beta: float | None = option(
@@ -165,11 +165,11 @@ class RlhfConfig:
         """Whether batches need the column ref_logps."""
         if self.rlhf_type == "grpo":
             return self.beta_value > 0
+        if self.rlhf_type == "ppo":
+            return True
         return self.rlhf_type == "kto" or (self.rlhf_type == "dpo" and not self.reference_free)
 
     def check(self) -> None:
-        if self.rlhf_type in NOT_YET:
-            return
         self._check_losses()
         changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
         for name in changed:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields
 
 from swift.config.option import ConfigError, option
 
-SAMPLES = ("grpo",)  # methods that learn from rewards of such answers
+SAMPLES = ("grpo", "ppo")  # methods that learn from rewards of such answers
+PPO_TOO = ("log_completions", "log_entropy", "overlong_filter")
 ANSWERS = (*SAMPLES, "gkd")  # all that sample
 SHARED = ("max_completion_length", "temperature", "top_p", "top_k", "repetition_penalty")
 SCALES = {"true": "group", "false": "none"}  # the spelling of earlier versions
@@ -114,7 +115,7 @@ class OnlineConfig:
         """Raises ConfigError where a flag has no effect or contradicts another."""
         changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
         for name in changed:
-            methods = ANSWERS if name in SHARED else SAMPLES
+            methods = ANSWERS if name in SHARED else SAMPLES if name in PPO_TOO else ("grpo",)
             if rlhf_type not in methods:
                 raise ConfigError(
                     f"--{name} has no effect with --rlhf_type {rlhf_type}",
@@ -125,7 +126,7 @@ class OnlineConfig:
                 "--temperature 0 gives every prompt the same answer again and again",
                 hint="1 samples what the model believes",
             )
-        if rlhf_type not in SAMPLES:
+        if rlhf_type != "grpo":
             return
         if self.num_generations == 1 and self.advantage_estimator != "reinforce_plus_plus":
             raise ConfigError(

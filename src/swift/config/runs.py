@@ -14,6 +14,7 @@ from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
 from swift.config.parallel import ParallelConfig
 from swift.config.plugins import PluginConfig
+from swift.config.ppo import PpoConfig
 from swift.config.quant import QuantConfig
 from swift.config.rewards import RewardConfig, check_rewarded
 from swift.config.schedule import OutputConfig, ScheduleConfig
@@ -160,6 +161,7 @@ class RlhfRun(TrainRun):
     online: OnlineConfig = field(default_factory=OnlineConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
     turns: TurnConfig = field(default_factory=TurnConfig)
+    ppo: PpoConfig = field(default_factory=PpoConfig)
     vllm: VllmRolloutConfig = field(default_factory=VllmRolloutConfig)
 
     def check_complete(self) -> None:
@@ -167,6 +169,7 @@ class RlhfRun(TrainRun):
         TrainRun.check_complete(self)
         self.rlhf.check()
         self.online.check(self.rlhf.rlhf_type)
+        self.ppo.check(self.rlhf.rlhf_type)
         check_rewarded(self.rlhf.rlhf_type, [*self.rewards.changed, *self.turns.changed])
         self.turns.check()
         if self.rlhf.rlhf_type in SAMPLES:
@@ -263,6 +266,7 @@ class DeployRun:
     model: ModelConfig = field(default_factory=ModelConfig)
     serve: ServeOptions = field(default_factory=ServeOptions)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     plugins: PluginConfig = field(default_factory=PluginConfig)
     vllm: VllmConfig = field(default_factory=VllmConfig)
@@ -279,11 +283,23 @@ class DeployRun:
                 "--stream has no effect on swift deploy: each request says whether it streams",
                 hint="leave it out",
             )
+        self.generation.check()
         self.serve.check()
+        self.quant.check(train_type="lora", slicer=None, init_weights="")
+        if self.quant.quant_method and self.serve.merge_lora:
+            raise ConfigError(
+                "--merge_lora with --quant_method: few bits cannot hold the sum",
+                hint="leave one of them out",
+            )
         if self.serve.infer_backend == "vllm":
             check_chosen_by_vllm(self.model, "--infer_backend vllm")
-        else:
-            self.vllm.check_unused("--infer_backend vllm")
+            return
+        self.vllm.check_unused("--infer_backend vllm")
+        if self.model.attn_impl:
+            raise ConfigError(
+                "--attn_impl has no effect on swift deploy, which has an attention of its own",
+                hint="leave it out",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

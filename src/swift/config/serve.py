@@ -16,6 +16,7 @@ class ServeOptions:
     load_args: bool = option(
         True, help="take model, system prompt and template from the checkpoints' args.json"
     )
+    merge_lora: bool = option(False, help="fold --adapters DIR into the weights in memory: faster answers")
     infer_backend: str = option("transformers", help="engine", choices=("transformers", "pt", "vllm"))
     vllm_data_parallel_size: int = option(1, help="engines of vLLM behind the port", range=(1, None))
     max_batch_size: int = option(
@@ -65,6 +66,10 @@ class ServeOptions:
             raise ConfigError(
                 f"--adapters {' '.join(self.adapters)}: several need a name each",
                 hint="--adapters first=DIR second=DIR",
+            )
+        if self.merge_lora and names.keys() != {None}:
+            raise ConfigError(
+                "--merge_lora takes one checkpoint without a name", hint="--adapters DIR, not NAME=DIR"
             )
         if self.served_model_name in names and self.served_model_name is not None:
             raise ConfigError(

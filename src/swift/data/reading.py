@@ -20,15 +20,16 @@ from swift.utils.log import say
 _HELD_OUT = ("test", "val", "dev", "eval")
 
 
-def import_extra(module: str, *, needs: str, extra: str, purpose: str) -> Any:
+def import_extra(module: str, *, needs: tuple[str, ...], extra: str, purpose: str) -> Any:
     """A module of ours that stands on an optional package; ConfigError says what to install."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != needs:
+        missing = (error.name or "").split(".")[0]
+        if missing not in needs:
             raise
         raise ConfigError(
-            f"{purpose} needs the package {needs}", hint=f"pip install 'swiftune[{extra}]'"
+            f"{purpose} needs the package {missing}", hint=f"pip install 'swiftune[{extra}]'"
         ) from error
 
 
@@ -130,7 +131,7 @@ def _read_txt(path: Path) -> Iterator[Row]:
 
 def _read_parquet(path: Path) -> Iterator[Row]:
     module = import_extra(
-        "swift.data.parquet", needs="pyarrow", extra="parquet", purpose=f"{path}: reading Parquet"
+        "swift.data.parquet", needs=("pyarrow",), extra="parquet", purpose=f"{path}: reading Parquet"
     )
     yield from module.read_parquet(path)
 

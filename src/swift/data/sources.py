@@ -224,9 +224,9 @@ def _load_from_hub(text: str, spec: Spec, *, use_hf: bool, token: str | None) ->
     on_hf = spec.hub == "hf" or (spec.hub is None and (use_hf or env.is_on("USE_HF")))
     if env.is_on("SWIFT_OFFLINE") or (on_hf and env.is_on("HF_HUB_OFFLINE")):
         raise ConfigError(f"dataset {text}: no such file or folder, and downloads are switched off")
-    module, needs = ("swift.data.hub_hf", "datasets") if on_hf else ("swift.data.hub_ms", "modelscope")
+    module, needs = ("hub_hf", ("datasets",)) if on_hf else ("hub_ms", ("modelscope_hub", "datasets"))
     purpose = f"dataset {text}: no such file, and taking it from {'HuggingFace' if on_hf else 'ModelScope'}"
-    hub = import_extra(module, needs=needs, extra="hub", purpose=purpose)
+    hub = import_extra(f"swift.data.{module}", needs=needs, extra="hub", purpose=purpose)
     subsets = spec.subsets or (None,)
     rows = [row for subset in subsets for row in _load_subset(hub, spec.dataset_id, subset, token)]
     if not rows:

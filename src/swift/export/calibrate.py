@@ -1,4 +1,4 @@
-"""Weights in few bits that look at rows: GPTQ (arXiv:2210.17323) and AWQ (arXiv:2306.00978).
+"""Weights in few bits, chosen by what rows make of them: GPTQ (arXiv:2210.17323).
 
 Owns: the rows, and what llm-compressor is told. It writes the format of compressed-tensors, which vLLM and
 transformers read. Imported by name only where it is needed: the library is an extra.
@@ -11,7 +11,6 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import GPTQModifier
-from llmcompressor.modifiers.transform.awq import AWQModifier
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -26,29 +25,25 @@ from swift.models.load import load_model
 from swift.models.targets import ROUTERS
 from swift.utils.log import say
 
-MODIFIERS = {"gptq": GPTQModifier, "awq": AWQModifier}
-
 
 def write_calibrated(run: ExportRun, source: Path, staging: Path, device: torch.device) -> None:
-    quant, method = run.quant, run.quant.quant_method or ""
-    if method == "awq" and device.type == "cpu":
-        raise ConfigError("--quant_method awq needs a GPU: its library pins memory", hint="gptq does without")
+    quant = run.quant
     rows = read_rows(run, source)
     model = load_model(source, dtype=run.model.torch_dtype, attention=None, device=device)
     kept = choose_kept(model, quant.group_size)
     scheme = QuantizationArgs(
         num_bits=quant.bits,
         type="int",
-        symmetric=method == "gptq",
+        symmetric=True,
         strategy="channel" if quant.group_size == -1 else "group",
         group_size=None if quant.group_size == -1 else quant.group_size,
     )
     groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=scheme)}
-    say(f"{method}: {len(rows)} rows, groups of {quant.group_size}, {len(kept)} layers kept as they are")
+    say(f"gptq: {len(rows)} rows, groups of {quant.group_size}, {len(kept)} layers kept as they are")
     oneshot(
         model=model,
         dataset=rows,
-        recipe=MODIFIERS[method](config_groups=groups, ignore=kept),
+        recipe=GPTQModifier(config_groups=groups, ignore=kept),
         num_calibration_samples=len(rows),
         max_seq_length=max(map(len, rows["input_ids"])),
         batch_size=quant.quant_batch_size,

@@ -24,19 +24,24 @@ def open_template(directory: Path, run_args: dict[str, Any]) -> ChatTemplate:
     return ChatTemplate(load_tokenizer(directory), TemplateConfig(**settings))
 
 
-def carry_template(directory: Path, run_args: dict[str, Any]) -> None:
-    """Replaces the tokenizer's files that hold the template; none where nothing would change."""
+def carry_template(directory: Path, run_args: dict[str, Any]) -> dict[str, Any]:
+    """Replaces the tokenizer's files that hold the template; none where nothing would change.
+
+    Gives the run's args with the text of a system prompt that was read from a file.
+    """
     template = open_template(directory, run_args)
     own = template.tokenizer.chat_template
+    whole = run_args | ({"system": template.system} if template.system else {})
     if own and not any(run_args.get(name) is not None for name in SETTINGS):
-        return
+        return whole
     source = template.deployed()
     if template.response_prefix:
         warn("--response_prefix is no part of a chat template: other programs have to send it")
     if source == own:
-        return
+        return whole
     config = read_json(directory / TOKENIZER_CONFIG) if (directory / TOKENIZER_CONFIG).is_file() else {}
     if "chat_template" in config:  # read by programs that do not know the file
         write_json(directory / TOKENIZER_CONFIG, config | {"chat_template": source})
     write_text(directory / TEMPLATE_FILE, source)
     say("the chat template holds the system prompt and settings of the training")
+    return whole

@@ -95,7 +95,7 @@ def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     """[M, N] -> float8 [M, N] and what each block is to be multiplied with, float32 [M/128, N/128]."""
     rows, columns = (size // BLOCK for size in weight.shape)
     blocks = weight.float().reshape(rows, BLOCK, columns, BLOCK)
-    scales = blocks.abs().amax(dim=(1, 3)) / LARGEST
-    scales = torch.where(scales > 0, scales, 1.0)
-    scaled = (blocks / scales[:, None, :, None]).clamp(-LARGEST, LARGEST)
-    return scaled.reshape(weight.shape).to(torch.float8_e4m3fn), scales
+    largest = blocks.abs().amax(dim=(1, 3))
+    factors = torch.where(largest > 0, LARGEST / largest, 1.0)
+    scaled = (blocks * factors[:, None, :, None]).clamp(-LARGEST, LARGEST)
+    return scaled.reshape(weight.shape).to(torch.float8_e4m3fn), 1 / factors

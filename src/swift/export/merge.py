@@ -165,12 +165,12 @@ def copy_texts(plan: MergePlan, tokenizer_source: Path, staging: Path) -> None:
             if file.is_file():
                 shutil.copyfile(file, staging / file.name)
     # With these, `swift infer --model DIR` asks for no other flag: system prompt and template are the run's.
-    carry_template(staging, plan.run_args)
+    run_args = carry_template(staging, plan.run_args)
     own = {"model": str(plan.output), "adapters": [], "command": "export", "swift_version": __version__}
     origin = {"base_model": plan.base_name, "merged_adapters": str(plan.adapter), "model_revision": None}
-    if plan.run_args.get("torch_dtype"):  # of the base in training; the merged weights have their own
+    if run_args.get("torch_dtype"):  # of the base in training; the merged weights have their own
         own["torch_dtype"] = plan.dtype
-    write_json(staging / RUN_ARGS, plan.run_args | own | origin)
+    write_json(staging / RUN_ARGS, run_args | own | origin)
 
 
 def choose_tokenizer_source(plan: MergePlan) -> Path:

@@ -25,7 +25,7 @@ from swift.export.fp8 import write_fp8
 from swift.export.merge import CONFIG, GENERATION_CONFIG, TOKENIZER_PARTS, place
 from swift.models.adapters import RUN_ARGS, load_run_args
 from swift.models.directory import read_json
-from swift.models.load import load_model, load_tokenizer, pick_device
+from swift.models.load import load_config, load_model, load_tokenizer, pick_device
 from swift.plugins.registry import load_object
 from swift.utils import env
 from swift.utils.files import write_json
@@ -88,7 +88,10 @@ def say_logits(path: Path, tokenizer: PreTrainedTokenizerBase, device: torch.dev
 
 def write_bnb(run: ExportRun, source: Path, staging: Path, device: torch.device) -> None:
     quant = QuantConfig(quant_method="bnb", quant_bits=run.quant.bits)
-    model = load_model(source, dtype=run.model.torch_dtype, attention=None, device=device, quant=quant)
+    published = str(load_config(source).dtype or torch.float32).removeprefix("torch.")
+    model = load_model(
+        source, dtype=run.model.torch_dtype or published, attention=None, device=device, quant=quant
+    )
     model.save_pretrained(staging, max_shard_size=run.export.max_shard_size)
 
 
@@ -99,7 +102,7 @@ def write_texts(run: ExportRun, source: Path, staging: Path, output: Path) -> No
             if file.is_file():
                 shutil.copyfile(file, staging / file.name)
     run_args = load_run_args(source) if run.export.load_args else {}
-    carry_template(staging, run_args)
+    run_args = carry_template(staging, run_args)
     own: dict[str, Any] = {"model": str(output), "adapters": [], "command": "export", "model_revision": None}
     origin = {"base_model": run_args.get("base_model") or run.model.model or str(source)}
     write_json(

@@ -23,6 +23,7 @@ from swift.models.load import pick_device
 from swift.models.push import Destination, check_destination, push
 from swift.plugins.registry import load_object
 from swift.utils import env
+from swift.utils.files import write_json
 from swift.utils.log import say
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
@@ -72,7 +73,9 @@ def find_destination(run: ExportRun) -> Destination:
 def prepare_push(staging: Path, run_args: dict[str, Any]) -> None:
     """The chat template of the training into a directory that holds a tokenizer."""
     if (staging / TOKENIZER_CONFIG).is_file():
-        carry_template(staging, run_args)
+        whole = carry_template(staging, run_args)
+        if whole != run_args:
+            write_json(staging / RUN_ARGS, whole)
 
 
 def find_source(run: ExportRun) -> Path:

@@ -160,10 +160,7 @@ def score_texts(source: Source, labels: int, specs: tuple[str, ...], columns: di
 
 def check_sampling(run: InferRun) -> None:
     """Bounds that the flags' own ranges cannot say."""
-    if run.generation.repetition_penalty == 0:
-        raise ConfigError("--repetition_penalty must be above 0, got 0", hint="1 = no penalty")
-    if run.generation.top_k is not None and run.generation.top_k < -1:
-        raise ConfigError(f"--top_k must be at least -1, got {run.generation.top_k}", hint="-1 = all tokens")
+    run.generation.check()
 
 
 def check_options(run: InferRun) -> None:

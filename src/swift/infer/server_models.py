@@ -10,19 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerBase
 
 from swift.config.option import ConfigError, fill_defaults
 from swift.config.runs import DeployRun
 from swift.config.template import TemplateConfig
-from swift.engines.transformers.attention import FLAT_ATTENTION
 from swift.engines.transformers.forward import refusal_of_flat
 from swift.infer.engine import TransformersInferEngine
 from swift.infer.openai_requests import ApiError, SampledRequest
-from swift.models.adapters import TAKEN, adapter_base, load_adapter, load_run_args
+from swift.models.adapters import TAKEN, adapter_base, load_adapter, load_run_args, merge
 from swift.models.heads import count_labels
 from swift.models.hub import resolve_adapter, resolve_model
-from swift.models.load import load_model, load_tokenizer, pick_device
+from swift.models.load import load_config, load_model, load_tokenizer, pick_device
 from swift.rollout.decoder import Decoder
 from swift.rollout.slots import spare_bytes
 from swift.rollout.types import Sampling
@@ -96,7 +95,7 @@ class Served:
             self.sampling,
             **given,
             max_tokens=limit,
-            stop=(*self.sampling.stop, *stops),
+            stop=self.sampling.stop + stops,
             stop_token_ids=tuple(request.stop_token_ids),
             seed=seed if request.seed is None else request.seed,
             top_logps=logprobs,
@@ -138,7 +137,7 @@ def make_plan(run: DeployRun) -> Plan:
     if not config.model:
         raise ConfigError(f"--adapters {first} does not name its base model", hint="name it with --model")
     model = resolve_model(config.model, revision=config.model_revision, **hub)
-    check_answers(model, list(adapters.values()))
+    check_answers(model, list(adapters.values()), own_decoder=run.serve.infer_backend != "vllm")
     base = run.serve.served_model_name or Path(config.model).name
     if base in adapters:
         raise ConfigError(
@@ -163,14 +162,16 @@ def find_source(run: DeployRun, name: str, adapter: Path | None, checkpoint: Pat
     return Source(name, adapter, template)
 
 
-def check_answers(model: Path, adapters: list[Path]) -> None:
+def check_answers(model: Path, adapters: list[Path], *, own_decoder: bool) -> None:
     """Raises ConfigError for what gives scores, and for a model that cannot answer many at once."""
     for path in (model, *adapters):
         if count_labels(path) is not None:
             raise ConfigError(
                 f"{path} gives scores, not answers", hint="swift infer --val_dataset reads them"
             )
-    config = AutoConfig.from_pretrained(model, local_files_only=True)
+    if not own_decoder:
+        return
+    config = load_config(model)
     refusal = refusal_of_flat(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), config)
     if refusal:
         raise ConfigError(f"{model} cannot be served, because {refusal}", hint="swift infer answers with it")
@@ -179,14 +180,17 @@ def check_answers(model: Path, adapters: list[Path]) -> None:
 def load_models(plan: Plan) -> Loaded:
     """Loads the weights, and the adapters on top of them."""
     run, options = plan.run, plan.run.serve
-    model = run.model
-    device = pick_device(model.device)
-    network: Any = load_model(plan.model, dtype=model.torch_dtype, attention=model.attn_impl, device=device)
-    network.set_attn_implementation(FLAT_ATTENTION)
-    for source in plan.sources:
+    device = pick_device(run.model.device)
+    network: Any = load_model(
+        plan.model, dtype=run.model.torch_dtype, attention=None, device=device, quant=run.quant,
+    )  # fmt: skip
+    adapters: dict[str, str] = {}
+    for i, source in enumerate(plan.sources):
         if source.adapter:
-            network = load_adapter(network, source.adapter, trainable=False, name=source.name)
-    network.eval()
+            adapters[source.name] = f"adapter{i}"  # a name of PEFT's cannot hold a dot
+            network = load_adapter(network, source.adapter, trainable=False, name=f"adapter{i}")
+    if options.merge_lora:
+        network, adapters = merge(network), {}
     models, decoders = {}, {}
     for source in plan.sources:
         own = source.adapter and (source.adapter / "tokenizer_config.json").is_file()
@@ -194,21 +198,19 @@ def load_models(plan: Plan) -> Loaded:
         engine = TransformersInferEngine(network, tokenizer, source.template)
         models[source.name] = Served(
             source.name, tokenizer, source.template, context=engine.context,
-            sampling=engine.settle(run.generation),
-            max_tokens=run.generation.max_new_tokens,
+            sampling=engine.settle(run.generation), max_tokens=run.generation.max_new_tokens,
         )  # fmt: skip
         decoders[source.name] = Decoder(
             network, tokenizer, stop_token_ids=engine.stop_token_ids, context=engine.context,
             max_rows=options.max_batch_size, memory_bytes=spare_bytes(device) // len(plan.sources),
         )  # fmt: skip
-    adapters = {source.name for source in plan.sources if source.adapter}
     return Loaded(models, decoders, partial(activate, network, adapters))
 
 
-def activate(network: Any, adapters: set[str], name: str) -> None:
+def activate(network: Any, adapters: dict[str, str], name: str) -> None:
     """Makes the network the model of a name."""
     if name in adapters:
         network.base_model.enable_adapter_layers()
-        network.set_adapter(name)
+        network.set_adapter(adapters[name])
     elif adapters:
         network.base_model.disable_adapter_layers()

@@ -20,7 +20,7 @@ from swift.config.option import ConfigError
 from swift.config.runs import DeployRun
 from swift.config.serve import ServeOptions
 from swift.data.datasets import use_plugins
-from swift.infer.run import check_sampling, open_result_file
+from swift.infer.run import open_result_file
 from swift.infer.server import Server, build_app
 from swift.infer.server_models import Loaded, load_models, make_plan
 from swift.infer.server_vllm import serve_through_vllm
@@ -34,7 +34,6 @@ LAST_SECONDS = 5.0  # for responses to leave after the answers have ended
 
 def run_deploy(run: DeployRun) -> int:
     """Serves until a signal; returns the exit code."""
-    check_sampling(run)
     use_plugins(run.plugins)
     options = run.serve
     check_certificate(options)

@@ -2,51 +2,96 @@
 
 import os
 import sys
+from dataclasses import fields
 from typing import Any
 
 import torch
 
-from swift.config.option import ConfigError
+from swift.config.option import ConfigError, default_of
 from swift.config.runs import DeployRun
-from swift.infer.server_models import make_plan
+from swift.infer.server_models import Plan, make_plan
+from swift.models.adapters import TAKEN
+from swift.models.directory import ADAPTER_CONFIG, read_json
 from swift.rollout.vllm import check_vllm, engine_arguments
 from swift.rollout.vllm_server import check_port, command_line
 from swift.utils import env
 from swift.utils.log import say
 
-OURS = ("result_path", "verbose", "max_queue_size", "max_body_size", "log_interval")  # vLLM has its own
+OURS = (  # flags of a server that vLLM's own does not know
+    "max_batch_size", "result_path", "verbose", "max_queue_size", "max_body_size", "log_interval",
+    "merge_lora", "owned_by", "shutdown_timeout",
+)  # fmt: skip
+HINTS = {
+    "max_batch_size": "--vllm_max_num_seqs",
+    "max_length": "--vllm_max_model_len",
+    "quant_method": "--vllm_quantization",
+    "merge_lora": "swift export --merge_lora true, then serve the result",
+} | dict.fromkeys(TAKEN["template"], "each request says it; a checkpoint's are left with --load_args false")
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
 
 
 def serve_through_vllm(run: DeployRun) -> int:
     """Does not return, but for errors; everything that can be wrong is found before."""
     check_vllm("--infer_backend vllm")
     options = run.serve
-    for name in OURS:
-        if getattr(options, name) != type(options).__dataclass_fields__[name].default:
-            raise ConfigError(
-                f"--{name} has no effect with --infer_backend vllm, whose server is its own",
-                hint="leave it out, or use --infer_backend transformers",
-            )
     check_port(options.host, options.port)
     plan = make_plan(run)
-    dtype = None if plan.run.model.torch_dtype is None else getattr(torch, plan.run.model.torch_dtype)
-    arguments: dict[str, Any] = {
-        "model": str(plan.model), "host": options.host, "port": options.port,
-        "served_model_name": plan.sources[0].name, "max_logprobs": options.max_logprobs,
-        **engine_arguments(run.vllm, dtype=dtype),
-    }  # fmt: skip
-    if options.vllm_data_parallel_size > 1:
-        arguments["data_parallel_size"] = options.vllm_data_parallel_size
-    for name in ("ssl_keyfile", "ssl_certfile"):
-        if getattr(options, name):
-            arguments[name] = getattr(options, name)
-    adapters = [source for source in plan.sources if source.adapter is not None]
-    command = command_line(arguments)
-    if adapters:
-        command += ["--enable-lora", "--lora-modules", *(f"{s.name}={s.adapter}" for s in adapters)]
+    command = build_command(plan)
     env.set_defaults({"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"})
     if options.api_key:
         env.put({"VLLM_API_KEY": options.api_key})  # not on a command line, which everyone can read
     say(f"vLLM serves {', '.join(s.name for s in plan.sources)} on {options.host}:{options.port}")
     sys.stdout.flush()
     os.execv(command[0], command)
+
+
+def build_command(plan: Plan) -> list[str]:
+    """vLLM's command line. Raises ConfigError for a flag that it has no word for."""
+    run, options = plan.run, plan.run.serve
+    check_known(plan)
+    adapters = [source for source in plan.sources if source.adapter is not None]
+    name = plan.sources[0].name
+    dtype = None if run.model.torch_dtype is None else getattr(torch, run.model.torch_dtype)
+    arguments: dict[str, Any] = {
+        "model": str(plan.model), "host": options.host, "port": options.port, "seed": run.generation.seed,
+        # A request for an adapter must not find the model without it under the same name.
+        "served_model_name": name if plan.sources[0].adapter is None else f"{name}-base",
+        "max_logprobs": options.max_logprobs, "logprobs_mode": "processed_logprobs",
+        **engine_arguments(run.vllm, dtype=dtype),
+    }  # fmt: skip
+    names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
+    sampling = {n: getattr(run.generation, n) for n in names if getattr(run.generation, n) is not None}
+    if sampling:
+        arguments["override_generation_config"] = sampling
+    if options.vllm_data_parallel_size > 1:
+        arguments["data_parallel_size"] = options.vllm_data_parallel_size
+    for flag in ("ssl_keyfile", "ssl_certfile"):
+        if getattr(options, flag):
+            arguments[flag] = getattr(options, flag)
+    if not adapters:
+        return command_line(arguments)
+    rank = max(int(read_json(s.adapter / ADAPTER_CONFIG).get("r", 8)) for s in adapters if s.adapter)
+    if rank > LORA_RANKS[-1]:
+        raise ConfigError(f"--adapters of rank {rank}: vLLM takes up to {LORA_RANKS[-1]}", hint="merge them")
+    room = min(r for r in LORA_RANKS if r >= rank)
+    arguments |= {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": room}
+    return [*command_line(arguments), "--lora-modules", *(f"{s.name}={s.adapter}" for s in adapters)]
+
+
+def check_known(plan: Plan) -> None:
+    """Raises ConfigError for settings that vLLM's server has no word for, typed or of a checkpoint."""
+    run = plan.run
+    for group, names in (
+        (run.serve, OURS),
+        (run.generation, ("stop_words",)),
+        (run.quant, ("quant_method",)),
+        (run.template, ("max_length",)),
+        *((source.template, TAKEN["template"]) for source in plan.sources),
+    ):
+        defaults = {field.name: default_of(field) for field in fields(group)}  # type: ignore[arg-type]
+        for name in names:
+            if getattr(group, name) != defaults[name]:
+                raise ConfigError(
+                    f"--{name} {getattr(group, name)} has no effect with --infer_backend vllm",
+                    hint=HINTS.get(name, "leave it out, or use --infer_backend transformers"),
+                )

@@ -5,6 +5,7 @@ from dataclasses import fields
 
 from swift.config.objective import RlhfConfig
 from swift.config.online import OnlineConfig
+from swift.config.ppo import PpoConfig
 from swift.objectives.distill import Distill
 from swift.objectives.kto import Kto
 from swift.objectives.policy import Policy, PolicyRule
@@ -13,11 +14,19 @@ from swift.objectives.reward import Reward
 from swift.objectives.types import Objective
 
 
-def build_objective(config: RlhfConfig, online: OnlineConfig) -> Objective:
+def build_objective(config: RlhfConfig, online: OnlineConfig, ppo: PpoConfig) -> Objective:
     """The objective of `config.rlhf_type`. Raises ConfigError where flags contradict each other."""
     config.check()
     if config.rlhf_type == "grpo":
         return _build_policy(config, online)
+    if config.rlhf_type == "ppo":
+        # The pull to the reference is in the rewards; here it is measured alone.
+        return Policy(
+            PolicyRule(
+                loss_type="dapo", epsilon=ppo.cliprange, beta=1.0, kl_in_reward=True,
+                log_entropy=online.log_entropy, has_rollout_logps=True,
+            )
+        )  # fmt: skip
     return BUILDERS[config.rlhf_type](config)
 
 

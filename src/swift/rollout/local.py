@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from swift.engines.protocol import Engine
 from swift.rollout.decoder import Decoder
+from swift.rollout.slots import spare_bytes
 from swift.rollout.types import Completion, Request
 
 
@@ -33,6 +34,7 @@ class LocalRollout:
             decoder = Decoder(
                 model, self.tokenizer, stop_token_ids=self.stop_token_ids, context=self.context,
                 max_rows=self.max_rows, version=self.version,
+                memory_bytes=spare_bytes(self.engine.device),
             )  # fmt: skip
             return decoder.generate(requests)
 

@@ -77,7 +77,12 @@ class VllmServers:
                 hint="start it with a larger --vllm_max_model_len, or drop such rows with --max_length",
             )
         turns = (self.servers[(self.ranks.rank + i) % len(self.servers)] for i in range(len(requests)))
-        return list(self.pool.map(self._ask, turns, requests))
+        try:
+            return list(self.pool.map(self._ask, turns, requests))
+        except ConfigError:
+            for server in self.servers:
+                server.given_up = True  # else this process would not end before all other answers are there
+            raise
 
     def _ask(self, server: "Server", request: Request) -> list[Completion]:
         body = self.terms.sampling(request) | {
@@ -136,6 +141,7 @@ class Server:
         self.host, self.port = parts.hostname or "127.0.0.1", parts.port or 8000
         self.place = f"{self.host}:{self.port}"
         self.timeout_seconds = timeout_seconds
+        self.given_up = False
 
     def wait(self, process: "subprocess.Popen[bytes] | None" = None) -> None:
         """Until it has loaded its model."""
@@ -201,9 +207,14 @@ class Server:
             connection.request(verb, path, text, {"Content-Type": "application/json"})
             waiting = select.poll()
             waiting.register(connection.sock, select.POLLIN)
-            while not waiting.poll(timeout_seconds * 1000):
-                if path == "/health" or not self._is_up():
-                    raise TimeoutError(f"no sign of life for {timeout_seconds:g} s")
+            heard = time.monotonic()
+            while not waiting.poll(1000 * min(timeout_seconds, PROBE_SECONDS)):
+                if self.given_up:
+                    raise TimeoutError("another request failed")
+                if time.monotonic() >= heard + timeout_seconds:
+                    if path == "/health" or not self._is_up():
+                        raise TimeoutError(f"no sign of life for {timeout_seconds:g} s")
+                    heard = time.monotonic()
             response = connection.getresponse()
             return response.status, response.read()
         finally:

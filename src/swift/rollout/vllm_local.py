@@ -148,6 +148,7 @@ class VllmLocal:
                 self.asleep.remove(part)
 
     def close(self) -> None:
+        """Also ends the process group, the training's own included: the last thing before `leave_ranks`."""
         self.llm.llm_engine.engine_core.shutdown()
 
 

@@ -208,8 +208,9 @@ class Sampler:
         given = found.rewards[~found.rewards.isnan()]
         sums = Sums()
         sums.add("reward", float(given.sum()), len(given))
-        sums.add("reward_std", float(found.std.mean()), 1)
-        sums.add("frac_reward_zero_std", found.frac_reward_zero_std, 1)
+        if len(found.std) < len(found.rewards):  # there are groups
+            sums.add("reward_std", float(found.std.mean()), 1)
+            sums.add("frac_reward_zero_std", found.frac_reward_zero_std, 1)
         for name, mean, std in zip(self.panel.names, found.function_mean, found.function_std, strict=True):
             judges = not bool(mean.isnan())
             sums.add(f"rewards/{name}/mean", float(mean) if judges else 0.0, judges)

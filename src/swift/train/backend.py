@@ -11,7 +11,7 @@ from swift.config.runs import TrainRun
 from swift.engines.protocol import Engine
 from swift.engines.ranks import Ranks, join_ranks
 from swift.models.load import pick_device
-from swift.train.building import build_engine
+from swift.train.actor_critic import build_engines
 from swift.train.preparing import Locate, Prepared, locate_model
 
 
@@ -38,4 +38,4 @@ def join_data_parallel(run: TrainRun, _ready: Prepared) -> tuple[Ranks, torch.de
     )
 
 
-TRANSFORMERS = Backend(lambda run: run, locate_model, join_data_parallel, build_engine)
+TRANSFORMERS = Backend(lambda run: run, locate_model, join_data_parallel, build_engines)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from functools import partial
 
-from swift.config.objective import LOSSES, NOT_YET, RlhfConfig
+from swift.config.objective import RlhfConfig
 from swift.config.online import OnlineConfig
-from swift.config.option import ConfigError
+from swift.config.ppo import PpoConfig
 from swift.config.sft import SftConfig
 from swift.config.task import MULTI_LABEL, TaskConfig
 from swift.objectives.build import build_objective
@@ -24,6 +24,7 @@ class Method:
     objective: Objective
     shape: str = "chat"
     samples: bool = False  # its own answers to prompts
+    foresees: bool = False  # a second model learns what answers will be worth
     teaches: bool = False  # the reference is a teacher
     score: Scorer = score_nothing
     needs_reference: bool = False
@@ -49,19 +50,17 @@ def sft_method(task: TaskConfig, variants: SftConfig) -> Method:
     return Method(Sft(variants))
 
 
-def rlhf_method(config: RlhfConfig, online: OnlineConfig) -> Method:
+def rlhf_method(config: RlhfConfig, online: OnlineConfig, ppo: PpoConfig) -> Method:
     """The method of `swift rlhf`. Raises ConfigError where flags contradict each other."""
-    if config.rlhf_type in NOT_YET:
-        raise ConfigError(
-            f"--rlhf_type {config.rlhf_type} is not there yet", hint=f"there are {', '.join(LOSSES)}"
-        )
-    objective = build_objective(config, online)
+    objective = build_objective(config, online, ppo)
     if config.rlhf_type == "grpo":
         return Method(
             objective, "prompt", samples=True, needs_reference=config.needs_reference,
             mix_every=config.ref_model_sync_steps if config.sync_ref_model else None,
             mix_share=config.ref_model_mixup_alpha,
         )  # fmt: skip
+    if config.rlhf_type == "ppo":
+        return Method(objective, "prompt", samples=True, needs_reference=True, foresees=True)
     if config.rlhf_type == "gkd":
         return Method(objective, needs_reference=True, teaches=True)
     if config.rlhf_type == "rm":

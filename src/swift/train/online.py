@@ -52,14 +52,16 @@ class RolloutFeed:
         beta: float,
         held: list[dict[str, Any]] | None = None,
         keep: Callable[[int, Sequence[dict[str, Any]]], None] | None = None,
+        foresee: Callable[[list[Batch], Tensor], list[Batch]] | None = None,
     ) -> None:
         """`order`: its steps are rollouts. `held`: the rollout in which a checkpoint was written.
 
-        `keep` is given the answers of all ranks, on the first one.
+        `keep` is given the answers of all ranks, on the first one. `foresee`: batches and the reward of each
+        answer, [n], to batches with advantages; without it an answer has one advantage over its group.
         """
         self.sampler, self.order, self.plan = sampler, order, plan
         self.engine, self.config, self.ranks = sampler.engine, sampler.config, sampler.ranks
-        self.micro_batch_size, self.beta, self.keep = micro_batch_size, beta, keep
+        self.micro_batch_size, self.beta, self.keep, self.foresee = micro_batch_size, beta, keep, foresee
         self.sums = Sums()
         self.answers: list[dict[str, Any]] = []  # of this rank, in the rollout that is learnt from
         self.held: Held | None = None
@@ -142,15 +144,19 @@ class RolloutFeed:
             flat = list(chain.from_iterable(parts))
             if self.beta:
                 flat = add_reference(self.engine, flat)
-            if self.plan.updates > 1 or self.config.kl_in_reward:
+            if self.plan.updates > 1 or self.config.kl_in_reward or self.foresee:
                 flat = self._add_old(flat)
             if self.config.top_entropy_quantile < 1:
                 flat = self._mark_uncertain(flat)
             distance = self._distance(flat, order) if self.config.kl_in_reward else None
         found = sampler.weigh(judged, self.plan.generations, beta=self.beta, distance=distance)
         self.sums.merge(sampler.describe(judged, found))
-        scores = found.advantages[judged.first : judged.first + len(mine)][torch.from_numpy(order)]
-        flat = add_scores(flat, scores)
+        own = slice(judged.first, judged.first + len(mine))
+        if self.foresee:
+            with self._timed("score"):
+                flat = self.foresee(flat, found.rewards.nan_to_num(nan=0.0)[own][torch.from_numpy(order)])
+        else:
+            flat = add_scores(flat, found.advantages[own][torch.from_numpy(order)])
         if self.keep:
             self._keep(step, judged, found)
         self.answers = self._describe(mine, flat) if self.plan.updates > 1 else []

@@ -39,7 +39,7 @@ def run_sft(run: SftRun) -> int:
 
 
 def run_rlhf(run: RlhfRun) -> int:
-    return train(run, "rlhf", lambda run: rlhf_method(run.rlhf, run.online))
+    return train(run, "rlhf", lambda run: rlhf_method(run.rlhf, run.online, run.ppo))
 
 
 def train(

@@ -49,7 +49,7 @@ def run_sft(run: MegatronSftRun) -> int:
 
 def run_rlhf(run: MegatronRlhfRun) -> int:
     """`megatron rlhf`; returns the exit code."""
-    return train(as_resumption(run), "rlhf", lambda run: rlhf_method(run.rlhf, run.online), MEGATRON)
+    return train(as_resumption(run), "rlhf", lambda run: rlhf_method(run.rlhf, run.online, run.ppo), MEGATRON)
 
 
 def layout_of(run: MegatronRun, config: PretrainedConfig) -> Layout:

@@ -16,8 +16,10 @@ from swift.rewards.panel import Panel
 from swift.rollout.multi_turn import build_scheduler
 from swift.rollout.vllm import check_vllm
 from swift.template.chat import ChatTemplate
+from swift.train.actor_critic import ActorCritic
 from swift.train.answers import RolloutEvaluation, Sampler, Turns
 from swift.train.completions import keep_completions
+from swift.train.foresight import Foresight
 from swift.train.online import RolloutFeed
 from swift.train.preparing import Prepared
 from swift.train.resume import Resumption
@@ -63,6 +65,17 @@ class OnlineStage:
     def _plan(self, size: int, resumption: Resumption | None) -> RolloutPlan:
         """The flags' arithmetic; a resumed run keeps its rollouts, however many processes it has now."""
         world, config = self.ranks.data_world, self.run.online
+        if not resumption and self.run.rlhf.rlhf_type == "ppo":
+            ppo = self.run.ppo
+            if self.accumulation % ppo.num_mini_batches:
+                raise ConfigError(
+                    f"--num_mini_batches {ppo.num_mini_batches} does not divide "
+                    f"--gradient_accumulation_steps {self.accumulation}",
+                    hint=f"for example --gradient_accumulation_steps {ppo.num_mini_batches}",
+                )
+            answers = size * self.accumulation * world
+            self.accumulation //= ppo.num_mini_batches
+            return RolloutPlan(answers, 1, ppo.num_mini_batches, ppo.num_ppo_epochs)
         if not resumption:
             return config.plan(size, self.accumulation, world)
         plan = RolloutPlan(
@@ -107,13 +120,14 @@ class OnlineStage:
             self.order,
             self.plan,
             micro_batch_size=run.schedule.per_device_train_batch_size,
-            beta=run.rlhf.beta_value,
+            beta=1.0 if isinstance(engine, ActorCritic) else run.rlhf.beta_value,
+            foresee=Foresight(engine, run.ppo) if isinstance(engine, ActorCritic) else None,
             held=self.held,
             keep=partial(keep_completions, directory) if config.log_completions else None,
         )
         evaluation = None
         if ready.eval_rows is not None and run.eval_limit != 0:
-            generations = config.num_generations_eval or config.num_generations
+            generations = config.num_generations_eval or self.plan.generations
             evaluation = RolloutEvaluation(
                 Sampler(rows=ready.eval_rows, **parts), generations, run.eval_limit
             )

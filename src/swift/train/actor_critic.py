@@ -1,0 +1,118 @@
+"""PPO's two models: the policy, and one that foresees at every token what an answer will be worth."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swift.batch import Batch
+from swift.config.option import ConfigError
+from swift.config.runs import RlhfRun, TrainRun
+from swift.engines.protocol import Engine, Snapshot, StepInfo, Sums
+from swift.engines.ranks import Ranks
+from swift.models.hub import resolve_model
+from swift.objectives.types import Objective, TokenStats
+from swift.objectives.value import Value
+from swift.train.building import build_engine
+from swift.train.method import Method
+from swift.train.preparing import Prepared
+from swift.train.resume import Resumption
+
+VALUE_MODEL = "value_model"  # directory of a checkpoint
+VALUES = frozenset({"values"})
+
+
+class ActorCritic:
+    """Both as one engine: whoever trains the policy trains its critic, on the same batches."""
+
+    def __init__(self, actor: Engine, critic: Engine, value: Value) -> None:
+        self.actor, self.critic, self.value = actor, critic, value
+        self.data_rank, self.data_world = actor.data_rank, actor.data_world
+        self.dtype, self.device, self.flat = actor.dtype, actor.device, actor.flat
+        pairs = zip(actor.num_parameters, critic.num_parameters, strict=True)
+        self.num_parameters: Any = tuple(a + b for a, b in pairs)
+
+    def values(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """[T] of each batch, on the CPU."""
+        found = self.critic.forward(batches, VALUES)
+        return [stats.values.cpu() for stats in found if stats.values is not None]
+
+    def forward(self, batches: Sequence[Batch], needs: frozenset[str]) -> list[TokenStats]:
+        return self.actor.forward(batches, needs)
+
+    def forward_backward(self, batches: Sequence[Batch], objective: Objective) -> Sums:
+        sums = self.actor.forward_backward(batches, objective)
+        for name, pair in self.critic.forward_backward(batches, self.value).pairs.items():
+            if name.startswith("value/"):  # its loss has a name of its own; tokens are counted once
+                sums.add(name, *pair)
+        return sums
+
+    def measure(self, batches: Sequence[Batch], objective: Objective) -> Sums:
+        return self.actor.measure(batches, objective)
+
+    def optim_step(self) -> StepInfo:
+        self.critic.optim_step()
+        return self.actor.optim_step()
+
+    def gather(self, values: Tensor) -> tuple[Tensor, int]:
+        return self.actor.gather(values)
+
+    def reference(self) -> AbstractContextManager[None]:
+        return self.actor.reference()
+
+    def generating(self) -> AbstractContextManager[nn.Module]:
+        return self.actor.generating()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        return self.actor.weights()
+
+    def drop_reference(self) -> None:
+        self.actor.drop_reference()
+
+    def mix_reference(self, share: float) -> None:
+        self.actor.mix_reference(share)
+
+    def save(self, path: Path, *, resumable: bool) -> Snapshot:
+        """The policy where it always is, the value model in a directory beside it."""
+        inner = path / VALUE_MODEL
+        both = self.actor.save(path, resumable=resumable), self.critic.save(inner, resumable=resumable)
+
+        def write() -> list[Path]:
+            inner.mkdir(exist_ok=True)
+            return [file for snapshot in both for file in snapshot.write()]
+
+        return Snapshot(sum(snapshot.bytes for snapshot in both), write)
+
+
+def build_engines(
+    run: TrainRun,
+    method: Method,
+    ready: Prepared,
+    total_steps: int,
+    ranks: Ranks,
+    device: torch.device,
+    resumption: Resumption | None,
+    accumulation: int,
+) -> Engine:
+    """The engine of a method; of PPO both, the value model beginning as the reward model or the policy."""
+    build = partial(build_engine, run, total_steps=total_steps, ranks=ranks, device=device)
+    if not (isinstance(run, RlhfRun) and method.foresees):
+        return build(method=method, ready=ready, resumption=resumption, accumulation=accumulation)
+    if run.parallel.zero:
+        raise ConfigError("--deepspeed does not go with --rlhf_type ppo yet", hint="--fsdp fsdp2")
+    names = run.rewards.reward_model
+    start = resolve_model(names[0], revision=None, **run.model.hub) if names else ready.model_path
+    value = Value(run.ppo.cliprange_value, run.ppo.vf_coef)
+    critic = build(
+        method=replace(method, objective=value, num_labels=1, needs_reference=False, mix_every=None),
+        ready=replace(ready, model_path=start),
+        resumption=resumption and replace(resumption, checkpoint=resumption.checkpoint / VALUE_MODEL),
+        accumulation=accumulation,
+    )
+    actor = build(method=method, ready=ready, resumption=resumption, accumulation=accumulation)
+    return ActorCritic(actor, critic, value)
