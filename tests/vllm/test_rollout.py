@@ -3,6 +3,8 @@
 One contract for both forms, in this process and behind a port. What is compared with is transformers' model.
 """
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -46,7 +48,12 @@ def engines(directory: Path, tmp_path_factory) -> Iterator[dict[str, RolloutEngi
     log = (tmp_path_factory.mktemp("server") / "log").open("w")
     flags = ("--vllm_max_model_len", str(CONTEXT), "--vllm_enforce_eager", "true", "--port", str(PORT))
     command = ["rollout", "--model", str(directory), "--torch_dtype", "float32", *flags]
-    server = subprocess.Popen([sys.executable, "-m", "swift", *command], stdout=log, stderr=subprocess.STDOUT)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "swift", *command],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     try:
         terms = {"tokenizer": load_tokenizer(directory), "stop_token_ids": [END]}
         options = {"dtype": torch.float32, "ranks": Ranks(), **terms}
@@ -64,7 +71,14 @@ def engines(directory: Path, tmp_path_factory) -> Iterator[dict[str, RolloutEngi
         found["process"] = server
         yield found
     finally:
-        server.kill()
+        end(server)
+
+
+def end(server: subprocess.Popen) -> None:
+    """At once, with the processes that vLLM started for it."""
+    if server.returncode is None:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def load(directory: Path) -> PreTrainedModel:
@@ -179,8 +193,7 @@ def test_an_argument_that_vllm_refuses(directory, tiny_tokenizer):
 
 def test_a_server_that_is_gone(engines):
     """The last test: the server does not come back."""
-    engines["process"].kill()
-    engines["process"].wait()
+    end(engines["process"])
     place = f"127.0.0.1:{PORT}"
     with pytest.raises(
         ConfigError, match=f"the rollout server {place} was lost while answers were asked for"
