@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SSHD = "/usr/sbin/sshd"
+OWN = f"sw{os.getpid()}"  # two runs of the tests on one machine do not meet
 BRIDGE = "swb"
 WAIT = """
 import socket, sys, time
@@ -34,12 +35,11 @@ def missing() -> str | None:
     for tool in ("ip", "ssh", "ssh-keygen", SSHD):
         if shutil.which(tool) is None:
             return f"{tool} is not installed"
-    probe = call("ip", "netns", "add", "swprobe", check=False)
+    probe = call("ip", "netns", "add", OWN, check=False)
     if probe.returncode != 0:
         return f"no network namespaces: {probe.stderr.strip()}"
-    link = call("ip", "link", "add", "swprobe0", "type", "veth", "peer", "name", "swprobe1", check=False)
-    call("ip", "link", "del", "swprobe0", check=False)
-    call("ip", "netns", "del", "swprobe", check=False)
+    link = call("ip", "link", "add", "probe", "netns", OWN, "type", "veth", check=False)
+    call("ip", "netns", "del", OWN, check=False)
     return None if link.returncode == 0 else f"no veth links: {link.stderr.strip()}"
 
 
@@ -77,19 +77,18 @@ class Network:
     machines: list[Machine] = field(default_factory=list)
 
     def __enter__(self) -> "Network":
-        self.clear()
-        call("ip", "netns", "add", f"{BRIDGE}net")
-        inside = ("ip", "netns", "exec", f"{BRIDGE}net")
+        call("ip", "netns", "add", OWN)
+        inside = ("ip", "netns", "exec", OWN)
         call(*inside, "ip", "link", "add", BRIDGE, "type", "bridge")
         call(*inside, "ip", "link", "set", BRIDGE, "up")
         for kind in ("host", "user", "stranger"):
             call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / kind))
         for i in range(self.count + 1):
-            machine = Machine(f"sw{i}", f"10.77.0.{i + 1}")
+            machine = Machine(f"{OWN}-{i}", f"10.77.0.{i + 1}")
             call("ip", "netns", "add", machine.name)
             call(
                 "ip", "link", "add", "eth0", "netns", machine.name,
-                "type", "veth", "peer", "name", f"port{i}", "netns", f"{BRIDGE}net",
+                "type", "veth", "peer", "name", f"port{i}", "netns", OWN,
             )  # fmt: skip
             call(*inside, "ip", "link", "set", f"port{i}", "master", BRIDGE, "up")
             machine.run("ip", "link", "set", "lo", "up")
@@ -136,12 +135,12 @@ class Network:
             machine.sshd = None
 
     def clear(self) -> None:
-        """Removes what an interrupted test run left."""
+        """Ends what runs on the machines, and removes them."""
         for machine in self.machines:
             self.stop_sshd(machine)
             for pid in call("ip", "netns", "pids", machine.name).stdout.split():
                 call("kill", "-9", pid, check=False)
-        for name in [f"{BRIDGE}net", *(f"sw{i}" for i in range(8))]:
+        for name in [OWN, *(machine.name for machine in self.machines)]:
             call("ip", "netns", "del", name, check=False)
 
     def __exit__(self, *_: object) -> None:

@@ -10,7 +10,7 @@ from trl.experimental.gkd import GKDTrainer
 
 from swift.engines.stepping import NOTHING
 from swift.objectives import logits as logits_module
-from swift.objectives.distill import Distill, LocalTeacher, ToldTeacher
+from swift.objectives.distill import COPIES, Distill, LocalTeacher, ToldTeacher
 from swift.objectives.logits import DenseLogits
 from swift.objectives.types import TokenStats
 from swift.objectives.value import Value
@@ -48,7 +48,7 @@ def mean_loss(objective, stats, batch, student):
 @pytest.mark.parametrize("rows", [1, 1000])
 @pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
 def test_the_divergence_is_that_of_trl(beta, rows, monkeypatch):
-    monkeypatch.setattr(logits_module, "CHUNK_BYTES", rows * WIDTH * 4 * 8)
+    monkeypatch.setattr(logits_module, "CHUNK_BYTES", rows * WIDTH * 4 * COPIES)
     batch = make_batch([6, 9, 4])
     student, teacher = make_logits(batch, seed=1).requires_grad_(), make_logits(batch, seed=2)
     stats = stats_of(batch, student, teacher, temperature=0.7)
@@ -103,6 +103,19 @@ def test_likelihood_is_of_answers_from_the_data():
     assert objective.units(batch) == {"tokens": 13, "data_tokens": 6}
     total, count = objective(stats_of(batch, student, teacher), batch).metrics["nll_loss"]
     assert float(total / count) == pytest.approx(float(nll))
+
+
+def test_a_teacher_gives_some_rows_at_a_time(monkeypatch):
+    monkeypatch.setattr(logits_module, "CHUNK_BYTES", 3 * WIDTH * 4 * COPIES)
+    asked, logits = [], torch.randn(8, WIDTH, requires_grad=True)
+
+    def rows(wanted):
+        asked.append((wanted.start, wanted.stop))
+        return torch.randn(wanted.stop - wanted.start, WIDTH)
+
+    view = DenseLogits(logits, torch.arange(8))
+    LocalTeacher(view, rows, lambda values_N: values_N).divergence(0.5, None).sum().backward()
+    assert asked == [(0, 3), (3, 6), (6, 8)] * 2 and logits.grad.isfinite().all()
 
 
 def test_a_filler_batch_leads_back_to_the_model():

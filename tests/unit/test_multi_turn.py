@@ -134,13 +134,33 @@ def test_limits(template: ChatTemplate) -> None:
     for (asked,) in engine.asked:
         assert asked.sampling.max_tokens == min(64, prompt + 40 - len(asked.token_ids)) > 0
     assert found.num_turns == len(engine.asked) < 9
+    # What was told last is taken back: nothing of it is left for an answer.
+    assert (found.text, found.finish_reason, found.loss_mask[-1]) == ("1", "length", 1)
+    assert found.messages[-1] == {"role": "assistant", "content": "1"}
+    assert prompt + len(found.token_ids) <= prompt + 40
 
 
 def test_ranks_ask_as_often_as_the_one_with_the_longest_conversation(template: ChatTemplate) -> None:
-    engine, others = Scripted(template, ["12"]), iter([True, True, False])
-    (found,) = run(engine, Asks(), template, start(), any_rank=lambda here: here or next(others))
+    engine, others = Scripted(template, ["12"]), iter([True, True, True, False])
+    (found,) = run(engine, Asks(), template, start(), collect=lambda here: [here, next(others)])
     assert found.num_turns == 1 and [len(asked) for asked in engine.asked] == [1, 0, 0]
     assert run(Scripted(template), Asks(), template) == []
+
+
+def test_a_scheduler_that_fails_on_another_rank_ends_this_one(template: ChatTemplate) -> None:
+    told: list[Any] = []
+
+    def collect(value: Any) -> list[Any]:
+        told.append(value)
+        return [value, ConfigError("over there") if len(told) == 2 else True]
+
+    with pytest.raises(ConfigError, match="over there"):
+        run(Scripted(template, ["1"], ["2"]), Asks(), template, start(), collect=collect)
+    assert told == [True, True]  # not told again
+    told.clear()
+    with pytest.raises(ConfigError, match="step added no message"):
+        run(Scripted(template, ["1"], ["2"]), stepping(len), template, start(), collect=collect)
+    assert [type(value) for value in told] == [bool, ConfigError]  # the others are
 
 
 def test_a_template_that_drops_thoughts_does_not_drop_them_here(tiny_tokenizer: Any) -> None:
@@ -183,6 +203,25 @@ def test_math_tips_take_a_wrong_answer_back(template: ChatTemplate) -> None:
     assert [t.num_turns for t in (wrong, right, without)] == [2, 1, 1]
     kept = wrong.loss_mask.index(0)
     assert wrong.logps[:kept] == [-0.5 - i for i in range(kept)]  # those it was sampled with
+
+
+def test_an_answer_that_was_taken_back_stands_where_there_is_no_room_for_another(
+    template: ChatTemplate,
+) -> None:
+    class Cuts(MultiTurnScheduler):
+        def step(self, request: Any, choice: Any, turn: int) -> dict:
+            request.messages[-1]["content"] = "No. " + "Wait. " * 50
+            return {}
+
+    engine = Scripted(template, ["No way"])
+    prompt = len(engine.tokenizer(template.prompt(start().messages)).input_ids)
+    (found,) = run(engine, Cuts(), template, start(), context=prompt + 40)
+    assert (found.text, text_of(template, found), found.finish_reason) == (
+        "No way",
+        "No way<|im_end|>",
+        "length",
+    )
+    assert found.logps == [-0.5 - i for i in range(len(found.token_ids))]
 
 
 def test_an_answer_cut_inside_a_token(template: ChatTemplate) -> None:

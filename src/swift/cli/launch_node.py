@@ -34,8 +34,8 @@ MARK = "SWIFT_LAUNCH"  # in the environment of every process that belongs to a l
 class Agent:
     """One node's side of a launch."""
 
-    def __init__(self, environ):
-        self.environ = environ
+    def __init__(self, variables):
+        self.variables = variables
         self.out = os.dup(1)
         os.dup2(2, 1)  # what anything else prints must not look like an answer
         self.lock = threading.Lock()
@@ -89,13 +89,13 @@ class Agent:
 
     def do_settle(self, variables, workdir, mark):
         """Takes the launch's environment and directory; its version of Python."""
-        own = self.environ.get("PYTHONPATH")
+        own = self.variables.get("PYTHONPATH")
         if own and variables.get("PYTHONPATH") not in (None, own):
             variables["PYTHONPATH"] += os.pathsep + own
-        self.environ.update(variables)
-        self.environ[MARK] = mark
+        self.variables.update(variables)
+        self.variables[MARK] = mark
         folder = str(Path(sys.executable).parent)
-        self.environ["PATH"] = folder + os.pathsep + self.environ.get("PATH", os.defpath)
+        self.variables["PATH"] = folder + os.pathsep + self.variables.get("PATH", os.defpath)
         added = [part for part in variables.get("PYTHONPATH", "").split(os.pathsep) if part]
         os.chdir(workdir)
         sys.path[:0] = added
@@ -135,7 +135,7 @@ class Agent:
             for line in done.stdout.decode().splitlines() if done.returncode == 0 else ():
                 name, total, left = (part.strip() for part in line.rsplit(",", 2))
                 gpus.append([name, int(total), int(left)])
-        chosen = self.environ.get("CUDA_VISIBLE_DEVICES")
+        chosen = self.variables.get("CUDA_VISIBLE_DEVICES")
         if chosen is not None:
             names = [name.strip() for name in chosen.split(",") if name.strip()]
             picked = [gpus[int(name)] for name in names if name.isdigit() and int(name) < len(gpus)]
@@ -252,7 +252,7 @@ class Agent:
     def _start(self, words, variables):
         return subprocess.Popen(
             [sys.executable, "-u", *words],
-            env={**self.environ, **variables},
+            env={**self.variables, **variables},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -288,7 +288,7 @@ class Agent:
 
     def _sweep(self):
         """Kills every process with our mark. Ranks have sessions of their own, so no group holds them all."""
-        mark = f"{MARK}={self.environ.get(MARK)}".encode()
+        mark = f"{MARK}={self.variables.get(MARK)}".encode()
         deadline, quiet = time.monotonic() + 5, 0
         while time.monotonic() < deadline and quiet < 2:  # one that is being made has no environment yet
             found = []
@@ -311,6 +311,6 @@ class Agent:
         return str(max(fresh)[1].parent.absolute()) if fresh else None
 
 
-def main(environ):
+def main(variables):
     """Serves the launcher at the other end of stdin and stdout."""
-    Agent(environ).serve()
+    Agent(variables).serve()

@@ -172,6 +172,11 @@ class RlhfRun(TrainRun):
         self.ppo.check(self.rlhf.rlhf_type)
         check_rewarded(self.rlhf.rlhf_type, [*self.rewards.changed, *self.turns.changed])
         self.turns.check()
+        if self.turns.scheduler and self.parallel.sequence_parallel_size > 1:
+            raise ConfigError(
+                "--sequence_parallel_size does not go with conversations of several turns yet",
+                hint="leave out --multi_turn_scheduler and --use_gym_env, or --sequence_parallel_size",
+            )
         if self.rlhf.rlhf_type in SAMPLES:
             self.rewards.check(
                 max_completion_length=self.online.max_completion_length,

@@ -21,7 +21,7 @@ from swift.objectives.logits import Judged
 from swift.objectives.reduce import column, is_filler, settle, weighted
 from swift.objectives.types import LossSum, TokenStats
 
-COPIES = 8  # tensors as large as the logits that a chunk needs, with its gradient
+COPIES = 2  # a chunk and the gradient of its divergence take about four times CHUNK_BYTES
 
 
 def divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
