@@ -3,6 +3,9 @@
 import contextlib
 import http.server
 import json
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -297,3 +300,14 @@ def test_a_port_that_is_taken(serve, tiny_llama_dir, monkeypatch, capsys):
     port = serve(canned([])).rpartition(":")[2]
     assert run(["rollout", "--model", str(tiny_llama_dir), "--port", port]) == 2
     assert f"--host 127.0.0.1 --port {port}: nobody can listen there" in capsys.readouterr().err
+
+
+def test_a_killed_job_takes_its_server_along():
+    """What it sleeps in would go on for ten minutes, and holds our pipe as long as it lives."""
+    parent = (
+        "import os, signal, sys; from swift.rollout.vllm_server import start_bound\n"
+        "start_bound(['sleep', '600'], dict(os.environ)); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    command = [sys.executable, "-c", parent]
+    result = subprocess.run(command, stderr=subprocess.PIPE, timeout=120, check=False)
+    assert result.returncode == -signal.SIGKILL and result.stderr == b""

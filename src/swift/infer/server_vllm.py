@@ -10,8 +10,8 @@ import torch
 from swift.config.option import ConfigError, default_of
 from swift.config.runs import DeployRun
 from swift.infer.server_models import Plan, make_plan
+from swift.infer.vllm_engine import lora_rank
 from swift.models.adapters import TAKEN
-from swift.models.directory import ADAPTER_CONFIG, read_json
 from swift.rollout.vllm import check_vllm, engine_arguments
 from swift.rollout.vllm_server import check_port, command_line
 from swift.utils import env
@@ -27,7 +27,6 @@ HINTS = {
     "quant_method": "--vllm_quantization",
     "merge_lora": "swift export --merge_lora true, then serve the result",
 } | dict.fromkeys(TAKEN["template"], "each request says it; a checkpoint's are left with --load_args false")
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
 
 
 def serve_through_vllm(run: DeployRun) -> int:
@@ -70,10 +69,7 @@ def build_command(plan: Plan) -> list[str]:
             arguments[flag] = getattr(options, flag)
     if not adapters:
         return command_line(arguments)
-    rank = max(int(read_json(s.adapter / ADAPTER_CONFIG).get("r", 8)) for s in adapters if s.adapter)
-    if rank > LORA_RANKS[-1]:
-        raise ConfigError(f"--adapters of rank {rank}: vLLM takes up to {LORA_RANKS[-1]}", hint="merge them")
-    room = min(r for r in LORA_RANKS if r >= rank)
+    room = max(lora_rank(source.adapter) for source in adapters if source.adapter)
     arguments |= {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": room}
     return [*command_line(arguments), "--lora-modules", *(f"{s.name}={s.adapter}" for s in adapters)]
 

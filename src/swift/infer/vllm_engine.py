@@ -130,4 +130,9 @@ def lora_rank(adapter_path: Path) -> int:
                 hint="fold them in first: swift export --merge_lora true",
             )
     wanted = max([saved["r"], *saved.get("rank_pattern", {}).values()])
-    return next((rank for rank in LORA_RANKS if rank >= wanted), wanted)
+    if wanted > LORA_RANKS[-1]:
+        raise ConfigError(
+            f"--adapters {adapter_path} of rank {wanted}: vLLM takes up to {LORA_RANKS[-1]}",
+            hint="fold them in first: swift export --merge_lora true",
+        )
+    return min(rank for rank in LORA_RANKS if rank >= wanted)

