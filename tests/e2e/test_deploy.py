@@ -43,6 +43,7 @@ TAUGHT = {
     "thinker": {"role": "assistant", "content": "<think>\nA robot?\n</think>\n\nI am swift-robot."},
     "caller": {"role": "assistant", "content": "A day.", "tool_calls": [CALL]},
 }
+STEPS = {"thinker": "55", "caller": "75"}  # until each is known by heart
 
 
 @dataclass
@@ -126,11 +127,11 @@ def adapters(folder, model) -> dict[str, Path]:
         data.write_text(json.dumps(row) + "\n")
         command = [
             "sft", "--model", str(model), "--dataset", str(data), "--output_dir", str(folder / name),
-            "--learning_rate", "1e-2", "--lora_rank", "16", "--max_steps", "80", "--report_to", "none",
+            "--learning_rate", "1e-2", "--lora_rank", "16", "--max_steps", STEPS[name], "--report_to", "none",
             "--gradient_accumulation_steps", "1", "--modules_to_save", "lm_head", "--device", "cpu",
         ]  # fmt: skip
         assert run_command(command) == 0
-        (found[name],) = (folder / name).glob("v*/checkpoint-80")
+        (found[name],) = (folder / name).glob(f"v*/checkpoint-{STEPS[name]}")
     return found
 
 
@@ -314,12 +315,23 @@ def test_limits_have_errors_of_their_own(server, client) -> None:
         f"the body has more than {MAX_BODY} bytes",
         "request_too_large",
     )
-    error = refused(client, openai.RateLimitError, n=LIMIT + 1)
-    assert error["message"] == "too many answers are waiting, try again later"
+    error = refused(client, n=LIMIT + 1)
+    assert error["message"] == f"{LIMIT + 1} answers in one request, this server takes {LIMIT}"
+    with ask(client, n=LIMIT - 3, stream=True, max_tokens=900_000, temperature=0) as stream:
+        next(iter(stream))
+        error = refused(client, openai.RateLimitError, n=4)
+        assert error["message"] == "too many answers are waiting, try again later"
+    wait_until(lambda: server.metric("answers_waiting") == server.metric("answers_running") == 0)
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-    answer = httpx.post(f"{server.url}/v1/chat/completions", content=b"{broken", headers=headers)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["message"].startswith("the body is not JSON: ")
+    function = {"name": "\ud800", "parameters": {}}
+    half = {"model": "base", "messages": QUESTION, "tools": [{"type": "function", "function": function}]}
+    for body, message in (
+        ("{broken", "the body is not JSON: "),
+        (json.dumps(half), "the text is not Unicode: "),
+    ):
+        answer = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=headers)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"].startswith(message)
 
 
 def test_64_streams_of_three_models_lose_nothing(server, adapters) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from megatron_jobs import run_each
 from safetensors.torch import load_file, save_file
@@ -10,6 +11,7 @@ from steps import OPTIM, RATE, STATS, TEMPERATURE, UNSEEN, make_batches, make_ob
 from transformers import AutoConfig
 
 from swift.config.layout import Layout
+from swift.config.option import ConfigError
 from swift.engines.megatron.bridge import Bridge
 from swift.engines.megatron.checkpoint import Files
 from swift.engines.megatron.engine import MegatronEngine, Wrapping
@@ -44,6 +46,8 @@ def run_case(ranks: Ranks, layout: Layout, case: dict[str, Any]) -> None:
     for name, tensor in engine.weights():  # on every rank
         assert torch.equal(tensor, left.pop(name)), name
     assert left == {}
+    with pytest.raises(ConfigError, match="megatron cannot answer"), engine.generating():
+        pass
     found: dict[str, Any] = {"rows": [], "parameters": list(engine.num_parameters)}
     for step in range(case["steps"]):
         batches = make_batches(step)[engine.data_rank :: engine.data_world]

@@ -125,6 +125,20 @@ def test_mistakes_are_named(trained, flags, message, hint) -> None:
     assert hint in (error.value.hint or "")
 
 
+def test_log_probabilities_need_our_own_decoder(tiny_llama_dir, tmp_path, make_tiny_model_dir) -> None:
+    asked = {"val_dataset": ("x.jsonl",), "logprobs": True}
+    with pytest.raises(
+        ConfigError, match=r"--logprobs: transformers' generate, .* because of --attn_impl sdpa"
+    ):
+        run_infer(infer_run(model=str(tiny_llama_dir), attn_impl="sdpa", **asked))
+    path = make_tiny_model_dir(tmp_path)
+    config = json.loads((path / "config.json").read_text()) | {"attn_logit_softcapping": 30.0}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="because its config sets attn_logit_softcapping") as error:
+        run_infer(infer_run(model=str(path), **asked))
+    assert error.value.hint == "--infer_backend vllm does"
+
+
 def test_held_out_rows_are_answered_beside_the_checkpoint(trained, notices) -> None:
     adapter = trained / "checkpoint-10"
     assert run_infer(infer_run(adapters=(str(adapter),), load_data_args=True, metric="acc")) == 0

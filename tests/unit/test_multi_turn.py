@@ -141,10 +141,26 @@ def test_limits(template: ChatTemplate) -> None:
 
 
 def test_ranks_ask_as_often_as_the_one_with_the_longest_conversation(template: ChatTemplate) -> None:
-    engine, others = Scripted(template, ["12"]), iter([True, True, False])
-    (found,) = run(engine, Asks(), template, start(), any_rank=lambda here: here or next(others))
+    engine, others = Scripted(template, ["12"]), iter([True, True, True, False])
+    (found,) = run(engine, Asks(), template, start(), collect=lambda here: [here, next(others)])
     assert found.num_turns == 1 and [len(asked) for asked in engine.asked] == [1, 0, 0]
     assert run(Scripted(template), Asks(), template) == []
+
+
+def test_a_scheduler_that_fails_on_another_rank_ends_this_one(template: ChatTemplate) -> None:
+    told: list[Any] = []
+
+    def collect(value: Any) -> list[Any]:
+        told.append(value)
+        return [value, ConfigError("over there") if len(told) == 2 else True]
+
+    with pytest.raises(ConfigError, match="over there"):
+        run(Scripted(template, ["1"], ["2"]), Asks(), template, start(), collect=collect)
+    assert told == [True, True]  # not told again
+    told.clear()
+    with pytest.raises(ConfigError, match="step added no message"):
+        run(Scripted(template, ["1"], ["2"]), stepping(len), template, start(), collect=collect)
+    assert [type(value) for value in told] == [bool, ConfigError]  # the others are
 
 
 def test_a_template_that_drops_thoughts_does_not_drop_them_here(tiny_tokenizer: Any) -> None:

@@ -40,14 +40,18 @@ def rows(tmp_path) -> Path:
     return path
 
 
-def infer(*flags: object, given: str = "", **environment: str) -> str:
-    """`swift infer FLAGS`; what it printed."""
+def run(*command: object, given: str = "", **environment: str) -> tuple[str, str]:
+    """`swift COMMAND`; its result, and what it said."""
     result = subprocess.run(
-        [sys.executable, "-m", "swift", "infer", *map(str, flags)],
+        [sys.executable, "-m", "swift", *map(str, command)],
         env={**os.environ, **environment}, input=given, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+    return result.stdout, result.stderr
+
+
+def infer(*flags: object, given: str = "", **environment: str) -> str:
+    return run("infer", *flags, given=given, **environment)[0]
 
 
 def read(path: Path) -> list[str]:
@@ -108,3 +112,27 @@ def test_a_training_on_two_processes_is_answered_by_both(checkpoint):
         "rank 0 is done",
         "rank 1 is done",
     ]
+
+
+def test_answers_that_grpo_learns_from_are_those_of_its_weights(checkpoint, rows, tmp_path):
+    """At every step, after every update; where no GPU is left beside the training vLLM is in its process."""
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "from swift.rewards import ORM, orms\n\n\nclass Distinct(ORM):\n"
+        "    def __call__(self, completions, **columns):\n"
+        "        return [len(set(text)) / 10 for text in completions]\n\n\norms['distinct'] = Distinct\n"
+    )
+    command = [
+        "rlhf", "--rlhf_type", "grpo", "--model", checkpoint[0], "--dataset", rows,
+        "--external_plugins", reward, "--reward_funcs", "distinct", "--lora_dropout", 0,
+        "--num_generations", 4, "--per_device_train_batch_size", 8, "--max_completion_length", 8,
+        "--learning_rate", 1e-2, "--max_steps", 3, "--logging_steps", 1, "--split_dataset_ratio", 0,
+        "--use_vllm", "true", "--vllm_device", "auto", "--sleep_level", 1, *TIGHT,
+        "--output_dir", tmp_path / "run", "--add_version", "false",
+    ]  # fmt: skip
+    shown = run(*command)[1]
+    assert "no GPU is left beside the training, so vLLM shares those that it uses" in shown
+    lines = (tmp_path / "run" / "logging.jsonl").read_text().splitlines()
+    steps = [row for row in map(json.loads, lines) if "rollout/logp_diff_max" in row]
+    assert len(steps) == 3 and max(step["rollout/logp_diff_max"] for step in steps) < 1e-4
+    assert all(step["grad_norm"] > 0 for step in steps)

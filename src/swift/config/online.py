@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from swift.config.option import ConfigError, option
 
 SAMPLES = ("grpo", "ppo")  # methods that learn from rewards of such answers
-PPO_TOO = ("log_completions", "log_entropy", "overlong_filter")
+PPO_TOO = ("log_completions", "log_entropy", "overlong_filter", "offload_model", "offload_optimizer")
 ANSWERS = (*SAMPLES, "gkd")  # all that sample
 SHARED = ("max_completion_length", "temperature", "top_p", "top_k", "repetition_penalty")
 SCALES = {"true": "group", "false": "none"}  # the spelling of earlier versions
@@ -90,6 +90,12 @@ class OnlineConfig:
     overlong_filter: bool = option(False, help="learn nothing from answers that were cut at their longest")
     top_entropy_quantile: float = option(
         1.0, help="share of the tokens that are learnt from, the most uncertain ones", range=(0, 1)
+    )
+    offload_model: bool = option(
+        False, help="move the weights in training to the CPU's memory while vLLM answers beside them"
+    )
+    offload_optimizer: bool = option(
+        False, help="move the optimizer's moments to the CPU's memory while answers are sampled"
     )
     log_entropy: bool = option(False, help="log how uncertain the model is")
     log_completions: bool = option(False, help="keep every answer with its rewards in completions.jsonl")

@@ -111,6 +111,10 @@ class Engine(Protocol):
         """
         ...
 
+    def set_aside(self, *, weights: bool, moments: bool) -> AbstractContextManager[None]:
+        """Inside it the GPU's memory of weights, or of the optimizer, is free. Nothing to free on a CPU."""
+        ...
+
     def drop_reference(self) -> None:
         """Frees what only `reference` needs: nothing will ask for it any more."""
         ...

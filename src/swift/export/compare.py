@@ -68,6 +68,21 @@ def render_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
 
 
+def cut_answers(tokenizer: PreTrainedTokenizerBase, logits: Sequence[Tensor]) -> list[Tensor]:
+    """Of the logits of `render_texts` those that say an answer: what stands before it was never trained.
+
+    In few bits, a model's guesses at the words of a system prompt move far without meaning anything.
+    """
+    prompts = [f"{question}\n" for question, _ in CONVERSATIONS]
+    if tokenizer.chat_template:
+        chats = [[{"role": "user", "content": question}] for question, _ in CONVERSATIONS]
+        prompts = [
+            tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats
+        ]
+    starts = [len(tokenizer(prompt, add_special_tokens=False).input_ids) - 1 for prompt in prompts]
+    return [rows[start:] for rows, start in zip(logits, starts, strict=True)]
+
+
 @torch.inference_mode()
 def compute_logits(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]

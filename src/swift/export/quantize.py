@@ -20,7 +20,7 @@ from swift.config.option import ConfigError
 from swift.config.quant import QuantConfig
 from swift.config.runs import ExportRun
 from swift.export.chat import carry_template
-from swift.export.compare import compare_logits, compute_logits, render_texts
+from swift.export.compare import compare_logits, compute_logits, cut_answers, render_texts
 from swift.export.fp8 import write_fp8
 from swift.export.merge import CONFIG, GENERATION_CONFIG, TOKENIZER_PARTS, place
 from swift.models.adapters import RUN_ARGS, load_run_args
@@ -31,9 +31,9 @@ from swift.utils import env
 from swift.utils.files import write_json
 from swift.utils.log import say
 
-# How far the next-token distributions may move: mean divergence in nats, by bits. Several times what was seen
-# with the built-in model, whose 135M parameters suffer more than those of larger ones.
-ALLOWED = {8: 0.1, 4: 0.5}
+# How far the next-token distributions of answers may move: mean divergence in nats, by bits. Two to three
+# times what was seen (0.03, 0.4) with the built-in model, whose 135M parameters suffer more than larger ones.
+ALLOWED = {8: 0.1, 4: 1.0}
 
 
 def quantize(run: ExportRun, source: Path, output: Path) -> int:
@@ -61,7 +61,8 @@ def quantize(run: ExportRun, source: Path, output: Path) -> int:
         else:
             load_object("swift.export.calibrate:write_calibrated")(run, source, staging, device)
         gc.collect()
-        found = compare_logits(expected, say_logits(staging, tokenizer, device))
+        written = say_logits(staging, tokenizer, device)
+        found = compare_logits(cut_answers(tokenizer, expected), cut_answers(tokenizer, written))
         good = found.divergence <= ALLOWED[bits]  # False for NaN too
         say(
             f"{method}, {bits} bits: {found.describe_divergence(ALLOWED[bits])}: {'PASS' if good else 'FAIL'}"

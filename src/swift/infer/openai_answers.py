@@ -230,8 +230,9 @@ class Writer:
         }
 
     def _describe(self, token_id: int, logp: float) -> dict[str, Any]:
-        text = self._text(token_id)
-        return {"token": text, "logprob": logp, "bytes": None if BROKEN in text else list(text.encode())}
+        text = self.tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+        told = None if BROKEN in text else list(text.encode())
+        return {"token": self._text(token_id), "logprob": logp, "bytes": told}
 
     def _text_logprobs(self, delta: Delta) -> dict[str, Any]:
         """Without text_offset: tokens that are part of a character have no place in the text."""
@@ -245,4 +246,6 @@ class Writer:
         }
 
     def _text(self, token_id: int) -> str:
-        return self.tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+        """The token's text; as the vocabulary spells it where it is part of a character, to tell it apart."""
+        text: str = self.tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+        return self.tokenizer.convert_ids_to_tokens(token_id) if BROKEN in text else text

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from swift.config.option import ConfigError, fill_defaults
 from swift.config.runs import InferRun
 from swift.data.datasets import use_plugins
 from swift.data.sources import open_rows
 from swift.engines.ranks import Ranks, join_ranks, leave_ranks
+from swift.engines.transformers.forward import refusal_of_flat
 from swift.engines.transformers.scorer import TextScorer
 from swift.infer.batch import (
     Stats,
@@ -32,7 +34,7 @@ from swift.infer.vllm_engine import VllmInferEngine, load_vllm
 from swift.models.adapters import TAKEN, adapter_base, load_run_args
 from swift.models.heads import count_labels
 from swift.models.hub import resolve_adapter, resolve_model
-from swift.models.load import pick_device
+from swift.models.load import load_config, pick_device
 from swift.rollout.vllm import check_group, check_vllm
 from swift.template.loss_scale import build_weights
 from swift.utils import env
@@ -65,6 +67,7 @@ def run_infer(run: InferRun) -> int:
     build_weights(run.template.loss_scale)  # a wrong name is told before anything is downloaded
     source = find_source(run)
     run = source.run
+    check_logprobs(source)
     specs, columns = dataset_specs(source)
     labels = count_labels(source.adapter or source.model)
     if labels is not None:
@@ -174,6 +177,22 @@ def check_options(run: InferRun) -> None:
         )
 
 
+def check_logprobs(source: Source) -> None:
+    """Raises ConfigError where --logprobs meets a model that transformers' generate has to run."""
+    run = source.run
+    if not run.infer.logprobs or run.infer.infer_backend == "vllm":
+        return
+    config = load_config(source.model)
+    refusal = refusal_of_flat(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), config)
+    if run.model.attn_impl:
+        refusal = f"of --attn_impl {run.model.attn_impl}"
+    if refusal:
+        raise ConfigError(
+            f"--logprobs: transformers' generate, which has to answer because {refusal}, does not tell them",
+            hint="leave --attn_impl out" if run.model.attn_impl else "--infer_backend vllm does",
+        )
+
+
 def find_source(run: InferRun) -> Source:
     """Local directories of model and adapters, with the flags that args.json fills in."""
     if len(run.infer.adapters) > 1:
@@ -258,8 +277,6 @@ def load_engine(
             source.model, adapter_path=source.adapter, model=run.model, template=run.template,
             quant=run.quant, merged=run.infer.merge_lora, device=device,
         )  # fmt: skip
-    if run.infer.logprobs and not engine.by_decoder:
-        raise ConfigError("--logprobs: transformers' generate, which this model needs, does not tell them")
     adapters = f", adapters {source.adapter}" if source.adapter else ""
     dtype = str(engine.dtype).removeprefix("torch.")
     say(f"model {run.model.model}{adapters}, {dtype}, {engine.device}, {describe_system(engine)}")

@@ -137,6 +137,9 @@ class Server:
         conversation: dict[str, Any],
     ) -> Exchange:
         """Asks the service. Raises ApiError when it takes nothing now."""
+        count = sum(request.count for request in requests)
+        if count > self.service.limit:
+            raise ApiError(400, f"{count} answers in one request, this server takes {self.service.limit}")
         try:
             job = self.service.submit(served.name, requests)
         except Busy as error:
@@ -331,6 +334,10 @@ def build_app(server: Server) -> Guard:
     @app.exception_handler(ApiError)
     async def tell(_: Request, error: ApiError) -> Response:
         return refusal(error)
+
+    @app.exception_handler(Exception)  # the log has the traceback
+    async def tell_fault(_: Request, error: Exception) -> Response:
+        return refusal(ApiError(500, f"the server made a mistake: {type(error).__name__}"))
 
     @app.exception_handler(RequestValidationError)
     async def tell_invalid(_: Request, error: RequestValidationError) -> Response:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerBase
 
 from swift.config.option import ConfigError, fill_defaults
@@ -77,7 +78,11 @@ class Served:
         return self.templates[thinking]
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Token ids; `special` adds those that a text begins with."""
+        """Token ids; `special` adds those that a text begins with. Raises ApiError for half a character."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ApiError(400, f"the text is not Unicode: {error.reason}") from error
         ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
         return ids
 
@@ -208,7 +213,9 @@ def load_models(plan: Plan) -> Loaded:
 
 
 def activate(network: Any, adapters: dict[str, str], name: str) -> None:
-    """Makes the network the model of a name."""
+    """Makes the network the model of a name, in the thread that computes."""
+    if network.device.type == "cuda":
+        torch.cuda.set_device(network.device)  # each thread has a current device of its own
     if name in adapters:
         network.base_model.enable_adapter_layers()
         network.set_adapter(adapters[name])

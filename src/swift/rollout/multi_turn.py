@@ -214,16 +214,44 @@ def run_turns(
     sampling: Sampling,
     context: int,
     timeout_seconds: float,
-    any_rank: Callable[[bool], bool] = bool,
+    collect: Callable[[Any], list[Any]] = lambda value: [value],
 ) -> list[Trajectory]:
     """Conversations to their ends, in order. Every rank calls it, with starts of its own or none.
 
     `sampling.max_tokens` counts for each turn; a conversation has at most `context` tokens. `name` is what
     messages call the scheduler; `timeout_seconds` is for all conversations' calls of one of its methods.
-    `any_rank`: whether it holds on any rank. Raises ConfigError.
+    `collect`: the value of every rank. Raises ConfigError, on all ranks when a scheduler fails on one: there
+    the others are told where they ask whether to go on, or where next they look for errors of others.
     """
     hooks = Hooks(scheduler, name, timeout_seconds)
     talks = [Talk(start, template) for start in starts]
+    told: list[ConfigError] = []
+
+    def any_rank(here: bool) -> bool:
+        found = collect(here)
+        told.extend(value for value in found if isinstance(value, ConfigError))
+        if told:
+            raise told[0]
+        return any(found)
+
+    try:
+        _run(engine, talks, hooks, sampling=sampling, context=context, any_rank=any_rank)
+    except ConfigError as error:
+        if not told:
+            collect(error)
+        raise
+    return [talk.trajectory for talk in talks]
+
+
+def _run(
+    engine: RolloutEngine,
+    talks: Sequence[Talk],
+    hooks: Hooks,
+    *,
+    sampling: Sampling,
+    context: int,
+    any_rank: Callable[[bool], bool],
+) -> None:
     everything = [([talk.request for talk in talks],)]
     hooks.call("on_trajectory_start", everything, talks)
     for talk in talks:
@@ -234,17 +262,14 @@ def run_turns(
         turn += 1
         going = [talk for talk in talks if talk.is_open]
         answers = engine.generate(list_requests(going, sampling, turn=turn, context=context))
-        choices = [
-            talk.take(answer)
-            for talk, answer in zip(going, [a for many in answers for a in many], strict=True)
-        ]
+        flat = [answer for many in answers for answer in many]
+        choices = [talk.take(answer) for talk, answer in zip(going, flat, strict=True)]
         _continue(hooks, going, choices, turn)
         for talk in going:
             talk.close_if_full(context)
     hooks.call("on_trajectory_end", everything, talks)
     for talk in talks:
         talk.trajectory.infos["num_turns"] = talk.trajectory.num_turns
-    return [talk.trajectory for talk in talks]
 
 
 def list_requests(talks: Sequence[Talk], sampling: Sampling, *, turn: int, context: int) -> list[Request]:

@@ -16,7 +16,7 @@ class Sampling:
     """
 
     max_tokens: int
-    temperature: float = 1.0  # 0 = the most likely token
+    temperature: float = 1.0  # 0 = the most likely token, told with what it has before any cut
     top_p: float = 1.0
     top_k: int = 0  # 0 = all
     min_p: float = 0.0

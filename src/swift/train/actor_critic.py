@@ -1,7 +1,7 @@
 """PPO's two models: the policy, and one that foresees at every token what an answer will be worth."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -70,6 +70,14 @@ class ActorCritic:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         return self.actor.weights()
+
+    @contextmanager
+    def set_aside(self, *, weights: bool, moments: bool) -> Iterator[None]:
+        with (
+            self.actor.set_aside(weights=weights, moments=moments),
+            self.critic.set_aside(weights=weights, moments=moments),
+        ):
+            yield
 
     def drop_reference(self) -> None:
         self.actor.drop_reference()

@@ -58,9 +58,14 @@ class Answered:
         return self.finish_reason == "length"
 
     @property
-    def length(self) -> int:
+    def own_ids(self) -> list[int]:
         """Tokens of the model."""
-        return len(self.token_ids) if self.mask is None else sum(self.mask)
+        mask = self.mask or [1] * len(self.token_ids)
+        return [token for token, own in zip(self.token_ids, mask, strict=True) if own]
+
+    @property
+    def length(self) -> int:
+        return len(self.own_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +145,7 @@ class Sampler:
         trajectories = run_turns(
             self.rollout, starts, scheduler=turns.scheduler, name=turns.name, template=turns.template,
             sampling=self._sampling(0), context=turns.context, timeout_seconds=turns.timeout_seconds,
-            any_rank=lambda going: any(self.ranks.collect(going)),
+            collect=self.ranks.collect,
         )  # fmt: skip
         return [
             Answered(

@@ -24,6 +24,7 @@ from swift.engines.protocol import Sums
 from swift.objectives.advantages import Advantages
 from swift.objectives.policy import entropy_threshold
 from swift.objectives.reduce import segment_sum
+from swift.rollout.local import LocalRollout
 from swift.train.answers import Answered, Judged, Sampler, collate_answers
 from swift.train.scoring import LOGPS, add_reference
 
@@ -62,6 +63,7 @@ class RolloutFeed:
         self.sampler, self.order, self.plan = sampler, order, plan
         self.engine, self.config, self.ranks = sampler.engine, sampler.config, sampler.ranks
         self.micro_batch_size, self.beta, self.keep, self.foresee = micro_batch_size, beta, keep, foresee
+        self.moves_weights = self.config.offload_model and not isinstance(sampler.rollout, LocalRollout)
         self.sums = Sums()
         self.answers: list[dict[str, Any]] = []  # of this rank, in the rollout that is learnt from
         self.held: Held | None = None
@@ -134,8 +136,9 @@ class RolloutFeed:
         with self._timed("sync"):
             rollout.wake()
             rollout.update_weights(self.engine.weights(), version=step)
-        judged = self._sample(number, step)
-        rollout.sleep()
+        with self.engine.set_aside(weights=self.moves_weights, moments=self.config.offload_optimizer):
+            judged = self._sample(number, step)
+            rollout.sleep()
         with self._timed("score"):
             order = np.random.RandomState([self.order.seed % 2**32, number]).permutation(len(judged.mine))
             order = order if self.plan.updates > 1 else np.arange(len(judged.mine))

@@ -1,6 +1,7 @@
 """The stage of methods that sample their own answers: prompts, rewards, whoever answers."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from swift.train.resume import Resumption
 from swift.train.reward_models import find_reward_models, load_reward_models
 from swift.train.rollouts import start_answers
 from swift.train.stage import Opened
-from swift.utils.log import say
+from swift.utils.log import say, warn
 
 TURNS = 8  # answers of full length that a conversation has room for
 HEAD = 100  # rows whose columns are looked at before the weights load
@@ -40,6 +41,11 @@ class OnlineStage:
             raise ConfigError(f"--streaming true does not go with --rlhf_type {run.rlhf.rlhf_type} yet")
         if run.vllm.use_vllm:
             check_vllm("--use_vllm true")
+        elif run.online.offload_model:
+            say("--offload_model true has no effect: the weights in training give the answers themselves")
+        if run.parallel.zero and (run.online.offload_model or run.online.offload_optimizer):
+            warn("--deepspeed keeps weights and moments where they are: --offload_* moves nothing")
+            run = replace(run, online=replace(run.online, offload_model=False, offload_optimizer=False))
         self.run, self.ready, self.ranks = run, ready, ranks
         self.accumulation = run.schedule.gradient_accumulation_steps or 1
         size = run.schedule.per_device_train_batch_size
@@ -142,7 +148,8 @@ class OnlineStage:
         run, ready = self.run, self.ready
         scheduler = build_scheduler(run.turns, tokenizer=ready.tokenizer)
         wanted = self._longest_prompt() + TURNS * run.online.max_completion_length
+        limits = (context_length(ready.model_config), run.vllm.vllm_max_model_len, wanted)
         return Turns(
             scheduler, str(run.turns.scheduler), ChatTemplate(ready.tokenizer, run.template),
-            min(context_length(ready.model_config) or wanted, wanted), run.rewards.reward_timeout,
+            min(filter(None, limits)), run.rewards.reward_timeout,
         )  # fmt: skip

@@ -240,6 +240,11 @@ class MegatronEngine:
         )
         yield  # makes it the context manager that the protocol asks for
 
+    @contextmanager
+    def set_aside(self, *, weights: bool, moments: bool) -> Iterator[None]:  # noqa: ARG002
+        raise NotImplementedError("methods that sample are refused for megatron")
+        yield
+
     def drop_reference(self) -> None:
         """Frees the frozen copy, once nothing asks for it any more."""
         self.frozen = None

@@ -37,7 +37,7 @@ from swift.engines.transformers.forward import (
     score,
 )
 from swift.engines.transformers.noise import EmbeddingNoise
-from swift.engines.transformers.offload import activations_on_cpu
+from swift.engines.transformers.offload import activations_on_cpu, set_aside
 from swift.engines.transformers.sequence_parallel import SequenceRanks
 from swift.engines.transformers.weights import stream_weights
 from swift.engines.transformers.wrap import Wrapper, shard, wrap
@@ -250,6 +250,21 @@ class TransformersEngine:
                 yield self.model
         finally:
             base.set_attn_implementation(attention)
+
+    @contextmanager
+    def set_aside(self, *, weights: bool, moments: bool) -> Iterator[None]:
+        if self.device.type != "cuda":
+            yield
+            return
+        tensors: list[Tensor] = []
+        if weights:
+            tensors += [*self.model.parameters(), *(self.frozen.parameters() if self.frozen else ())]
+        if moments:
+            states = self.wrapped.optimizer.state.values()
+            tensors += [x for state in states for x in state.values() if torch.is_tensor(x) and x.is_cuda]
+        with set_aside(tensors):
+            torch.cuda.empty_cache()
+            yield
 
     def mix_reference(self, share: float) -> None:
         assert self.frozen is not None
