@@ -58,12 +58,6 @@ class Answered:
         return self.finish_reason == "length"
 
     @property
-    def own_ids(self) -> list[int]:
-        """Tokens of the model."""
-        mask = self.mask or [1] * len(self.token_ids)
-        return [token for token, own in zip(self.token_ids, mask, strict=True) if own]
-
-    @property
     def said(self) -> list[int]:
         """The model's own tokens."""
         if self.mask is None:
