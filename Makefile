@@ -45,7 +45,7 @@ test-slow: $(STAMP) ## run the random cases that the other targets try a few of 
 
 test-vllm: ## run what needs vLLM, on the CPU in .venv-vllm (made once: minutes, 3 GB; then minutes)
 	@sh scripts/setup_vllm.sh
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm $(ARGS) tests/vllm
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm $(ARGS) tests/on_vllm
 
 check: $(STAMP) ## lint, formatting and who may import whom
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from swift.cli import launch
-from swift.cli.launch_checks import Finding, Report
+from swift.cli.launch_checks import Finding, Plan, Report, _check_clock, _check_machine
 from swift.cli.launch_cluster import Place, expand_nodes, find_place
 from swift.cli.launch_link import Link, LinkError, ask_pass_folder, close_all, command_for
 from swift.cli.launch_watch import Output, Trouble
@@ -186,10 +186,31 @@ def test_nodes_that_would_train_alone(
 
 
 class Quiet(Link):
-    """A node that says nothing."""
+    """A node that gives fixed answers."""
 
-    def __init__(self, host: str) -> None:
-        self.host = host
+    def __init__(self, host: str, clock: float = 0.0, **answers: Any) -> None:
+        self.host, self.clock, self.fixed = host, clock, answers
+
+    def ask(self, do: str, *, seconds: float = 30.0, **arguments: Any) -> Any:
+        return self.fixed[do]
+
+
+def test_machines_that_do_not_match() -> None:
+    def node(host: str, kind: str, free: int, clock: float) -> Quiet:
+        return Quiet(host, clock, machine={"gpus": [[kind, 80000, free]] * 4, "memory": 512 << 30})
+
+    links = [node("a", "H100", 79000, 0.2), node("b", "H100", 40000, 0.0), node("c", "A100", 79000, 90.0)]
+    report = Report([link.host for link in links])
+    plan = Plan({}, ".", "mark", 29500, {"a": None, "b": 8, "c": 4})
+    _check_machine(links, plan, report)
+    _check_clock(links, report)
+    assert report.processes == {"a": 4, "b": 8, "c": 4} and report.shown["b", "gpus"] == "4 H100"
+    assert [(f.host, f.check, f.text, f.fatal) for f in report.findings] == [
+        ("b", "gpus", "8 processes, but 4 GPU(s)", True),
+        ("b", "memory", "in use already: GPU 0: 39 GiB, GPU 1: 39 GiB, GPU 2: 39 GiB, GPU 3: 39 GiB", False),
+        ("c", "gpus", "A100, but H100 on a", True),
+        ("c", "clock", "90 s ahead of the others", True),
+    ]
 
 
 def test_the_first_error_is_the_one_that_others_followed_from(tmp_path: Path) -> None:

@@ -248,3 +248,14 @@ def test_what_follows_from_rows_is_remembered_with_them(tmp_path: Path) -> None:
     dataset, _ = encode(rows_of(write(tmp_path / "f.jsonl", *good(3))))
     assert remember(dataset, "note", lambda: ["first"]) == ["first"]
     assert remember(dataset, "note", lambda: ["second"]) == ["first"]
+
+
+def test_rows_of_a_moved_file_are_named_by_where_it_is(tmp_path: Path, cache_root: Path) -> None:
+    rows = [*good(2), {"messages": []}, *good(3)]
+    first, second = write(tmp_path / "a.jsonl", *rows), write(tmp_path / "b.jsonl", *rows)
+    _, before = encode(rows_of(first), max_drop_ratio=1.0)
+    dataset, report = encode(rows_of(second), max_drop_ratio=1.0)
+    assert len(entries(cache_root)) == 1
+    assert [place for places in before.dropped.values() for place in places] == [(str(first), 3)]
+    assert [place for places in report.dropped.values() for place in places] == [(str(second), 3)]
+    assert [dataset.places[i] for i in (0, 4)] == [(str(second), 1), (str(second), 6)]

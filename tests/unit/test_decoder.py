@@ -130,7 +130,7 @@ def test_rows_of_one_settings_share_a_prompt_that_is_read_once(model, tokenizer,
 
 def test_memory_that_does_not_suffice_makes_rows_wait(model, tokenizer, decode, monkeypatch) -> None:
     """2 layers, keys and values of 2 heads of 16 float32: 512 bytes a token. 5 slots of 128 or 2 of 256."""
-    settings = Sampling(150, temperature=1.3, seed=5, repetition_penalty=1.2, stop=("zzz",))
+    settings = Sampling(115, temperature=1.3, seed=5, repetition_penalty=1.2, stop=("zzz",))
     requests = [
         Request(prompt(20 + i, seed=i), settings, count=count) for i, count in enumerate((2, 1, 3, 1))
     ]

@@ -144,7 +144,12 @@ def test_ranks_ask_as_often_as_the_one_with_the_longest_conversation(template: C
     engine, others = Scripted(template, ["12"]), iter([True, True, True, False])
     (found,) = run(engine, Asks(), template, start(), collect=lambda here: [here, next(others)])
     assert found.num_turns == 1 and [len(asked) for asked in engine.asked] == [1, 0, 0]
-    assert run(Scripted(template), Asks(), template) == []
+
+    class First(Asks):
+        def on_trajectory_start(self, requests: Any) -> None:
+            requests[0].data_dict["seen"] = True
+
+    assert run(Scripted(template), First(), template) == []  # nobody is asked about no conversations
 
 
 def test_a_scheduler_that_fails_on_another_rank_ends_this_one(template: ChatTemplate) -> None:
@@ -264,7 +269,7 @@ def test_environments(template: ChatTemplate) -> None:
     envs["counting"] = Counting
     scheduler = build_scheduler(TurnConfig(use_gym_env=True, gym_env="counting"))
     engine = Scripted(template, ["5", "2"], ["3"])
-    starts = [start(number=i, goal=5, env_config={"goal": 5}) for i in range(2)]
+    starts = [start(goal=5, env_config={"goal": 5}) for _ in range(2)]  # the same row twice
     Counting.closed.clear()
     first, second = run(engine, scheduler, template, *starts)
     assert first.infos == {

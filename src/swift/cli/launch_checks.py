@@ -165,11 +165,12 @@ def _check_packages(links: list[Link], report: Report) -> None:
 
 def _check_machine(links: list[Link], plan: Plan, report: Report) -> None:
     found = report.take(ask_all(links, "machine"), "gpus")
-    kinds = {link: sorted({name for name, _, _ in facts["gpus"]}) for link, facts in found.items()}
+    names = {link: sorted({name for name, _, _ in facts["gpus"]}) for link, facts in found.items()}
+    kinds = {link: ", ".join(names[link]) or "no GPU" for link in found}
     for link, facts in found.items():
         gpus, wanted = facts["gpus"], plan.processes[link.host]
         report.processes[link.host] = wanted or len(gpus) or 1
-        report.shown[link.host, "gpus"] = f"{len(gpus)} {kinds[link][0]}" if gpus else "none"
+        report.shown[link.host, "gpus"] = f"{len(gpus)} {kinds[link]}" if gpus else "none"
         report.shown[link.host, "memory"] = format_bytes(facts["memory"])
         if gpus and wanted and wanted > len(gpus):
             report.add(link, "gpus", f"{wanted} processes, but {len(gpus)} GPU(s)")

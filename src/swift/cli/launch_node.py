@@ -134,7 +134,8 @@ class Agent:
             done = subprocess.run(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
             for line in done.stdout.decode().splitlines() if done.returncode == 0 else ():
                 name, total, left = (part.strip() for part in line.rsplit(",", 2))
-                gpus.append([name, int(total), int(left)])
+                known = total.isdigit() and left.isdigit()  # some have no memory of their own
+                gpus.append([name, int(total), int(left)] if known else [name, 0, 0])
         chosen = self.variables.get("CUDA_VISIBLE_DEVICES")
         if chosen is not None:
             names = [name.strip() for name in chosen.split(",") if name.strip()]

@@ -261,21 +261,35 @@ def open_entry(
             return None
         parts = np.load(entry / PARTS) if (entry / PARTS).exists() else table[:, :1]
         values = name_values(shape, np.load(entry / VALUES)) if SHAPES[shape].values else {}
+        now = _present_names(about["files"], table, rows) if rows is not None else {}
         report = EncodeReport(
             about["total"],
             about["kept"],
-            {reason: [(file, line) for file, line in places] for reason, places in about["dropped"].items()},
+            {
+                reason: [(now.get(file, file), line) for file, line in places]
+                for reason, places in about["dropped"].items()
+            },
             tuple(about["unsupervised"]),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
     samples = () if rows is None else Samples(rows, table[:, 1], shape)
-    places = _Places(about["files"], table)
+    places = _Places([now.get(file, file) for file in about["files"]], table)
     dataset = EncodedDataset(
         flat, parts, places, values=values, shape=shape, samples=samples, directory=entry
     )
     dataset.__dict__.update(num_trained=about["trained"], fingerprint=about["fingerprint"])
     return dataset, report
+
+
+def _present_names(files: list[str], table: np.ndarray, rows: Rows) -> dict[str, str]:
+    """Where each file is now: the same content may have been encoded under another name."""
+    _, first = np.unique(table[:, 2], return_index=True)
+    found = {}
+    for entry in first.tolist():
+        number = int(table[entry, 1])
+        found[files[int(table[entry, 2])]] = rows.unparsed(slice(number, number + 1))[0].file
+    return found
 
 
 def open_exported(

@@ -84,10 +84,12 @@ def build_scheduler(config: TurnConfig, **settings: Any) -> MultiTurnScheduler:
 class Talk:
     """One conversation under way."""
 
-    def __init__(self, start: Start, template: ChatTemplate) -> None:
+    def __init__(self, start: Start, template: ChatTemplate, number: int) -> None:
+        """`number` tells apart conversations of one call, which may have the same row twice."""
         self.start, self.template = start, template
+        name = f"{start.request_id}/{number}"
         self.request = TurnRequest(
-            copy.deepcopy(list(start.messages)), dict(start.columns), start.request_id, start.tools
+            copy.deepcopy(list(start.messages)), dict(start.columns), name, start.tools
         )
         self.is_open = True
         self.answer_start = 0  # where the tokens of the last assistant message begin
@@ -224,7 +226,7 @@ def run_turns(
     the others are told where they ask whether to go on, or where next they look for errors of others.
     """
     hooks = Hooks(scheduler, name, timeout_seconds)
-    talks = [Talk(start, template) for start in starts]
+    talks = [Talk(start, template, number) for number, start in enumerate(starts)]
     told: list[ConfigError] = []
 
     def any_rank(here: bool) -> bool:
@@ -252,7 +254,7 @@ def _run(
     context: int,
     any_rank: Callable[[bool], bool],
 ) -> None:
-    everything = [([talk.request for talk in talks],)]
+    everything = [([talk.request for talk in talks],)] if talks else []
     hooks.call("on_trajectory_start", everything, talks)
     for talk in talks:
         talk.begin()

@@ -58,14 +58,11 @@ class Answered:
         return self.finish_reason == "length"
 
     @property
-    def own_ids(self) -> list[int]:
-        """Tokens of the model."""
-        mask = self.mask or [1] * len(self.token_ids)
-        return [token for token, own in zip(self.token_ids, mask, strict=True) if own]
-
-    @property
-    def length(self) -> int:
-        return len(self.own_ids)
+    def said(self) -> list[int]:
+        """The model's own tokens."""
+        if self.mask is None:
+            return self.token_ids
+        return [token for token, own in zip(self.token_ids, self.mask, strict=True) if own]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +172,7 @@ class Sampler:
                     columns=sample.extra,
                     prompt_id=str(found.row),
                     request_id=f"{found.row}-{found.place}",
-                    token_ids=found.token_ids,
+                    token_ids=found.said,
                     finish_reason=found.finish_reason,
                     place=place(*self.rows.places[found.row]),
                     rollout_infos=found.infos,
@@ -189,7 +186,7 @@ class Sampler:
         faults = [one for one in self.ranks.collect(fault) if one is not None]
         if faults:
             raise faults[0]
-        rest = [(found.length, float(found.is_cut)) for found in mine]
+        rest = [(len(found.said), float(found.is_cut)) for found in mine]
         other = torch.tensor(rest, dtype=torch.float64).view(-1, 2)
         facts, first = self.engine.gather(torch.cat([torch.from_numpy(rewards), other], 1))
         return Judged(mine, first, facts)

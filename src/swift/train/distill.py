@@ -11,10 +11,14 @@ from swift.config.online import OnlineConfig
 from swift.config.runs import RlhfRun
 from swift.data.feed import StoredFeed
 from swift.engines.protocol import Engine
+from swift.engines.ranks import Ranks
 from swift.rollout.protocol import RolloutEngine
 from swift.rollout.types import Request, Sampling
 from swift.train.answers import Answered, collate_answers
-from swift.train.rollouts import start_answers
+from swift.train.method import Method
+from swift.train.preparing import Prepared
+from swift.train.resume import Resumption
+from swift.train.rollouts import check_answers, start_answers
 from swift.train.stage import Opened, RowStage
 
 
@@ -75,6 +79,13 @@ class DistillStage(RowStage):
     """Rows with answers, and somebody who gives others."""
 
     run: RlhfRun
+
+    def __init__(
+        self, run: RlhfRun, method: Method, ready: Prepared, ranks: Ranks, resumption: Resumption | None
+    ) -> None:
+        if run.rlhf.lmbda:
+            check_answers(run, ready)
+        RowStage.__init__(self, run, method, ready, ranks, resumption)
 
     def open(self, engine: Engine, directory: Path) -> Opened:
         opened = RowStage.open(self, engine, directory)

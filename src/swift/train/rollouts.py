@@ -1,12 +1,15 @@
 """Whoever answers while a model is trained: the model itself, or vLLM."""
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
 from swift.config.runs import RlhfRun
 from swift.engines.protocol import Engine
 from swift.engines.ranks import Ranks
+from swift.engines.transformers.forward import check_answering
 from swift.models.directory import read_json
 from swift.rollout.local import LocalRollout
 from swift.rollout.protocol import RolloutEngine
-from swift.rollout.vllm import start_rollout
+from swift.rollout.vllm import check_vllm, start_rollout
 from swift.template.chat import ChatTemplate
 from swift.train.preparing import Prepared
 
@@ -23,6 +26,15 @@ def start_answers(run: RlhfRun, ready: Prepared, engine: Engine, ranks: Ranks, c
         )  # fmt: skip
     tokenizer = ready.tokenizer
     return LocalRollout(engine, tokenizer, context=context, max_rows=MOST_ROWS, stop_token_ids=stops)
+
+
+def check_answers(run: RlhfRun, ready: Prepared) -> None:
+    """Raises ConfigError where nobody can answer; needs no weights."""
+    if run.vllm.use_vllm:
+        check_vllm("--use_vllm true")
+        return
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(ready.model_config), None)
+    check_answering(architecture, ready.model_config)
 
 
 def find_stops(run: RlhfRun, ready: Prepared) -> list[int]:

@@ -15,7 +15,6 @@ from swift.engines.ranks import Ranks
 from swift.models.load import context_length
 from swift.rewards.panel import Panel
 from swift.rollout.multi_turn import build_scheduler
-from swift.rollout.vllm import check_vllm
 from swift.template.chat import ChatTemplate
 from swift.train.actor_critic import ActorCritic
 from swift.train.answers import RolloutEvaluation, Sampler, Turns
@@ -25,7 +24,7 @@ from swift.train.online import RolloutFeed
 from swift.train.preparing import Prepared
 from swift.train.resume import Resumption
 from swift.train.reward_models import find_reward_models, load_reward_models
-from swift.train.rollouts import start_answers
+from swift.train.rollouts import check_answers, start_answers
 from swift.train.stage import Opened
 from swift.utils.log import say, warn
 
@@ -39,9 +38,8 @@ class OnlineStage:
     def __init__(self, run: RlhfRun, ready: Prepared, ranks: Ranks, resumption: Resumption | None) -> None:
         if ready.stream is not None:
             raise ConfigError(f"--streaming true does not go with --rlhf_type {run.rlhf.rlhf_type} yet")
-        if run.vllm.use_vllm:
-            check_vllm("--use_vllm true")
-        elif run.online.offload_model:
+        check_answers(run, ready)
+        if run.online.offload_model and not run.vllm.use_vllm:
             say("--offload_model true has no effect: the weights in training give the answers themselves")
         if run.parallel.zero and (run.online.offload_model or run.online.offload_optimizer):
             warn("--deepspeed keeps weights and moments where they are: --offload_* moves nothing")
