@@ -1,4 +1,4 @@
-"""Flags of vLLM, and what is said where it cannot answer. What needs the package itself is in tests/on_vllm."""
+"""Flags of vLLM, and what is said where it cannot answer. What needs the package is in tests/on_vllm."""
 
 import contextlib
 import http.server
