@@ -491,7 +491,6 @@ MISTAKES = {
         ("--init_weights", "pissa"),
         ["--init_weights pissa changes the weights"],
     ),
-    "not yet": ("grpo", [pair(0)], (), ["--rlhf_type grpo is not there yet"]),
     "class out of range": (
         "seq_cls",
         [{"query": "q", "label": 3}],

@@ -142,5 +142,5 @@ def test_flags_build_the_objective(flags, expected):
 
 
 def test_who_needs_a_reference():
-    assert {t for t in RLHF_TYPES if RlhfConfig(rlhf_type=t).needs_reference} == {"dpo", "kto"}
+    assert {t for t in RLHF_TYPES if RlhfConfig(rlhf_type=t).needs_reference} == {"dpo", "kto", "grpo", "ppo"}
     assert not RlhfConfig(reference_free=True).needs_reference
