@@ -11,10 +11,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from forked_swift import ForkedSwift
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -44,13 +47,17 @@ def make_targets(block: Block) -> list[str]:
     return [target for words in lines for target in [w for w in words if "=" not in w] or ["help"]]
 
 
-def run_block(block: Block, directory: Path, model: Path) -> subprocess.CompletedProcess[str]:
+def run_block(
+    block: Block, directory: Path, model: Path, programs: Path | None
+) -> subprocess.CompletedProcess[str]:
     """Runs a block as a reader's shell would, stopping at the first command that fails."""
     script = directory / ".block.sh"
     script.write_text(MAKE_LINE.sub("", block.text).replace(BUILT_IN_MODEL, str(model)), encoding="utf-8")
     environment = {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.pathsep.join(
+            map(str, filter(None, (programs, Path(sys.executable).parent, os.environ["PATH"])))
+        ),
         "SWIFT_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
@@ -66,20 +73,28 @@ def run_block(block: Block, directory: Path, model: Path) -> subprocess.Complete
     )
 
 
-def run_page(page: Path, directory: Path, model: Path) -> None:
+def run_page(page: Path, directory: Path, model: Path, programs: Path | None = None) -> None:
     """Runs all blocks of a page; a failure names page, line, commands and what they printed."""
     for block in read_blocks(page):
-        result = run_block(block, directory, model)
+        result = run_block(block, directory, model, programs)
         assert result.returncode == 0, (
             f"{page.name}, block at line {block.line}: exit code {result.returncode}\n{block.text}\n"
             f"--- output\n{result.stdout[-3000:]}\n--- errors\n{result.stderr[-3000:]}"
         )
 
 
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with `swift` and `megatron` that start at once; what pip installed is tried below and elsewhere."""
+    forked = ForkedSwift(tmp_path_factory.mktemp("forked"))
+    yield forked.bin
+    forked.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if read_blocks(p)], ids=lambda p: p.name)
-def test_commands_of_the_page_run(page: Path, tmp_path: Path, tiny_llama_dir: Path) -> None:
-    run_page(page, tmp_path, tiny_llama_dir)
+def test_commands_of_the_page_run(page: Path, tmp_path: Path, tiny_llama_dir: Path, programs: Path) -> None:
+    run_page(page, tmp_path, tiny_llama_dir, programs)
 
 
 def test_swift_is_installed_beside_python() -> None:

@@ -23,10 +23,10 @@ class Method:
 
     objective: Objective
     shape: str = "chat"
+    score: Scorer = score_nothing
     samples: bool = False  # its own answers to prompts
     foresees: bool = False  # a second model learns what answers will be worth
     teaches: bool = False  # the reference is a teacher
-    score: Scorer = score_nothing
     needs_reference: bool = False
     needs_mismatched: bool = False  # `score` also wants prompts with the answers of other rows
     learns_text: bool = True  # the tokens of answers; no = whole texts are scored or embedded
