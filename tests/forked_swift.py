@@ -1,7 +1,7 @@
-"""`swift` and `megatron` on PATH that start at once: each command is forked from a process that has imported all.
+"""`swift` and `megatron` on PATH that start at once: commands are forked from a process that has imported all.
 
-The commands are the real ones, with the caller's arguments, directory, environment and open files; only the
-seconds of importing torch and transformers are saved. A signal to the small program on PATH reaches the command.
+They are the real ones, with the caller's arguments, directory, environment and open files; only the seconds of
+importing torch and transformers are saved. A signal to the small program on PATH reaches the command.
 """
 
 import importlib
@@ -18,8 +18,8 @@ CLIENT = """\
 import json, os, signal, socket, sys
 server = socket.socket(socket.AF_UNIX)
 server.connect({path!r})
-job = {{"program": {program!r}, "arguments": sys.argv[1:], "directory": os.getcwd(), "environment": dict(os.environ)}}
-text = json.dumps(job).encode()
+job = {{"program": {program!r}, "arguments": sys.argv[1:], "directory": os.getcwd()}}
+text = json.dumps({{**job, "environment": dict(os.environ)}}).encode()
 socket.send_fds(server, [len(text).to_bytes(8, "big")], [0, 1, 2])
 server.sendall(text)
 answers = server.makefile("r")
@@ -69,7 +69,7 @@ def serve(path: str) -> None:
     waiting = socket.socket(socket.AF_UNIX)
     waiting.bind(f"{path}.new")
     waiting.listen(16)
-    os.rename(f"{path}.new", path)  # whoever sees it can connect
+    Path(f"{path}.new").rename(path)  # whoever sees it can connect
     while True:
         client, _ = waiting.accept()
         head, files, _, _ = socket.recv_fds(client, 8, 3)

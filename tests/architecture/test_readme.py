@@ -53,11 +53,10 @@ def run_block(
     """Runs a block as a reader's shell would, stopping at the first command that fails."""
     script = directory / ".block.sh"
     script.write_text(MAKE_LINE.sub("", block.text).replace(BUILT_IN_MODEL, str(model)), encoding="utf-8")
+    first = [str(programs)] if programs else []
     environment = {
         **os.environ,
-        "PATH": os.pathsep.join(
-            map(str, filter(None, (programs, Path(sys.executable).parent, os.environ["PATH"])))
-        ),
+        "PATH": os.pathsep.join([*first, str(Path(sys.executable).parent), os.environ["PATH"]]),
         "SWIFT_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
@@ -85,7 +84,7 @@ def run_page(page: Path, directory: Path, model: Path, programs: Path | None = N
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with `swift` and `megatron` that start at once; what pip installed is tried below and elsewhere."""
+    """A folder with `swift` and `megatron` that start at once; what pip installed is tried elsewhere."""
     forked = ForkedSwift(tmp_path_factory.mktemp("forked"))
     yield forked.bin
     forked.close()
