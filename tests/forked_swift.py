@@ -1,7 +1,7 @@
-"""`swift` and `megatron` on PATH that start at once: commands are forked from a process that has imported all.
+"""`swift` and `megatron` on PATH that start at once: forked from a process that has imported everything.
 
-They are the real ones, with the caller's arguments, directory, environment and open files; only the seconds of
-importing torch and transformers are saved. A signal to the small program on PATH reaches the command.
+The commands are the real ones, with the caller's arguments, directory, environment and open files; only the
+seconds of importing torch and transformers are saved. A signal to the program on PATH reaches the command.
 """
 
 import importlib
