@@ -13,8 +13,8 @@ STAMP := .venv/.up-to-date
 # One thread: sums of floats then come out alike on every machine, and small models are no slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-# Files go to two processes at once, whole: fixtures of a file are made once.
-TWO := -n 2 --dist loadfile
+# Files go to two processes at once, whole: fixtures of a file are made once. Long files come before short ones.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-rl test test-fast test-slow test-vllm check format clean
@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml scripts/setup.sh
 demo: $(STAMP) ## teach a small model a new name and ask it who it is (about three minutes)
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo.py
 
-demo-rl: $(STAMP) ## teach it sums of one digit by rewards alone (about three minutes)
+demo-rl: $(STAMP) ## teach it sums of one digit by rewards alone (about five minutes)
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo_rl.py
 
 test: $(STAMP) ## run every test, as continuous integration does (about a quarter of an hour on two cores)

@@ -77,7 +77,7 @@ def main() -> int:
     console.rule("swift demo: rewards")
     console.print(
         "smollm2-135m learns one-digit sums from rewards alone: 14 steps of GRPO, LoRA, on this machine.\n"
-        "About three minutes on two idle cores. The first time, the model is fetched as well (93 MB).\n",
+        "About five minutes on two idle cores. The first time, the model is fetched as well (93 MB).\n",
         markup=False,
     )
     start = time.monotonic()

@@ -100,6 +100,9 @@ def work(job: dict, files: list[int]) -> None:
         for number, file in enumerate(files):
             os.dup2(file, number)
             os.close(file)
+        # Opened anew: what Python knew of the old files, such as whether one can seek, is not true of these.
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115
+        sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
         os.chdir(job["directory"])
         os.environ.clear()
         os.environ.update(job["environment"])
