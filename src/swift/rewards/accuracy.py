@@ -90,7 +90,7 @@ def serve(file: int) -> None:
     while True:
         try:
             pair = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):  # the process that started this one has ended, or was killed
             return
         _limit(resource.RLIMIT_CPU, int(time.process_time() + PAIR_SECONDS))  # if nobody is left to kill it
         try:
