@@ -117,7 +117,9 @@ class Sampler:
                 requests[-1] = replace(last, count=last.count + 1)
                 continue
             rows.append(row)
-            requests.append(Request(self.rows[row].input_ids.tolist(), self._sampling(seed), 1, number))
+            requests.append(
+                Request(self.rows[row].input_ids.tolist(), sampling_of(self.config, seed), 1, number)
+            )
         answers = self.rollout.generate(requests)
         return [
             Answered(
@@ -141,8 +143,8 @@ class Sampler:
             )
         trajectories = run_turns(
             self.rollout, starts, scheduler=turns.scheduler, name=turns.name, template=turns.template,
-            sampling=self._sampling(0), context=turns.context, timeout_seconds=turns.timeout_seconds,
-            collect=self.ranks.collect,
+            sampling=sampling_of(self.config, 0), context=turns.context,
+            timeout_seconds=turns.timeout_seconds, collect=self.ranks.collect,
         )  # fmt: skip
         return [
             Answered(
@@ -151,13 +153,6 @@ class Sampler:
             )
             for (row, number, _), t in zip(asked, trajectories, strict=True)
         ]  # fmt: skip
-
-    def _sampling(self, seed: int) -> Sampling:
-        config = self.config
-        return Sampling(
-            config.max_completion_length, config.temperature, config.top_p, max(config.top_k, 0),
-            repetition_penalty=config.repetition_penalty, seed=seed,
-        )  # fmt: skip
 
     def judge(self, mine: list[Answered], step: int) -> Judged:
         """The rewards of all answers, on every rank. A reward that fails on one rank stops all of them."""
@@ -245,6 +240,14 @@ class RolloutEvaluation:
 
     def describe(self) -> str:
         return describe_lengths(self.sampler.rows)
+
+
+def sampling_of(config: OnlineConfig, seed: int) -> Sampling:
+    """How an answer is drawn while a model is trained."""
+    return Sampling(
+        config.max_completion_length, config.temperature, config.top_p, max(config.top_k, 0),
+        repetition_penalty=config.repetition_penalty, seed=seed,
+    )  # fmt: skip
 
 
 def collate_answers(answers: Sequence[Answered], overlong_filter: bool) -> Batch:

@@ -13,8 +13,8 @@ from swift.data.feed import StoredFeed
 from swift.engines.protocol import Engine
 from swift.engines.ranks import Ranks
 from swift.rollout.protocol import RolloutEngine
-from swift.rollout.types import Request, Sampling
-from swift.train.answers import Answered, collate_answers
+from swift.rollout.types import Request
+from swift.train.answers import Answered, collate_answers, sampling_of
 from swift.train.method import Method
 from swift.train.preparing import Prepared
 from swift.train.resume import Resumption
@@ -56,14 +56,10 @@ class DistillFeed(StoredFeed):
         return [with_origin(collate_answers([next(said) for _ in numbers], False), 1.0) for numbers in parts]
 
     def _request(self, row: int, step: int) -> Request:
-        encoded, config = self.rows.sequences(row)[0], self.config
+        encoded = self.rows.sequences(row)[0]
         start = int(np.argmax(encoded.labels != IGNORED))
         seed = np.random.SeedSequence([self.seed % 2**32, step, row]).generate_state(1)
-        sampling = Sampling(
-            config.max_completion_length, config.temperature, config.top_p, max(config.top_k, 0),
-            repetition_penalty=config.repetition_penalty, seed=int(seed[0]),
-        )  # fmt: skip
-        return Request(encoded.input_ids[:start].tolist(), sampling)
+        return Request(encoded.input_ids[:start].tolist(), sampling_of(self.config, int(seed[0])))
 
     def close(self) -> None:
         self.rollout.close()

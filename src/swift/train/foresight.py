@@ -10,6 +10,7 @@ from swift.batch import Batch
 from swift.config.ppo import PpoConfig
 from swift.objectives.advantages import estimate_gae, token_rewards, whiten
 from swift.train.actor_critic import ActorCritic
+from swift.train.scoring import distance_from_reference
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Foresight:
         scores = rewards.split([batch.num_segments for batch in batches])
         found = []
         for batch, score_S in zip(batches, scores, strict=True):
-            distance_T = (batch.token["old_logps"] - batch.token["ref_logps"].cpu()) * batch.trained
+            distance_T = distance_from_reference(batch) * batch.trained
             found.append(token_rewards(score_S, distance_T, batch, kl_coef=config.kl_coef))
         if config.whiten_rewards:
             found = self._whiten(found, batches, shift_mean=False)

@@ -26,7 +26,7 @@ from swift.objectives.policy import entropy_threshold
 from swift.objectives.reduce import segment_sum
 from swift.rollout.local import LocalRollout
 from swift.train.answers import Answered, Judged, Sampler, collate_answers
-from swift.train.scoring import LOGPS, add_reference
+from swift.train.scoring import OLD_LOGPS, add_logps, add_reference, distance_from_reference
 
 ENTROPY = frozenset({"entropy"})
 RESAMPLED = 1_000_003  # added to the seed of the order from which groups are drawn again
@@ -74,10 +74,6 @@ class RolloutFeed:
     def steps_per_epoch(self) -> int:
         return self.order.steps_per_epoch * self.plan.updates
 
-    def total_steps(self, epochs: float, max_steps: int) -> int:
-        rollouts = self.order.total_steps(epochs, -1)
-        return max_steps if max_steps > 0 else rollouts * self.plan.updates
-
     def batches(self, step: int, _data_rank: int, /) -> list[Batch]:
         number, update = divmod(step, self.plan.updates)
         self.step = step + 1
@@ -105,11 +101,7 @@ class RolloutFeed:
         """The rollout, where a checkpoint falls into it; None where the next step begins another."""
         if self.step % self.plan.updates == 0:
             return None
-        return {"answers": list(chain.from_iterable(self._collect(self.answers)))}
-
-    def identity(self) -> dict[str, Any]:
-        rows = self.sampler.rows
-        return {"rows": len(rows), **asdict(self.plan), "fingerprint": rows.fingerprint}
+        return {"answers": self._collect(self.answers)}
 
     def close(self) -> None:
         self.sampler.rollout.close()
@@ -126,10 +118,15 @@ class RolloutFeed:
         yield
         self.sums.add(f"time/{phase}", time.perf_counter() - started, 1)
 
-    def _collect(self, values: list[Any]) -> list[list[Any]]:
-        """The lists of every data rank, on every rank."""
+    def _collect(self, values: list[Any]) -> list[Any]:
+        """The lists of every data rank, one after the other, on every rank."""
         found = self.ranks.collect(values)
-        return [found[speaker] for speaker in self.ranks.speakers]
+        return list(chain.from_iterable(found[speaker] for speaker in self.ranks.speakers))
+
+    def _groups(self, every: list[Answered]) -> list[list[Answered]]:
+        """The answers to each prompt."""
+        size = self.plan.generations
+        return [every[i : i + size] for i in range(0, len(every), size)]
 
     def _roll_out(self, number: int, step: int) -> Held:
         sampler, rollout = self.sampler, self.sampler.rollout
@@ -148,7 +145,7 @@ class RolloutFeed:
             if self.beta:
                 flat = add_reference(self.engine, flat)
             if self.plan.updates > 1 or self.config.kl_in_reward or self.foresee:
-                flat = self._add_old(flat)
+                flat = add_logps(self.engine, flat, OLD_LOGPS)
             if self.config.top_entropy_quantile < 1:
                 flat = self._mark_uncertain(flat)
             distance = self._distance(flat, order) if self.config.kl_in_reward else None
@@ -167,13 +164,12 @@ class RolloutFeed:
 
     def _sample(self, number: int, step: int) -> Judged:
         """Answers of one rollout; with --dynamic_sample groups that teach nothing are drawn again."""
-        sampler, generations = self.sampler, self.plan.generations
         rows = self.order.step_rows(number)
         judged = self._ask(rows, number, step)
         if not self.config.dynamic_sample:
             return judged
         kept = self._useful(judged)
-        spare = list(chain.from_iterable(self._collect(judged.mine)))
+        spare = self._groups(self._collect(judged.mine))
         for attempt in range(1, self.config.max_resample_times + 1):
             if len(kept) >= len(rows):
                 break
@@ -183,12 +179,11 @@ class RolloutFeed:
         self.sums.add("dynamic_sample/kept", min(len(kept), len(rows)) / len(rows), 1)
         if len(kept) < len(rows):  # the first groups fill up what is missing
             known = {(a.row, a.place, tuple(a.token_ids)) for group in kept for a in group}
-            groups = [spare[i : i + generations] for i in range(0, len(spare), generations)]
-            kept += [g for g in groups if (g[0].row, g[0].place, tuple(g[0].token_ids)) not in known]
+            kept += [g for g in spare if (g[0].row, g[0].place, tuple(g[0].token_ids)) not in known]
         chosen = list(chain.from_iterable(kept[: len(rows)]))
         share = np.array_split(np.arange(len(chosen)), self.engine.data_world)[self.engine.data_rank]
         with self._timed("reward"):
-            return sampler.judge([chosen[i] for i in share], step)
+            return self.sampler.judge([chosen[i] for i in share], step)
 
     def _ask(self, rows: np.ndarray, number: int, step: int) -> Judged:
         with self._timed("rollout"):
@@ -198,10 +193,8 @@ class RolloutFeed:
 
     def _useful(self, judged: Judged) -> list[list[Answered]]:
         """Groups whose rewards differ, of all ranks."""
-        every = list(chain.from_iterable(self._collect(judged.mine)))
+        groups = self._groups(self._collect(judged.mine))
         spread = self.sampler.weigh(judged, self.plan.generations).std
-        generations = self.plan.generations
-        groups = [every[i : i + generations] for i in range(0, len(every), generations)]
         return [group for group, std in zip(groups, spread.tolist(), strict=True) if std > 0]
 
     def _cut(self, mine: Sequence[Answered]) -> list[list[Batch]]:
@@ -212,15 +205,6 @@ class RolloutFeed:
     def _cut_part(self, mine: Sequence[Answered]) -> list[Batch]:
         size, drops_cut = self.micro_batch_size, self.config.overlong_filter
         return [collate_answers(mine[i : i + size], drops_cut) for i in range(0, len(mine), size)]
-
-    def _add_old(self, batches: list[Batch]) -> list[Batch]:
-        """token["old_logps"] [T]: of the model that answered, by the trainer's own arithmetic."""
-        stats = self.engine.forward(batches, LOGPS)
-        return [
-            replace(batch, token={**batch.token, "old_logps": found.logps.cpu()})
-            for batch, found in zip(batches, stats, strict=True)
-            if found.logps is not None
-        ]
 
     def _mark_uncertain(self, batches: list[Batch]) -> list[Batch]:
         """token["entropy_kept"] [T]: 1 for the most uncertain tokens of the rollout, of all ranks."""
@@ -236,7 +220,7 @@ class RolloutFeed:
 
     def _distance(self, batches: Sequence[Batch], order: np.ndarray) -> Tensor:
         """[N] sum of log(policy / reference) over each answer, of all ranks."""
-        sums = [segment_sum(b.token["old_logps"] - b.token["ref_logps"].cpu(), b) for b in batches]
+        sums = [segment_sum(distance_from_reference(b), b) for b in batches]
         mine = torch.zeros(len(order), dtype=torch.float64)
         mine[torch.from_numpy(order)] = torch.cat(sums).double() if sums else mine
         return self.engine.gather(mine)[0]
@@ -248,7 +232,7 @@ class RolloutFeed:
             (a.messages[:-1] if a.messages else rows.samples[a.row].messages, a.text, a.finish_reason)
             for a in judged.mine
         ]
-        texts = list(chain.from_iterable(self._collect(mine)))
+        texts = self._collect(mine)
         if not (self.ranks.is_main and self.keep):
             return
         names = self.sampler.panel.names

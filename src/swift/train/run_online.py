@@ -1,7 +1,7 @@
 """The stage of methods that sample their own answers: prompts, rewards, whoever answers."""
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,16 +82,13 @@ class OnlineStage:
             return RolloutPlan(answers, 1, ppo.num_mini_batches, ppo.num_ppo_epochs)
         if not resumption:
             return config.plan(size, self.accumulation, world)
-        plan = RolloutPlan(
-            **{name: resumption.data[name] for name in ("prompts", "generations", "parts", "iterations")}
-        )
+        plan = RolloutPlan(**{field.name: resumption.data[field.name] for field in fields(RolloutPlan)})
         self.accumulation = math.ceil(plan.answers / plan.parts / size / world)
         return plan
 
     def identity(self) -> dict[str, Any]:
-        rows, plan = self.ready.rows, self.plan
-        numbers = {name: getattr(plan, name) for name in ("prompts", "generations", "parts", "iterations")}
-        return {"rows": len(rows), **numbers, "fingerprint": rows.fingerprint}
+        rows = self.ready.rows
+        return {"rows": len(rows), **asdict(self.plan), "fingerprint": rows.fingerprint}
 
     def total_steps(self, epochs: float, max_steps: int) -> int:
         return max_steps if max_steps > 0 else self.order.total_steps(epochs, -1) * self.plan.updates

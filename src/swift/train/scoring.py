@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from rich.progress import track
+from torch import Tensor
 
 from swift.batch import Batch
 from swift.data.collate import collate_rows
@@ -25,6 +26,7 @@ from swift.utils.log import console
 
 LOGPS = frozenset({"logps"})
 REF_LOGPS = "ref_logps"
+OLD_LOGPS = "old_logps"
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,21 @@ def score_reference(engine: Engine, step: Step) -> list[Batch]:
 def add_reference(engine: Engine, batches: list[Batch]) -> list[Batch]:
     """token["ref_logps"] [T]: what the model answered before training."""
     with engine.reference():
-        stats = engine.forward(batches, LOGPS)
+        return add_logps(engine, batches, REF_LOGPS)
+
+
+def add_logps(engine: Engine, batches: list[Batch], name: str) -> list[Batch]:
+    """token[name] [T]: what the model answers now, by the trainer's own arithmetic."""
     return [
-        replace(batch, token={**batch.token, REF_LOGPS: found.logps})
-        for batch, found in zip(batches, stats, strict=True)
+        replace(batch, token={**batch.token, name: found.logps})
+        for batch, found in zip(batches, engine.forward(batches, LOGPS), strict=True)
         if found.logps is not None
     ]
+
+
+def distance_from_reference(batch: Batch) -> Tensor:
+    """[T] log(policy / reference) on the CPU, of the policy that answered."""
+    return (batch.token[OLD_LOGPS] - batch.token[REF_LOGPS]).cpu()
 
 
 def score_kto(score: Scorer, engine: Engine, step: Step) -> list[Batch]:
