@@ -48,7 +48,7 @@ test-vllm: ## run what needs vLLM, on the CPU in .venv-vllm (made once: minutes,
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm $(ARGS) tests/on_vllm
 
 check: $(STAMP) ## lint, formatting and who may import whom
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 

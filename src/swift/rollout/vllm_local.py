@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from vllm import LLM, RequestOutput, SamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
@@ -21,7 +22,6 @@ from swift.config.option import ConfigError
 from swift.engines.ranks import Ranks
 from swift.rollout.types import Completion, Request
 from swift.rollout.vllm_terms import Terms
-from vllm import LLM, RequestOutput, SamplingParams
 
 RECEIVER = "swift.rollout.vllm_worker.WeightReceiver"
 
