@@ -237,9 +237,9 @@ def test_flags_that_contradict_each_other(values: dict[str, object], message: st
     assert caught.value.message.startswith(message)
 
 
-def test_reward_models_are_not_there_yet() -> None:
-    with pytest.raises(ConfigError, match="--rlhf_type rm is not there yet in parallel"):
-        build(MegatronRlhfRun, {"model": "m", "dataset": ("d",), "rlhf_type": "rm"}).check()
+def test_what_is_not_there_yet() -> None:
+    with pytest.raises(ConfigError, match="--rlhf_type grpo is not there yet in parallel"):
+        build(MegatronRlhfRun, {"model": "m", "dataset": ("d",), "rlhf_type": "grpo"}).check()
     build(MegatronRlhfRun, {"mcore_model": "m", "dataset": ("d",), "rlhf_type": "kto"}).check()
 
 
