@@ -244,8 +244,10 @@ def pieces(config: LayoutConfig, layers: int) -> int | None:
     return count if count > 1 else None
 
 
-def suggest(config: LayoutConfig, world: int, sizes: ModelSizes) -> list[LayoutConfig]:
-    """Layouts that `world` processes and the model allow, the nearest to `config` first."""
+def suggest(
+    config: LayoutConfig, world: int, sizes: ModelSizes, *, count: int | None = SUGGESTIONS
+) -> list[LayoutConfig]:
+    """Layouts that `world` processes and the model allow, the nearest to `config` first; None = all."""
     even = replace(config, **dict.fromkeys(UNEVEN))
     parts = [size for size in range(1, world + 1) if world % size == 0]
     choices = (
@@ -262,7 +264,7 @@ def suggest(config: LayoutConfig, world: int, sizes: ModelSizes) -> list[LayoutC
             other = replace(base, **dict(zip(DEGREES, values, strict=True)), sequence_parallel=sequence)
             if other not in found and next(find_faults(other, world, sizes), None) is None:
                 found[other] = _distance(config, other)
-    return sorted(found, key=found.__getitem__)[:SUGGESTIONS]
+    return sorted(found, key=found.__getitem__)[:count]
 
 
 def _distance(config: LayoutConfig, other: LayoutConfig) -> float:
