@@ -153,17 +153,19 @@ class Decode:
         # Heads that share a key are queries of one head: any kernel takes that, and nothing is repeated.
         query = query[0].transpose(0, 1).unflatten(1, (K, -1))
         seen = (x[:R, :, : self.longest] for x in (keys, values))
-        output = F.scaled_dot_product_attention(query, *seen, attn_mask=self._mask(window), scale=scaling)
+        mask = self._mask(window, query)
+        output = F.scaled_dot_product_attention(query, *seen, attn_mask=mask, scale=scaling)
         return output.flatten(1, 2).transpose(0, 1)[None]
 
-    def _mask(self, window: int | None) -> Tensor:
-        """[R, 1, 1, longest]: which keys each row sees; the same for all layers of a kind."""
+    def _mask(self, window: int | None, like: Tensor) -> Tensor:
+        """[R, 1, 1, longest] to be added: 0 for keys that a row sees, else -inf; one for layers of a kind."""
         if window not in self.masks:
             distance = self.lengths[:, None] - torch.arange(self.longest, device=self.lengths.device)
             mask = distance >= 0
             if window is not None:
                 mask &= distance < window
-            self.masks[window] = mask[:, None, None]
+            # A mask of booleans would be turned into this by every layer.
+            self.masks[window] = like.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)[:, None, None]
         return self.masks[window]
 
 
