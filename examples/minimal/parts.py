@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from swift.config.data import DataConfig
 from swift.config.optim import OptimConfig
 from swift.config.template import TemplateConfig
-from swift.data.encode import EncodedDataset, encode_rows
+from swift.data.encode import EncodedDataset, Encoder, encode_rows
 from swift.data.sources import open_rows
 from swift.engines.transformers.engine import TransformersEngine
 from swift.models.hub import resolve_model
@@ -41,10 +41,8 @@ def build(arguments: argparse.Namespace, *, shape: str, learning_rate: float, ke
     path = resolve_model(arguments.model)
     tokenizer = load_tokenizer(path)
     template = ChatTemplate(tokenizer, TemplateConfig())
-    rows, report = encode_rows(
-        open_rows([arguments.dataset], seed=0, shuffle=True, columns={}), template,
-        config=DataConfig(), template_config=TemplateConfig(), max_length=512, shape=shape,
-    )  # fmt: skip
+    table = open_rows([arguments.dataset], seed=0, shuffle=True, columns={})
+    rows, report = encode_rows(table, Encoder(template, 512, shape=shape), DataConfig())
     print(f"{report.kept} rows of {report.total} {report.summary()}")
     models = [load_model(path, dtype=None, attention=None, device=pick_device(None)) for _ in range(1 + keep)]
     engine = TransformersEngine(
