@@ -125,9 +125,11 @@ class Preference(Objective):
             "Preference needs logps, logits_mean"
         )
         pairs = self.score(stats, batch)
+        terms = {"pairs": stats.logps.sum() * 0.0}  # leads back to the model without pairs too
         mixed = zip(self.loss_type, self.loss_weights, strict=True)
-        losses = [weight * RULES[name](pairs, self).sum() for name, weight in mixed if name != "sft"]
-        terms = {"pairs": sum(losses, stats.logps.sum() * 0.0)}  # leads back to the model without pairs too
+        for name, weight in mixed if len(pairs.logps) else ():
+            if name != "sft":
+                terms["pairs"] = terms["pairs"] + weight * RULES[name](pairs, self).sum()
         metrics = self._metrics(pairs, stats, batch)
         if self.likelihood_weight:
             chosen_T = chosen_tokens(batch)
