@@ -35,6 +35,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from forked_swift import ForkedSwift
 from workers import Workers
 
 torch.set_num_threads(1)
@@ -166,3 +167,11 @@ def megatron_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worke
     server = Workers(tmp_path_factory.mktemp("megatron-jobs"), "swift.engines.megatron.model")
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with `swift` and `megatron` that start at once; what pip installed is tried elsewhere."""
+    forked = ForkedSwift(tmp_path_factory.mktemp("forked"))
+    yield forked.bin
+    forked.close()

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from swift.config.layout import Layout, LayoutConfig
-from swift.config.option import ConfigError, option
+from swift.config.option import ConfigError, option, refuse
 from swift.config.schedule import ScheduleConfig
 from swift.config.tuner import TunerConfig
 
@@ -107,12 +107,13 @@ class MegatronConfig(LayoutConfig):
                 f"--recompute_granularity full needs --{missing}",
                 hint="--recompute_method uniform --recompute_num_layers 1 saves the most memory",
             )
-        for name in ("recompute_method", "recompute_num_layers"):
-            if not full and getattr(self, name) is not None:
-                raise ConfigError(
-                    f"--{name} has no effect with --recompute_granularity {self.recompute_granularity}",
-                    hint="add --recompute_granularity full, or leave it out",
-                )
+        if not full:
+            refuse(
+                self,
+                ("recompute_method", "recompute_num_layers"),
+                f"with --recompute_granularity {self.recompute_granularity}",
+                hint="add --recompute_granularity full, or leave it out",
+            )
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
             raise ConfigError(
                 "--overlap_param_gather true needs --use_distributed_optimizer and --overlap_grad_reduce true"

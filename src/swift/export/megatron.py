@@ -48,10 +48,10 @@ from swift.export.merge import CONFIG, GENERATION_CONFIG, TOKENIZER_PARTS, Merge
 from swift.export.precision import compute_hf, describe, encode_row, report
 from swift.export.run import check_output, parse_size
 from swift.models.adapters import RUN_ARGS, adapter_base, load_run_args
-from swift.models.directory import read_json
+from swift.models.directory import last_checkpoint, read_json
 from swift.models.hub import resolve_adapter, resolve_model
 from swift.models.load import load_config, pick_device
-from swift.models.mcore import TRACKER, McoreCheckpoint, find_weights, last_checkpoint
+from swift.models.mcore import TRACKER, McoreCheckpoint, find_weights
 from swift.utils import env
 from swift.utils.files import format_bytes, write_json, write_manifest
 from swift.utils.log import console, say
