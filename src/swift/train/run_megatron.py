@@ -110,7 +110,9 @@ def build(
     flags = run.megatron
     if run.tuner.train_type == "lora":  # adapters stand beside layers of torch kernels
         flags = replace(flags, transformer_impl="torch")
-    settings = model_settings(hf, layout, dtype, **chosen_settings(flags, hf))
+    settings = model_settings(
+        hf, layout, dtype, **chosen_settings(flags, hf, has_adapters=run.tuner.train_type == "lora")
+    )
     say(describe_implementation(settings.transformer_impl))
     outline = outline_of(run, ready, settings, resumption)
     chunks = load_chunks(run, ready, settings, None)
