@@ -122,10 +122,12 @@ def model_sizes(config: Mapping[str, Any]) -> ModelSizes:
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     experts = next((int(text[name]) for name in names if text.get(name)), 0)
     ffn = text.get("intermediate_size") or text.get("moe_intermediate_size")
+    heads = text["num_attention_heads"]
     return ModelSizes(
         layers=text["num_hidden_layers"],
-        heads=text["num_attention_heads"],
-        kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
+        heads=heads,
+        # Heads of latent attention have keys of their own, whatever is said of them.
+        kv_heads=heads if text.get("kv_lora_rank") else text.get("num_key_value_heads") or heads,
         ffn=ffn,
         vocab=text["vocab_size"],
         experts=experts,

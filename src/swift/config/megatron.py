@@ -87,6 +87,10 @@ class MegatronConfig(LayoutConfig):
     moe_z_loss_coeff: float | None = option(
         None, help="weight of the loss that keeps the router's logits small; none = off", range=(0, None)
     )
+    moe_router_bias_update_rate: float | None = option(
+        None, help="how far a step moves the biases that even out experts, where the model has such "
+        "(DeepSeek-V3); none = 0.001, with adapters 0", range=(0, None),
+    )  # fmt: skip
     moe_router_dtype: str | None = option(
         "fp32", help="precision of the router; none = that of the model", choices=("fp32", "fp64")
     )
