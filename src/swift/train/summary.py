@@ -59,7 +59,7 @@ def tell_packs(packs: Packs, *, flat: bool) -> None:
 
 
 def tell_steps(plan: StepPlan, total_steps: int, rows: EncodedDataset | None, *, world: int) -> None:
-    """`rows` are none where they are streamed. Groups of the `world` processes may share rows or the model."""
+    """`rows` are none where they are streamed. Groups of `world` processes may share rows or the model."""
     items, size = "packs" if plan.packs else "rows", world // plan.data_world
     who = f"group(s) of {size} processes" if size > 1 else "process(es)"
     say(
