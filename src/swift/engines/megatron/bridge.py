@@ -142,11 +142,12 @@ class Bridge:
         return dict(sorted(wholes.items(), key=lambda item: in_order(item[0])))
 
     def parts(self, chunks: Sequence[nn.Module]) -> list[Part]:
-        """Every parameter of this rank."""
+        """Every parameter of this rank but those of adapters."""
         return [
             Part(parameter, self._pieces(model, name, tuple(parameter.shape)))
             for model in map(unwrap, chunks)
             for name, parameter in model.named_parameters()
+            if ".lora." not in name
         ]
 
     def _pieces(self, model: GPTModel, name: str, shape: Shape) -> list[tuple[str, Piece]]:
