@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from swift.config.layout import Layout, LayoutConfig
+from swift.config.online import OnlineConfig, RolloutPlan
 from swift.config.option import ConfigError, option, refuse
 from swift.config.schedule import ScheduleConfig
 from swift.config.tuner import TunerConfig
@@ -161,3 +162,30 @@ class MegatronScheduleConfig(ScheduleConfig):
     """How long, in which steps, and how often something is logged, evaluated and saved."""
 
     padding_free: bool = option(True, help="rows as one flat sequence without padding")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MegatronOnlineConfig(OnlineConfig):
+    """Answers that the model samples itself. A step has --global_batch_size of them."""
+
+    steps_per_generation: int | None = option(
+        None, help="optimizer steps that one rollout fills; none = 1", unit="steps", range=(1, None)
+    )
+
+    def plan(self, micro_batch_size: int, accumulation: int, data_world: int) -> RolloutPlan:
+        """What one rollout is. Raises ConfigError where the numbers do not go together."""
+        step = micro_batch_size * accumulation * data_world
+        answers = self.generation_batch_size or step * (self.steps_per_generation or 1)
+        if answers % step:
+            raise ConfigError(
+                f"--generation_batch_size {answers} is not a multiple of --global_batch_size {step}",
+                hint=f"for example {step * max(answers // step, 1)}",
+            )
+        prompts, rest = divmod(answers, self.num_generations)
+        if rest:
+            raise ConfigError(
+                f"a rollout has {answers} answers (--global_batch_size {step} x {answers // step} steps), "
+                f"which is not a multiple of --num_generations {self.num_generations}",
+                hint=f"for example --global_batch_size {math.lcm(step, self.num_generations)}",
+            )
+        return RolloutPlan(prompts, self.num_generations, answers // step, self.num_iterations)

@@ -47,7 +47,7 @@ class OnlineConfig:
     top_k: int = option(-1, help="most likely tokens that are sampled from; -1 = all")
     repetition_penalty: float = option(1.0, help="of sampling; 1 = none", range=(0, None))
     generation_batch_size: int | None = option(
-        None, help="answers of one rollout on all processes; none = --steps_per_generation micro-batches",
+        None, help="answers of one rollout on all processes; none = as --steps_per_generation says",
         unit="answers", range=(1, None),
     )  # fmt: skip
     steps_per_generation: int | None = option(

@@ -165,6 +165,11 @@ class RlhfRun(TrainRun):
     ppo: PpoConfig = field(default_factory=PpoConfig)
     vllm: VllmRolloutConfig = field(default_factory=VllmRolloutConfig)
 
+    @property
+    def answers_itself(self) -> bool:
+        """Whether answers come from the very weights that are trained."""
+        return not self.vllm.use_vllm
+
     def check_complete(self) -> None:
         """`check` for a run whose values are all known."""
         TrainRun.check_complete(self)

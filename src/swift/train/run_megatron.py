@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from swift.config.layout import Layout, choose_layout, model_sizes
 from swift.config.megatron_runs import MegatronRlhfRun, MegatronRun, MegatronSftRun
+from swift.config.option import ConfigError
 from swift.config.option import build as build_config
 from swift.config.runs import ExportRun
 from swift.engines.megatron.bridge import Bridge
@@ -115,11 +116,16 @@ def build(
     settings = model_settings(hf, layout, dtype, head=head, **chosen)
     say(describe_implementation(settings.transformer_impl))
     outline = outline_of(run, ready, settings, resumption)
+    teacher = teacher_settings(run, ready, dtype) if method.teaches else None
     chunks = load_chunks(run, ready, settings, None)
     if outline:
         add_adapters(chunks, hf, settings, outline)
     frozen = None
-    if method.needs_reference and run.tuner.train_type == "full":
+    if teacher:
+        frozen = build_chunks(*teacher)
+        assert ready.reference_path is not None
+        Bridge(*teacher).load(frozen, ready.reference_path)
+    elif method.needs_reference and run.tuner.train_type == "full":
         frozen = load_chunks(run, ready, settings, ready.reference_path)
     engine = MegatronEngine(
         chunks,
@@ -135,6 +141,7 @@ def build(
         ),
         frozen=frozen,
         verdict=verdict,
+        temperature=run.online.temperature if isinstance(run, MegatronRlhfRun) and method.samples else 1.0,
         files=Files(
             describe(run, method, ready),
             ready.model_path,
@@ -145,6 +152,30 @@ def build(
     if resumption:
         engine.load(resumption.checkpoint, optimizer=not flags.no_load_optim, random=not flags.no_load_rng)
     return engine
+
+
+def teacher_settings(
+    run: MegatronRun, ready: Prepared, dtype: torch.dtype
+) -> tuple[PretrainedConfig, Settings]:
+    """The teacher's config and settings, on the layout of the model. ConfigError where it does not fit."""
+    assert isinstance(run, MegatronRlhfRun) and ready.reference_path is not None
+    hf, own = load_config(ready.reference_path), ready.model_config
+    about = f"--teacher_model {run.rlhf.teacher_model}"
+    tensor = run.megatron.tensor_model_parallel_size
+    if tensor > 1 and hf.vocab_size != own.vocab_size:
+        raise ConfigError(
+            f"{about} has {hf.vocab_size} tokens, the model {own.vocab_size}: cut over "
+            f"--tensor_model_parallel_size {tensor} they do not lie side by side",
+            hint="--tensor_model_parallel_size 1, or use swift rlhf",
+        )
+    flags = run.megatron
+    if not model_sizes(hf.to_dict()).experts:
+        flags = replace(flags, expert_model_parallel_size=1, expert_tensor_parallel_size=1)
+    try:
+        layout = layout_of(replace(run, megatron=flags), hf)
+        return hf, model_settings(hf, layout, dtype, **chosen_settings(flags, hf))
+    except ConfigError as error:
+        raise ConfigError(f"{about}: {error.message}", hint=error.hint) from error
 
 
 def outline_of(

@@ -39,7 +39,7 @@ class OnlineStage:
         if ready.stream is not None:
             raise ConfigError(f"--streaming true does not go with --rlhf_type {run.rlhf.rlhf_type} yet")
         check_answers(run, ready)
-        if run.online.offload_model and not run.vllm.use_vllm:
+        if run.online.offload_model and run.answers_itself:
             say("--offload_model true has no effect: the weights in training give the answers themselves")
         if run.parallel.zero and (run.online.offload_model or run.online.offload_optimizer):
             warn("--deepspeed keeps weights and moments where they are: --offload_* moves nothing")

@@ -26,15 +26,18 @@ from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
 from swift.engines.megatron.balance import take_sums
 from swift.engines.megatron.bridge import Bridge
-from swift.engines.megatron.checkpoint import Files, load_checkpoint, take_snapshot
+from swift.engines.megatron.checkpoint import Files, load_checkpoint, parts_of, take_snapshot
 from swift.engines.megatron.context import ContextRanks
 from swift.engines.megatron.lora import adapters_of
 from swift.engines.megatron.schedule import Form, Schedule, keep_rows
 from swift.engines.megatron.settings import Settings
+from swift.engines.megatron.teacher import Rows, rows_of, withhold
+from swift.engines.megatron.weights import stream_weights
 from swift.engines.optim import build_scheduler
 from swift.engines.protocol import Snapshot, StepInfo, Sums
 from swift.engines.ranks import Ranks
 from swift.engines.stepping import NOTHING, add_units, collect_sums, gather_rows
+from swift.engines.transformers.offload import set_aside
 from swift.objectives.sft import has_trained
 from swift.objectives.types import LossSum, Objective, TokenStats
 
@@ -68,7 +71,8 @@ class MegatronEngine:
         temperature: float = 1.0,
         verdict: tuple[int, int] | None = None,
     ) -> None:
-        """`frozen`: the reference of full-parameter training, laid out as the model is.
+        """`frozen`: the reference of full-parameter training, laid out as the model is; for objectives that
+        need a teacher it is that.
 
         Chunks with adapters (lora.py) are their own reference. `temperature`: what all logits are divided by.
         `verdict`: the tokens for yes and no whose logits are the scores of a language model.
@@ -172,7 +176,10 @@ class MegatronEngine:
         step_units = dict(zip(sorted(totals), counts[2:], strict=True))
         # megatron-core divides all gradients by the trained tokens; routers are for all tokens of their rows.
         self.settings.per_token = counts[0] / max(counts[1], 1)
-        results = self.schedule.forward_backward(self.chunks, even, objective, step_units, int(counts[0]))
+        taught = self._teach(even, objective.needs)
+        results = self.schedule.forward_backward(
+            self.chunks, even, objective, step_units, int(counts[0]), taught
+        )
         sums = self._collect(results, even, units)
         for name, total in self._routers().items():
             sums.add(name, total, counts[1])
@@ -188,6 +195,14 @@ class MegatronEngine:
         names = sorted({name for part in parts for name in part})
         return {name: sum(part.get(name, 0.0) for part in parts) / layers for name in names}
 
+    def _teach(self, batches: Sequence[Batch], needs: frozenset[str]) -> list[Rows] | None:
+        """What the teacher says of each batch, on the last stage, for objectives that compare with it."""
+        if "teacher" not in needs or self.frozen is None:
+            return None
+        last = self.frozen[-1]
+        withhold(self.frozen)
+        return self.schedule.forward(self.frozen, batches, frozenset(), lambda *_: rows_of(last))
+
     def measure(self, batches: Sequence[Batch], objective: Objective) -> Sums:
         for chunk in self.active:
             chunk.eval()
@@ -197,6 +212,7 @@ class MegatronEngine:
             even,
             objective.needs,
             lambda stats, batch, _: objective(stats, batch.to(self.device)),
+            self._teach(even, objective.needs),
         )
         return self._collect(results, even, [objective.units(batch) for batch in even])
 
@@ -249,9 +265,22 @@ class MegatronEngine:
         yield  # makes it the context manager that the protocol asks for
 
     @contextmanager
-    def set_aside(self, *, weights: bool, moments: bool) -> Iterator[None]:  # noqa: ARG002
-        raise NotImplementedError("methods that sample are refused for megatron")
-        yield
+    def set_aside(self, *, weights: bool, moments: bool) -> Iterator[None]:
+        if self.device.type != "cuda":
+            yield
+            return
+        with set_aside(self.movable(weights=weights, moments=moments)):
+            torch.cuda.empty_cache()
+            yield
+
+    def movable(self, *, weights: bool, moments: bool) -> Iterator[Tensor]:
+        """Tensors whose memory nothing needs between two steps; masters go with the moments."""
+        if weights:
+            for chunk in (*self.plain, *(self.frozen or ())):
+                yield from chunk.parameters()
+        for part in parts_of(self.optimizer) if moments else ():
+            for master, state in part.optimizer.state.items():
+                yield from (x for x in (master, *state.values()) if torch.is_tensor(x) and x.dim())
 
     def drop_reference(self) -> None:
         """Frees the frozen copy, once nothing asks for it any more."""
@@ -260,22 +289,10 @@ class MegatronEngine:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         assert self.files is not None
-        if self.adapters:
-            raise ConfigError(
-                "adapters of megatron cannot be handed to vLLM yet",
-                hint="--train_type full, or use swift rlhf",
-            )
         if self.wrapping.overlap_param_gather:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)  # what the last step has not yet sent around
-        bridge = Bridge(self.files.config, self.settings)
-        wholes = bridge.wholes(self.plain)
-        for name, tensor in bridge.export(self.plain):
-            whole = wholes[name]
-            empty = torch.empty(whole.shape, dtype=whole.dtype, device=self.device)
-            shared = empty if tensor is None else tensor.to(self.device)
-            dist.broadcast(shared, 0)
-            yield name, shared
+        return stream_weights(self.plain, Bridge(self.files.config, self.settings), self.device)
 
     def save(self, path: Path, *, resumable: bool) -> Snapshot:
         return take_snapshot(self, path, resumable=resumable)

@@ -27,6 +27,7 @@ from swift.engines.megatron.context import ContextRanks
 from swift.engines.megatron.layers import FlatTokens, flat_tokens
 from swift.engines.megatron.logits import ShardedLogits
 from swift.engines.megatron.settings import Settings
+from swift.engines.megatron.teacher import Rows, ShardedTeacher
 from swift.engines.transformers.forward import HEADS
 from swift.objectives.distill import ToldTeacher
 from swift.objectives.logits import widen
@@ -74,8 +75,13 @@ class Form:
         flat = flat_tokens(whole, self.context, self.device)
         return Laid(*(x.to(self.device) for x in (ids_t, labels_t, wanted_t, kept_N)), flat)
 
-    def stats(self, logits: Tensor, laid: Laid, batch: Batch, needs: frozenset[str]) -> TokenStats:
-        """`logits` [1, N, v] of the last stage -> stats of the whole batch, on every rank of it."""
+    def stats(
+        self, logits: Tensor, laid: Laid, batch: Batch, needs: frozenset[str], taught: Rows | None = None
+    ) -> TokenStats:
+        """`logits` [1, N, v] of the last stage -> stats of the whole batch, on every rank of it.
+
+        `taught`: what a teacher beside the model says there, where there is one.
+        """
         view = ShardedLogits.cut(logits[0], laid.kept_N, self.vocabulary, self.temperature)
         if needs & HEADS and self.verdict:
             ids_N2 = laid.kept_N.new_tensor(self.verdict).expand(len(laid.kept_N), 2)
@@ -98,9 +104,15 @@ class Form:
         found: dict[str, Any] = {
             n: spread(getattr(view, n)(laid.labels_t)) for n in sorted(needs - {"teacher"})
         }
+
+        def place(values_N: Tensor) -> Tensor:
+            return spread(view.place(values_N, laid.labels_t))
+
         if "teacher" in needs:
-            found["teacher"] = ToldTeacher.of(
-                batch, view, own=own, spread=lambda values_N: spread(view.place(values_N, laid.labels_t))
+            found["teacher"] = (
+                ShardedTeacher(view, taught, place)
+                if taught
+                else ToldTeacher.of(batch, view, own=own, spread=place)
             )
         return TokenStats(**found)
 
@@ -122,6 +134,8 @@ class KeptRows:
 
     def __init__(self, layer: nn.Module) -> None:
         self.rows_N: Tensor | None = None
+        self.withholds = False  # a teacher's: one row becomes logits, and what enters the layer is kept
+        self.entered: Tensor | None = None
         # Rows are chosen among the tokens of all tensor ranks, which are therefore gathered beforehand.
         self.gathers = layer.sequence_parallel
         if self.gathers:
@@ -132,7 +146,10 @@ class KeptRows:
         hidden = inputs[0]
         if self.gathers:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        return (hidden if self.rows_N is None else hidden[self.rows_N], *inputs[1:])
+        hidden = hidden if self.rows_N is None else hidden[self.rows_N]
+        if self.withholds:
+            self.entered, hidden = hidden, hidden[:1]
+        return (hidden, *inputs[1:])
 
 
 def keep_rows(chunk: GPTModel) -> None:
@@ -154,22 +171,29 @@ class Schedule:
         self, consume: Consume, needs: frozenset[str], batches: Any, model: nn.Module
     ) -> tuple[Tensor, Callable[..., Any]]:
         """One micro-batch through one chunk, as megatron-core calls it."""
-        batch: Batch = next(batches)
+        batch, taught = next(batches)
         laid = self.form.lay_out(batch, needs)
         if get_attr_wrapped_model(model, "post_process"):
             get_attr_wrapped_model(model, "kept").rows_N = laid.kept_N
         output = model(laid.ids_t[None], None, None, packed_seq_params=laid.flat)
 
         def finish(logits: Tensor, non_loss_data: bool = False) -> Any:  # noqa: ARG001 - megatron's argument
-            return consume(self.form.stats(logits, laid, batch, needs), batch, laid)
+            return consume(self.form.stats(logits, laid, batch, needs, taught), batch, laid)
 
         return output, finish
 
     def _run(
-        self, chunks: Sequence[nn.Module], batches: Sequence[Batch], step: Callable[..., Any], *, train: bool
+        self,
+        chunks: Sequence[nn.Module],
+        batches: Sequence[Batch],
+        taught: Sequence[Rows] | None,
+        step: Callable[..., Any],
+        *,
+        train: bool,
     ) -> list[Any]:
         """What `consume` gave for each batch; on the last stage, empty elsewhere."""
-        iterators = [iter(batches) for _ in chunks]
+        pairs = list(zip(batches, taught or [None] * len(batches), strict=True))
+        iterators = [iter(pairs) for _ in chunks]
         several = len(chunks) > 1
         return list(
             get_forward_backward_func()(
@@ -185,13 +209,18 @@ class Schedule:
         )
 
     def forward(
-        self, chunks: Sequence[nn.Module], batches: Sequence[Batch], needs: frozenset[str], consume: Consume
+        self,
+        chunks: Sequence[nn.Module],
+        batches: Sequence[Batch],
+        needs: frozenset[str],
+        consume: Consume,
+        taught: Sequence[Rows] | None = None,
     ) -> list[Any]:
         """What `consume` makes of the stats of each batch, without gradients."""
         if not batches:  # as many on all ranks
             return []
         with torch.no_grad():
-            return self._run(chunks, batches, partial(self._step, consume, needs), train=False)
+            return self._run(chunks, batches, taught, partial(self._step, consume, needs), train=False)
 
     def forward_backward(
         self,
@@ -200,6 +229,7 @@ class Schedule:
         objective: Objective,
         units: dict[str, float],
         tokens: int,
+        taught: Sequence[Rows] | None = None,
     ) -> list[LossSum]:
         """Gradients of all micro-batches. `units` and trained `tokens`: of the whole step, on all ranks."""
 
@@ -213,4 +243,4 @@ class Schedule:
                 LossSum({unit: term.detach() for unit, term in result.terms.items()}, result.metrics),
             )
 
-        return self._run(chunks, batches, partial(self._step, lose, objective.needs), train=True)
+        return self._run(chunks, batches, taught, partial(self._step, lose, objective.needs), train=True)
