@@ -312,8 +312,3 @@ def micro_batches(layout: Layout, *, global_batch_size: int, micro_batch_size: i
             hint=f"--global_batch_size {rows * layout.pipeline * math.ceil(count / layout.pipeline)}",
         )
     return count
-
-
-def padded_vocab(vocab: int, layout: Layout) -> int:
-    """Rows of the embedding, so that each tensor parallel process has as many."""
-    return math.ceil(vocab / layout.tensor) * layout.tensor
