@@ -7,9 +7,7 @@ from swift.config.option import ConfigError, option
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationConfig:
-    max_new_tokens: int | None = option(
-        None, "longest answer; none = what the context leaves", unit="tokens", min=1
-    )
+    max_new_tokens: int | None = option(None, "longest answer; none = all the context", unit="tokens", min=1)
     temperature: float | None = option(None, "0 = greedy; none = generation_config.json", min=0)
     top_p: float | None = option(None, "nucleus; none = generation_config.json", range=(0, 1))
     top_k: int | None = option(None, "most likely tokens kept; none = generation_config.json")
