@@ -8,6 +8,7 @@ taken (sources.py), what they mean (formats.py).
 import csv
 import importlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from swift.config.option import ConfigError
 from swift.data.types import Row, place
 from swift.utils.log import say
 
+_SPACE = re.compile(r"\s*")
 _HELD_OUT = ("test", "val", "dev", "eval")
 
 
@@ -144,9 +146,8 @@ def _read_text(path: Path) -> str:
 
 
 def _skip(text: str, position: int) -> int:
-    while position < len(text) and text[position].isspace():
-        position += 1
-    return position
+    """The next character that is no white space."""
+    return _SPACE.match(text, position).end()  # type: ignore[union-attr]
 
 
 def _row(value: Any, file: str, line: int) -> Row:
