@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from swift.cli import launch
+from swift.cli import launch, main
 from swift.cli.launch_checks import Finding, Plan, Report, _check_clock, _check_machine
 from swift.cli.launch_cluster import Place, expand_nodes, find_place
 from swift.cli.launch_link import Link, LinkError, ask_pass_folder, close_all, command_for
@@ -36,6 +36,7 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
         monkeypatch.setenv(name, "")  # and so taken back when a test sets it
         monkeypatch.delenv(name)
+    monkeypatch.setattr(main, "QUIET_SECONDS", 0)  # for which processes after the first hold their mistakes
 
 
 def told(argv: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:

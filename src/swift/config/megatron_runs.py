@@ -59,7 +59,7 @@ class MegatronRlhfRun(OnMegatron, RlhfRun):
     def check_complete(self) -> None:
         """`check` for a run whose values are all known."""
         OnMegatron.check_complete(self)
-        if self.rlhf.rlhf_type in ("rm", "grpo", "gkd", "ppo"):
+        if self.rlhf.rlhf_type in ("grpo", "gkd", "ppo"):
             raise ConfigError(
                 f"--rlhf_type {self.rlhf.rlhf_type} is not there yet in parallel", hint="use swift rlhf"
             )

@@ -8,7 +8,7 @@ import dataclasses
 import importlib.util
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import MISSING, Field
 from typing import Any, TypeVar
 
@@ -25,15 +25,17 @@ class ConfigError(ValueError):
 
 
 def option(
-    default: Any = MISSING,
-    *,
+    default: Any,
     help: str,
+    *,
     unit: str | None = None,
     choices: tuple[Any, ...] | None = None,
+    min: float | None = None,
     range: tuple[float | None, float | None] | None = None,
 ) -> Any:
-    """A config field. `range` is inclusive on both ends; None leaves an end open."""
-    metadata = {"help": help, "unit": unit, "choices": choices, "range": range}
+    """A config field. `min` and both ends of `range` are allowed values; None leaves an end open."""
+    bounds = range if min is None else (min, None)
+    metadata = {"help": help, "unit": unit, "choices": choices, "range": bounds}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -78,11 +80,15 @@ def iterate_knobs(config_class: type) -> Iterator[Knob]:
         if dataclasses.is_dataclass(kind):
             yield from (dataclasses.replace(k, group=field.name) for k in iterate_knobs(kind))
             continue
-        yield Knob(field.name, "", config_class, kind, default_of(field), **field.metadata)
+        if field.metadata:  # others are no knobs
+            yield Knob(field.name, "", config_class, kind, default_of(field), **field.metadata)
 
 
 def build(config_class: type, values: dict[str, Any]) -> Any:
-    """A nested config from flat values; absent names keep their defaults. Values are checked as they are."""
+    """A nested config from flat values; absent names keep their defaults. Values are checked as they are.
+
+    A field `given` gets the names that are there.
+    """
     hints = typing.get_type_hints(config_class)
     arguments: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):
@@ -92,6 +98,8 @@ def build(config_class: type, values: dict[str, Any]) -> Any:
         elif field.name in values:
             check_value(field, values[field.name])
             arguments[field.name] = values[field.name]
+        elif field.name == "given":
+            arguments["given"] = frozenset(values)
     return config_class(**arguments)
 
 
@@ -122,6 +130,18 @@ def is_secret(name: str) -> bool:
     return name.endswith(("_token", "_secret", "_password", "api_key"))
 
 
+def changed(group: Any) -> list[str]:
+    """Flags of a config group that are not at their defaults."""
+    return [f.name for f in dataclasses.fields(group) if getattr(group, f.name) != default_of(f)]
+
+
+def refuse(group: Any, names: Container[str], why: str, *, hint: str | None = None) -> None:
+    """Raises ConfigError where one of the flags `names` is not at its default: it has no effect `why`."""
+    for name in changed(group):
+        if name in names:
+            raise ConfigError(f"--{name} has no effect {why}", hint=hint)
+
+
 def flatten(config: Any) -> dict[str, Any]:
     """Flat {flag: value} of a nested config; the inverse of `build`."""
     flat: dict[str, Any] = {}
@@ -129,7 +149,7 @@ def flatten(config: Any) -> dict[str, Any]:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             flat.update(flatten(value))
-        else:
+        elif field.metadata:
             flat[field.name] = list(value) if isinstance(value, tuple) else value
     return flat
 

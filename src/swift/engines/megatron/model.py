@@ -1,5 +1,6 @@
 """A model of megatron-core from its settings: the chunks of layers that this rank holds, without weights."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ from transformers import PretrainedConfig
 from swift.engines.megatron.balance import BalancedRouter, watch_batches
 from swift.engines.megatron.experts import GroupedExperts
 from swift.engines.megatron.implementation import ENGINE
-from swift.engines.megatron.layers import CoreAttention, RMSNorm, Rotary
+from swift.engines.megatron.latent import NORMS, LatentAttention
+from swift.engines.megatron.layers import CoreAttention, Head, RMSNorm, Rotary
 from swift.engines.megatron.settings import Settings
 
 # Checkpoints name norms as transformer-engine's layers do, which hold them in the linear that follows.
@@ -55,8 +57,13 @@ def fast_layer_spec(settings: Settings, *, is_sparse: bool) -> ModuleSpec:
         num_experts=settings.num_moe_experts if is_sparse else None,
         moe_grouped_gemm=settings.moe_grouped_gemm,
         qk_layernorm=settings.qk_layernorm,
+        multi_latent_attention=settings.latent is not None,
     )
-    spec.submodules.self_attention.submodules.core_attention = CoreAttention
+    if settings.latent:
+        spec.submodules.self_attention = ModuleSpec(module=LatentAttention)
+        spec.submodules.sharded_state_dict_keys_map = NORMS
+    else:
+        spec.submodules.self_attention.submodules.core_attention = CoreAttention
     if is_sparse:
         spec.submodules.mlp.submodules.router = BalancedRouter
     return spec
@@ -76,6 +83,9 @@ def layer_spec(settings: Settings, *, is_sparse: bool) -> ModuleSpec:
             k_layernorm=head_norm,
         ),
     )
+    names = NORM_OF_ATTENTION
+    if settings.latent:
+        attention, names = ModuleSpec(module=LatentAttention), NORMS
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     mlp = ModuleSpec(module=MLP, submodules=linears)
     if is_sparse:
@@ -92,7 +102,7 @@ def layer_spec(settings: Settings, *, is_sparse: bool) -> ModuleSpec:
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=NORM_OF_ATTENTION | ({} if is_sparse else NORM_OF_MLP),
+            sharded_state_dict_keys_map=names | ({} if is_sparse else NORM_OF_MLP),
         ),
     )
 
@@ -138,6 +148,33 @@ def mark_shares(chunk: GPTModel) -> None:
                     set_tensor_model_parallel_attributes(parameter, True, axis, 1)
 
 
+def replace_output(chunk: GPTModel, settings: Settings) -> None:
+    """Puts a head in place of the output layer; for none, the layer stays and lets everything through."""
+    if settings.head:
+        chunk.output_layer = Head(settings, settings.head)
+        return
+    is_copy = chunk.share_embeddings_and_output_weights and not chunk.pre_process
+
+    def let_through(hidden: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
+        # The embedding's copy on the last stage learns from the first one, and waits for a gradient here.
+        return hidden + weight[0, 0] * 0 if is_copy and weight is not None else hidden, None
+
+    chunk.output_layer.forward = let_through
+    if not chunk.share_embeddings_and_output_weights:
+        chunk.output_layer.requires_grad_(False)
+
+
+def draw_head(chunks: Sequence[GPTModel], hf: PretrainedConfig, seed: int) -> None:
+    """A new head as transformers draws it, the same on all ranks that have it."""
+    for chunk in chunks:
+        if chunk.post_process:
+            weight = chunk.output_layer.weight
+            drawn = torch.empty(weight.shape, dtype=weight.dtype)
+            drawn.normal_(0, hf.initializer_range, generator=torch.Generator().manual_seed(seed))
+            with torch.no_grad():
+                weight.copy_(drawn)
+
+
 def build_chunk(hf: PretrainedConfig, settings: Settings, stage: int | None) -> GPTModel:
     """One chunk; `stage` counts those of a rank that has several."""
     which: dict[str, Any] = {} if stage is None else {"ignore_virtual": False, "vp_stage": stage}
@@ -148,15 +185,18 @@ def build_chunk(hf: PretrainedConfig, settings: Settings, stage: int | None) -> 
         max_sequence_length=hf.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(**which),
         post_process=parallel_state.is_pipeline_last_stage(**which),
-        share_embeddings_and_output_weights=hf.tie_word_embeddings,
+        share_embeddings_and_output_weights=hf.tie_word_embeddings and not settings.head,
         position_embedding_type="rope",
         parallel_output=True,
         **({} if stage is None else {"vp_stage": stage}),
     )
+    if settings.head is not None and chunk.post_process:
+        replace_output(chunk, settings)
     mark_shares(chunk)
     if chunk.pre_process and getattr(hf, "pad_token_id", None) is not None:
         keep_padding(chunk.embedding.word_embeddings, hf.pad_token_id)
     watch_batches(chunk)
     chunk.rotary_pos_emb = Rotary(hf)
     chunk.model_type = ModelType.encoder_or_decoder
-    return chunk if settings.use_cpu_initialization else chunk.to(torch.cuda.current_device())
+    # Routers make their buffers on the GPU in any case.
+    return chunk.to("cpu" if settings.use_cpu_initialization else torch.cuda.current_device())
