@@ -157,11 +157,9 @@ def method_of(run: Any) -> str:
 
 def accumulation(run: Any, layout: Layout) -> int:
     size, count = run.schedule.per_device_train_batch_size, run.schedule.gradient_accumulation_steps
-    if method_of(run) in SAMPLES:
-        return count or 1
     if isinstance(run, OnMegatron):
         return micro_batches(layout, global_batch_size=run.megatron.global_batch_size, micro_batch_size=size)
-    return count or math.ceil(ROWS_PER_STEP / size / layout.data)
+    return count or (1 if method_of(run) in SAMPLES else math.ceil(ROWS_PER_STEP / size / layout.data))
 
 
 def find_course(run: Any, plan: PlanRun, job: Job) -> Course:
