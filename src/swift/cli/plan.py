@@ -43,7 +43,7 @@ class Planned:
 
     @property
     def needed_gib(self) -> float:
-        return find_peak(self.job).bytes / GIB + RESERVED_GIB
+        return sum(find_peak(self.job)[1].values()) / GIB + RESERVED_GIB
 
     @property
     def fits(self) -> bool:
@@ -110,9 +110,9 @@ def describe_job(planned: Planned) -> Iterator[str]:
     )
     parts = [f"{name} {size}" for name, size in degrees.items() if size > 1]
     yield f"GPUs      {planned.world} x {planned.kind}: {', '.join([*parts, how])}"
-    peak = find_peak(job)
-    yield f"memory    of the fullest GPU in GiB, when {peak.name}"
-    for name, size in {**peak.parts, "CUDA, NCCL, gaps": RESERVED_GIB * GIB}.items():
+    moment, held = find_peak(job)
+    yield f"memory    of the fullest GPU in GiB, when {moment}"
+    for name, size in {**held, "CUDA, NCCL, gaps": RESERVED_GIB * GIB}.items():
         if size >= GIB / 20:
             yield f"          {name:<24}{size / GIB:8.1f}"
     verdict = "fits" if planned.fits else "DOES NOT FIT"

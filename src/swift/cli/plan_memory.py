@@ -1,11 +1,10 @@
 """What a training step holds in the memory of one GPU, in bytes, and how fast it may be.
 
-Owns: the formulas; tests/unit/test_plan.py holds them against the peaks and rates in benchmarks/results. Not
+Owns: the formulas; tests/cli/test_plan.py holds them against the peaks and rates in benchmarks/results. Not
 here: which flags make which job (plan_job.py), words (plan.py).
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from swift.cli.plan_shape import Shape
 from swift.config.layout import Layout
@@ -57,21 +56,10 @@ class Job:
     vllm_bytes: float = 0  # for vLLM, while training
 
 
-class Moment(NamedTuple):
-    """What is held at one point of a step, in bytes by part."""
-
-    name: str
-    parts: dict[str, float]
-
-    @property
-    def bytes(self) -> float:
-        return sum(self.parts.values())
-
-
-def find_peak(job: Job) -> Moment:
-    """The fullest moment of a step on the fullest GPU, without CUDA's own memory and gaps."""
-    moments = [moment for stage in range(job.layout.pipeline) for moment in moments_of(job, stage)]
-    return max(moments, key=lambda moment: moment.bytes)
+def find_peak(job: Job) -> tuple[str, dict[str, float]]:
+    """The fullest moment of a step on the fullest GPU, in bytes by part; without CUDA's own and gaps."""
+    moments = [moment for stage in range(job.layout.pipeline) for moment in moments_of(job, stage).items()]
+    return max(moments, key=lambda moment: sum(moment[1].values()))
 
 
 def held(job: Job, stage: int) -> list[float]:
@@ -108,7 +96,7 @@ def layers_on(job: Job, stage: int) -> float:
     return job.layout.layers[stage] if job.layout.layers else job.shape.layers / job.layout.pipeline
 
 
-def moments_of(job: Job, stage: int) -> list[Moment]:
+def moments_of(job: Job, stage: int) -> dict[str, dict[str, float]]:
     """Every moment of a step that may be the fullest.
 
     Of activations, the first of p stages keep those of p micro-batches (1F1B, arXiv:2104.04473).
@@ -142,7 +130,7 @@ def moments_of(job: Job, stage: int) -> list[Moment]:
         "answers are sampled": (0.0, 0.0, 0.0, everything, 0.0),
     }
     always = {"weights": weights, "optimizer": optimizer, "vLLM": job.vllm_bytes}
-    return [Moment(name, always | dict(zip(names, sizes, strict=True))) for name, sizes in table.items()]
+    return {name: always | dict(zip(names, sizes, strict=True)) for name, sizes in table.items()}
 
 
 def find_rate(job: Job) -> tuple[float, str]:
