@@ -117,8 +117,13 @@ def test_every_layout_takes_the_same_steps(world, models, megatron_workers, tmp_
 @pytest.mark.slow_suite
 @pytest.mark.parametrize("world", LAYOUTS)
 def test_every_layout_takes_many_steps(world, models, megatron_workers, tmp_path):
-    layouts = LAYOUTS[world] + LATENTS.get(world, [])
-    compare(world, 20, layouts, models, megatron_workers, tmp_path)
+    compare(world, 20, LAYOUTS[world], models, megatron_workers, tmp_path)
+
+
+@pytest.mark.slow_suite
+@pytest.mark.parametrize("world", LATENTS)
+def test_latent_attention_on_every_layout(world, models, megatron_workers, tmp_path):
+    compare(world, 8, LATENTS[world], models, megatron_workers, tmp_path)
 
 
 def compare(
