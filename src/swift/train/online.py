@@ -22,7 +22,7 @@ from swift.data.feed import describe_lengths
 from swift.data.loader import StepPlan
 from swift.engines.protocol import Sums
 from swift.objectives.advantages import Advantages
-from swift.objectives.policy import entropy_threshold
+from swift.objectives.policy import drop_idle, entropy_threshold
 from swift.objectives.reduce import segment_sum
 from swift.rollout.local import LocalRollout
 from swift.train.answers import Answered, Judged, Sampler, collate_answers
@@ -160,7 +160,13 @@ class RolloutFeed:
         if self.keep:
             self._keep(step, judged, found)
         self.answers = self._describe(mine, flat) if self.plan.updates > 1 else []
-        return Held(number, regroup(flat, parts))
+        return Held(number, [self._spare(part) for part in regroup(flat, parts)])
+
+    def _spare(self, part: list[Batch]) -> list[Batch]:
+        """What of an optimizer step's batches has to be run; a value model learns from every answer."""
+        if self.foresee:
+            return part
+        return drop_idle(part, rows_each=self.micro_batch_size, is_pulled=bool(self.beta))
 
     def _sample(self, number: int, step: int) -> Judged:
         """Answers of one rollout; with --dynamic_sample groups that teach nothing are drawn again."""
@@ -281,7 +287,7 @@ class RolloutFeed:
                 rows = [next(columns) for _ in range(batch.num_segments)]
                 joined = {name: list(chain.from_iterable(row[name] for row in rows)) for name in rows[0]}
                 filled.append(replace(batch, token={name: torch.tensor(v) for name, v in joined.items()}))
-            parts.append(filled)
+            parts.append(self._spare(filled))
         return Held(number, parts)
 
 
