@@ -127,6 +127,8 @@ class VllmServers:
         """Servers have GPUs of their own."""
 
     def close(self) -> None:
+        for server in self.servers:
+            server.given_up = True  # --async_generate: nobody waits for what is under way
         self.pool.shutdown(cancel_futures=True)
         if self.process is not None:
             self.process.terminate()
