@@ -10,7 +10,10 @@ from dataclasses import dataclass, fields
 from swift.config.option import ConfigError, option
 
 SAMPLES = ("grpo", "ppo")  # methods that learn from rewards of such answers
-PPO_TOO = ("log_completions", "log_entropy", "overlong_filter", "offload_model", "offload_optimizer")
+PPO_TOO = (
+    "log_completions", "log_entropy", "overlong_filter", "offload_model", "offload_optimizer",
+    "wandb_log_unique_prompts",
+)  # fmt: skip
 ANSWERS = (*SAMPLES, "gkd")  # all that sample
 SHARED = ("max_completion_length", "temperature", "top_p", "top_k", "repetition_penalty")
 SCALES = {"true": "group", "false": "none"}  # the spelling of earlier versions
@@ -87,6 +90,11 @@ class OnlineConfig:
         False, help="sample again in place of groups whose rewards are all the same (DAPO)"
     )
     max_resample_times: int = option(3, help="rounds of that", range=(1, None))
+    async_generate: bool = option(
+        False,
+        help="servers of vLLM answer for the next rollout while this one is learnt from, with weights that "
+        "are one rollout older",
+    )
     overlong_filter: bool = option(False, help="learn nothing from answers that were cut at their longest")
     top_entropy_quantile: float = option(
         1.0, help="share of the tokens that are learnt from, the most uncertain ones", range=(0, 1)
@@ -98,7 +106,12 @@ class OnlineConfig:
         False, help="move the optimizer's moments to the CPU's memory while answers are sampled"
     )
     log_entropy: bool = option(False, help="log how uncertain the model is")
-    log_completions: bool = option(False, help="keep every answer with its rewards in completions.jsonl")
+    log_completions: bool = option(
+        False, help="keep every answer with its rewards in completions.jsonl, and show some to --report_to"
+    )
+    wandb_log_unique_prompts: bool = option(
+        False, help="--log_completions: show trackers of each prompt one answer alone"
+    )
     rollout_importance_sampling_mode: str | None = option(
         None,
         help="correction where the sampler's probabilities differ from the trainer's; none = logged alone",
@@ -127,6 +140,8 @@ class OnlineConfig:
                     f"--{name} has no effect with --rlhf_type {rlhf_type}",
                     hint=f"it belongs to {', '.join(methods)}; leave it out",
                 )
+        if self.wandb_log_unique_prompts and not self.log_completions:
+            raise ConfigError("--wandb_log_unique_prompts has no effect without --log_completions true")
         if self.temperature == 0:
             raise ConfigError(
                 "--temperature 0 gives every prompt the same answer again and again",

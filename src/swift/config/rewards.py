@@ -7,7 +7,7 @@ from swift.config.option import ConfigError, default_of, option, require_package
 # flags that only these shipped rewards read
 SETTINGS_OF = {"cosine": "cosine", "repetition": "repetition", "soft": "soft_overlong"}
 REWARDED = ("grpo", "ppo")  # methods
-SHIPPED = ("accuracy", "format", "react_format", "cosine", "repetition", "soft_overlong")
+SHIPPED = ("accuracy", "format", "react_format", "cosine", "repetition", "soft_overlong", "toolbench", "math")
 
 
 def check_rewarded(rlhf_type: str, changed: list[str]) -> None:
@@ -86,7 +86,7 @@ class RewardConfig:
                 f"{len(self.reward_model)} in --reward_model",
                 hint="give one for all, or one for each",
             )
-        for name in ("accuracy", "cosine"):
+        for name in ("accuracy", "cosine", "math"):
             if name in self.reward_funcs:
                 require_package("math_verify", flag=f"--reward_funcs {name}", install="swiftune[rewards]")
         if "soft_overlong" in self.reward_funcs:

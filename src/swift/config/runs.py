@@ -196,6 +196,8 @@ class RlhfRun(TrainRun):
             self.vllm.check_rollout()
         else:
             self.vllm.check_unused(f"--rlhf_type {' or '.join(ANSWERS)}")
+        if self.online.async_generate:
+            self.vllm.check_ahead(has_turns=self.turns.scheduler is not None)
         if self.data.cached_dataset:
             raise ConfigError("--cached_dataset holds conversations for swift sft", hint="give --dataset")
         if self.rlhf.needs_reference and self.tuner.init_weights.startswith(("pissa", "olora")):

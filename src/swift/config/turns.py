@@ -15,6 +15,10 @@ class TurnConfig:
     max_turns: int | None = option(
         None, help="answers in a conversation; none = as many as the scheduler wants", range=(1, None)
     )
+    completion_length_limit_scope: str = option(
+        "per_round", help="what --max_completion_length is for: each answer, or all of a conversation",
+        choices=("per_round", "total"),
+    )  # fmt: skip
     use_gym_env: bool = option(
         False, help="let environments continue conversations; what they give is a reward, gym_reward"
     )
@@ -33,9 +37,10 @@ class TurnConfig:
         return [f.name for f in fields(self) if getattr(self, f.name) != default_of(f)]
 
     def check(self) -> None:
-        if self.max_turns is not None and self.scheduler is None:
-            raise ConfigError(
-                "--max_turns has no effect without --multi_turn_scheduler or --use_gym_env true"
-            )
+        for name in ("max_turns", "completion_length_limit_scope"):
+            if name in self.changed and self.scheduler is None:
+                raise ConfigError(
+                    f"--{name} has no effect without --multi_turn_scheduler or --use_gym_env true"
+                )
         if self.gym_env is not None and not self.use_gym_env:
             raise ConfigError("--gym_env has no effect without --use_gym_env true")

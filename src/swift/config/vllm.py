@@ -9,6 +9,8 @@ from typing import Any
 from swift.config.model import ModelConfig
 from swift.config.option import ConfigError, default_of, option
 
+OURS = ("vllm_engine_kwargs", "vllm_gpu_memory_utilization")
+DIFFERS = ("vllm_disable_custom_all_reduce",)  # whose default is not vLLM's
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -45,18 +47,13 @@ class VllmConfig:
 
     def engine_arguments(self) -> dict[str, Any]:
         """What differs from vLLM's defaults, under its own names; `vllm_engine_kwargs` wins."""
-        ours = ("vllm_engine_kwargs", "vllm_gpu_memory_utilization")
         chosen = {
             field.name.removeprefix("vllm_"): getattr(self, field.name)
             for field in fields(VllmConfig)
-            if field.name not in ours and getattr(self, field.name) not in (None, {})
+            if field.name not in OURS
+            and (field.name in DIFFERS or getattr(self, field.name) != default_of(field))
         }
-        same = {
-            "enable_expert_parallel": False, "enforce_eager": False, "disable_cascade_attn": False,
-            "tensor_parallel_size": 1, "pipeline_parallel_size": 1, "enable_prefix_caching": True,
-        }  # fmt: skip
-        differing = {name: value for name, value in chosen.items() if same.get(name) != value}
-        return differing | self.vllm_engine_kwargs
+        return chosen | self.vllm_engine_kwargs
 
     def check_unused(self, needed: str) -> None:
         """Raises ConfigError for a flag of vLLM's without `needed`, which asks for it."""
@@ -134,6 +131,19 @@ class VllmRolloutConfig(VllmConfig):
                     )
             return
         self._check_servers()
+
+    def check_ahead(self, *, has_turns: bool) -> None:
+        """Raises ConfigError where nobody can answer beside the training (--async_generate)."""
+        if not (self.use_vllm and self.mode == "server"):
+            raise ConfigError(
+                "--async_generate true needs --vllm_mode server: others answer with the weights in training",
+                hint="start swift rollout, then --use_vllm true --vllm_server_host 127.0.0.1",
+            )
+        if has_turns:
+            raise ConfigError(
+                "--async_generate true does not go with conversations of several turns",
+                hint="leave out --multi_turn_scheduler and --use_gym_env, or --async_generate",
+            )
 
     def _check_servers(self) -> None:
         if self.sleep_level:
