@@ -23,11 +23,10 @@ from swift.config.option import ConfigError
 from swift.config.runs import DeployRun
 from swift.config.serve import ServeOptions
 from swift.data.datasets import use_plugins
-from swift.engines.transformers.scorer import TextScorer
 from swift.infer.run import open_result_file
 from swift.infer.server import Server, Serving, build_app
+from swift.infer.server_embedding import EmbeddingServer
 from swift.infer.server_models import Loaded, load_models, load_scorer, make_plan
-from swift.infer.server_texts import TextServer, TextService
 from swift.infer.server_vllm import serve_through_vllm
 from swift.infer.service import Service
 from swift.utils import env
@@ -37,6 +36,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 BACKLOG = 2048  # connections that the system holds for us
 LAST_SECONDS = 5.0  # for responses to leave after the answers have ended
 Fail = Callable[[BaseException], None]
+Opener = Callable[[Fail], Serving]  # what the port answers with, from the event loop that it is called in
 
 
 def run_deploy(run: DeployRun) -> int:
@@ -52,8 +52,9 @@ def run_deploy(run: DeployRun) -> int:
         plan = make_plan(run)
         open_result_file(Path(options.result_path) if options.result_path else None)
         if plan.embeds:
-            [source], scorer = plan.sources, load_scorer(plan)
-            return asyncio.run(serve(partial(open_texts, source.name, scorer, options), options, listener))
+            name, scorer = plan.sources[0].name, load_scorer(plan)
+            opener: Opener = lambda _: EmbeddingServer(name, scorer, options)  # noqa: E731
+            return asyncio.run(serve(opener, options, listener))
         opener = partial(open_chats, load_models(plan), options, run.generation.seed)
         return asyncio.run(serve(opener, options, listener))
 
@@ -63,12 +64,6 @@ def open_chats(loaded: Loaded, options: ServeOptions, seed: int, fail: Fail) -> 
     limit = options.max_batch_size + options.max_queue_size
     service = Service(loaded.decoders, limit=limit, activate=loaded.activate, fail=fail)
     return Server(loaded.models, service, options, partial(random.Random(seed).getrandbits, 63))
-
-
-def open_texts(name: str, scorer: TextScorer, options: ServeOptions, _fail: Fail) -> TextServer:
-    """What reads texts, from the event loop that calls this."""
-    limit = options.max_batch_size + options.max_queue_size
-    return TextServer(name, TextService(scorer, limit=limit), options)
 
 
 def check_certificate(options: ServeOptions) -> None:
@@ -126,7 +121,7 @@ class _Web(uvicorn.Server):
             self.service.drain(self.grace_seconds)
 
 
-async def serve(opener: Callable[[Fail], Serving], options: ServeOptions, listener: socket.socket) -> int:
+async def serve(opener: Opener, options: ServeOptions, listener: socket.socket) -> int:
     """Answers requests until a signal: the exit code. When the model fails, that error is raised."""
     failures: list[BaseException] = []
 

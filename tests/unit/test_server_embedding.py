@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from swift.config.option import ConfigError, build
 from swift.config.runs import DeployRun
 from swift.infer.server import build_app
+from swift.infer.server_embedding import EmbeddingServer
 from swift.infer.server_models import load_scorer, make_plan
-from swift.infer.server_run import open_texts
 
 TEXTS = ["Who are you?", "What is the capital of France?", "A day has 24 hours."]
 
@@ -34,7 +34,7 @@ def serve(model: Path, ask: Callable[[openai.AsyncOpenAI, httpx.AsyncClient], An
     scorer = load_scorer(planned)
 
     async def main() -> Any:
-        app = build_app(open_texts("own", scorer, planned.run.serve, lambda _: None))
+        app = build_app(EmbeddingServer("own", scorer, planned.run.serve))
         transport = httpx.ASGITransport(app=app)  # type: ignore[arg-type]
         async with httpx.AsyncClient(transport=transport, base_url="http://swift") as http:
             client = openai.AsyncOpenAI(
