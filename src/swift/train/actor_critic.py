@@ -1,6 +1,6 @@
 """PPO's two models: the policy, and one that foresees at every token what an answer will be worth."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -88,13 +88,16 @@ class ActorCritic:
     def save(self, path: Path, *, resumable: bool) -> Snapshot:
         """The policy where it always is, the value model in a directory beside it."""
         inner = path / VALUE_MODEL
+        inner.mkdir(exist_ok=True)
         both = self.actor.save(path, resumable=resumable), self.critic.save(inner, resumable=resumable)
 
-        def write() -> list[Path]:
-            inner.mkdir(exist_ok=True)
-            return [file for snapshot in both for file in snapshot.write()]
+        def finish() -> None:
+            for snapshot in both:
+                if snapshot.finish:
+                    snapshot.finish()
 
-        return Snapshot(sum(snapshot.bytes for snapshot in both), write)
+        size = sum(snapshot.bytes for snapshot in both)
+        return Snapshot(size, lambda: [file for snapshot in both for file in snapshot.write()], finish)
 
 
 def build_engines(
@@ -106,9 +109,10 @@ def build_engines(
     device: torch.device,
     resumption: Resumption | None,
     accumulation: int,
+    build_one: Callable[..., Engine] = build_engine,
 ) -> Engine:
     """The engine of a method; of PPO both, the value model beginning as the reward model or the policy."""
-    build = partial(build_engine, run, total_steps=total_steps, ranks=ranks, device=device)
+    build = partial(build_one, run, total_steps=total_steps, ranks=ranks, device=device)
     if not (isinstance(run, RlhfRun) and method.foresees):
         return build(method=method, ready=ready, resumption=resumption, accumulation=accumulation)
     if run.parallel.zero:
