@@ -28,9 +28,19 @@ def spoiled(converted: Path, folder: Path) -> dict[str, Path]:
     return found
 
 
-def test_what_a_run_cannot_start_from(megatron_workers, converted, tiny_llama_dir, tmp_path):
+def with_layers(model: Path, copy: Path, *types: str) -> Path:
+    """A copy whose config.json names these types of layers."""
+    shutil.copytree(model, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"layer_types": types}))
+    return copy
+
+
+def test_what_a_run_cannot_start_from(megatron_workers, converted, tiny_llama_dir, tiny_qwen3_dir, tmp_path):
     data, out = write_rows(tmp_path / "rows.jsonl", 8), tmp_path / "out"
     paths = spoiled(converted, tmp_path) | {"whole": converted, "llama": tiny_llama_dir}
+    paths["short"] = with_layers(tiny_qwen3_dir, tmp_path / "short", "full_attention")
+    paths["mixed"] = with_layers(tiny_qwen3_dir, tmp_path / "mixed", "full_attention", "linear_attention")
     for text, message in (
         ("--load {half}", "iter_0000001 has no .metadata: it was not written to the end"),
         ("--load {cut}", "/cut/iter_0000001: iter_0000001/__0_0.distcp has 1000 bytes instead of "),
@@ -46,6 +56,8 @@ def test_what_a_run_cannot_start_from(megatron_workers, converted, tiny_llama_di
             "--load {whole} --recompute_granularity full --recompute_method uniform --recompute_num_layers 3",
             "--recompute_num_layers 3 does not divide the 2 layers in a row on a process (it can be 1, 2)",
         ),
+        ("--model {short}", "cannot be loaded: `num_hidden_layers` (2) must be equal to the number"),
+        ("--model {mixed}", "megatron does not have layers of type linear_attention"),
         ("--model {llama} --expert_model_parallel_size 2", "_size 2: the model has no experts"),
     ):  # fmt: skip
         words = ["megatron", "sft", *text.format(**paths).split(), "--dataset", str(data), "--save", str(out)]
@@ -53,9 +65,3 @@ def test_what_a_run_cannot_start_from(megatron_workers, converted, tiny_llama_di
         told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert result.code == 2 and len(told) == 1 and message in told[0], (text, result.stderr[-2000:])
         assert not out.exists(), text
-    words = ["megatron", "rlhf", "--rlhf_type", "rm", "--model", str(tiny_llama_dir), "--dataset", str(data)]
-    result = megatron_workers.run([*words, "--save", str(out)])
-    assert result.code == 2 and not out.exists()
-    assert result.stderr.startswith(
-        "error: --rlhf_type rm is not there yet in parallel\nhint: use swift rlhf"
-    )

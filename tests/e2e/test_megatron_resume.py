@@ -84,3 +84,35 @@ def test_a_killed_run_goes_on_in_any_layout(megatron_workers, make_tiny_model_di
     assert_near(first, whole, 3)
     go_on(1, "--load", str(first / "checkpoint-6"), "--finetune", "false", "--save", str(second))
     assert_near(second, whole, 6)
+    third = tmp_path / "third"
+    go_on(
+        2, "--load", str(kept), "--finetune", "false", "--save", str(third),
+        "--tensor_model_parallel_size", "1",
+    )  # fmt: skip
+    assert_near(third, whole, 3)
+    args = json.loads((third / "args.json").read_text())
+    assert (args["tensor_model_parallel_size"], args["sequence_parallel"]) == (1, False)
+
+
+@pytest.mark.slow
+def test_what_a_run_goes_on_without(megatron_workers, make_tiny_model_dir, tmp_path):
+    """Random states are what dropout draws from, the optimizer's state is what a step is made of."""
+    model = make_tiny_model_dir(tmp_path, "qwen3", attention_dropout=0.5)
+    data = write_rows(tmp_path / "rows.jsonl")
+
+    def start(output: str, *flags: str) -> dict[str, tuple]:
+        words = ["megatron", "sft", "--save", str(tmp_path / output), "--add_version", "false", *flags]
+        result = megatron_workers.run(words)
+        assert result.code == 0, result.stderr[-3000:]
+        return {row[0].split("/")[0]: row[1:3] for row in read_log(tmp_path / output)}
+
+    whole = start(
+        "whole", "--model", str(model), "--dataset", str(data), "--train_iters", "4", "--lr", "5e-3",
+        "--micro_batch_size", "4", "--global_batch_size", "4", "--save_interval", "2", "--log_interval", "1",
+    )  # fmt: skip
+    go_on = ("--finetune", "false", "--load", str(tmp_path / "whole/checkpoint-2"))
+    assert start("same", *go_on) == {step: whole[step] for step in ("3", "4")}
+    found = start("random", *go_on, "--no_load_rng", "true")
+    assert abs(found["3"][0] - whole["3"][0]) > 1e-3  # the same weights and rows, other draws
+    found = start("fresh", *go_on, "--no_load_optim", "true")
+    assert found["3"] == whole["3"] and abs(found["4"][0] - whole["4"][0]) > 1e-3

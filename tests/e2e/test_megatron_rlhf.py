@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from test_rlhf import write, write_liked, write_pairs
 
+from swift.models.heads import count_labels
+
 TP2 = ("--tensor_model_parallel_size", "2", "--sequence_parallel", "true")
 PP2 = ("--pipeline_model_parallel_size", "2")
 NAMES = ("loss", "grad_norm", "rewards/margins", "rewards/chosen", "logps/chosen", "kl", "eval_loss")
@@ -60,3 +62,44 @@ def test_streamed_text(workers, megatron_workers, tiny_qwen3_dir, tmp_path):
     data = write(tmp_path / "rows.jsonl", rows)
     words = ["pt", "--model", str(tiny_qwen3_dir), "--dataset", str(data), *FULL, "--streaming", "true"]
     compare(workers, megatron_workers, words, tmp_path, PP2)
+
+
+@pytest.mark.slow
+def test_reward_model(workers, megatron_workers, tiny_qwen3_dir, tmp_path):
+    """A new head starts as that of swift does; what is saved gives the scores that swift's adapters give."""
+    data = write_pairs(tmp_path / "rows.jsonl", 20)
+    words = ["rlhf", "--rlhf_type", "rm", "--model", str(tiny_qwen3_dir), "--dataset", str(data), *LORA]
+    compare(workers, megatron_workers, [*words, "--split_dataset_ratio", "0.2"], tmp_path, PP2)
+    texts = [{"query": f"What about {i}?", "response": "It is so."} for i in range(3)]
+    asked, found = write(tmp_path / "texts.jsonl", texts), []
+    for run in ("plain", "cut"):
+        scores = tmp_path / f"{run}.jsonl"
+        ask = ["infer", "--adapters", str(tmp_path / run / "last"), "--val_dataset", str(asked)]
+        result = workers.run([*ask, "--result_path", str(scores)])
+        assert result.code == 0, result.stderr[-3000:]
+        found.append([json.loads(line)["score"] for line in scores.read_text().splitlines()])
+    assert len(set(found[0])) == 3 and found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_classes(workers, megatron_workers, tiny_qwen3_dir, tmp_path):
+    """From weights in Megatron's format, which have no head; those of the run have one."""
+    rows = [
+        {"query": f"{'apple' if i % 2 else 'stone'} {i}", "response": ".", "label": i % 2} for i in range(20)
+    ]
+    data, mcore = write(tmp_path / "rows.jsonl", rows), tmp_path / "mcore"
+    to_mcore = ["export", "--model", str(tiny_qwen3_dir), "--to_mcore", "true", "--output_dir", str(mcore)]
+    assert megatron_workers.run(to_mcore).code == 0
+    task = ["sft", "--task_type", "seq_cls", "--num_labels", "2", "--dataset", str(data), *FULL]
+    words = [*task, "--model", str(tiny_qwen3_dir), "--split_dataset_ratio", "0.2"]
+    compare(workers, megatron_workers, words, tmp_path, (*TP2, "--load", str(mcore)))
+    assert count_labels(tmp_path / "cut/last") == 2
+    kept, losses = tmp_path / "cut/checkpoint-4", []
+    once = ["megatron", *task, "--add_version", "false", "--train_iters", "1"]
+    for number, start in enumerate((["--model", str(kept)], ["--load", str(kept / "iter_0000004")])):
+        result = megatron_workers.run([*once, *start, "--save", str(tmp_path / str(number))])
+        assert result.code == 0, result.stderr[-3000:]
+        losses.append(read_curve(tmp_path / str(number))[0]["loss"])
+    assert losses[0] == losses[1] != pytest.approx(read_curve(tmp_path / "cut")[0]["loss"], rel=1e-2)
+    result = megatron_workers.run(["megatron", "sft", "--dataset", str(data), *start])
+    assert result.code == 2 and "it holds score.weight" in result.stderr

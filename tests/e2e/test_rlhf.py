@@ -12,6 +12,8 @@ from test_sft import losses, only_run, read_log
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from swift.cli.main import run as run_command
+from swift.data.shapes import JUDGE, SHAPES
+from swift.data.types import Row
 
 GOOD, BAD = "Thank you for asking.", "Now go away."
 
@@ -41,8 +43,11 @@ def write_liked(path: Path, count: int = 16) -> Path:
     return write(path, rows)
 
 
+SFT_TASKS = ("seq_cls", "embedding", "reranker", "generative_reranker")
+
+
 def command(kind: str, model: Path, data: Path, output: Path, *flags: str) -> list[str]:
-    name = ["sft", "--task_type", kind] if kind in ("seq_cls", "embedding", "reranker") else None
+    name = ["sft", "--task_type", kind] if kind in SFT_TASKS else None
     return [
         *(name or ["rlhf", "--rlhf_type", kind]), "--model", str(model), "--dataset", str(data),
         "--output_dir", str(output), "--per_device_train_batch_size", "4", 
@@ -367,11 +372,14 @@ TASKS = {
         ("--loss_type", "listwise_reranker"),
     ),
 }
+TASKS["generative_reranker"] = (TASKS["reranker"][0], ("--loss_type", "generative_reranker"))
 
 
 @pytest.mark.parametrize("name", list(TASKS))
-def test_tasks_of_whole_texts_learn_in_any_layout(name, tiny_llama_dir, tmp_path):
+def test_tasks_of_whole_texts_learn_in_any_layout(name, tiny_llama_dir, tmp_path, monkeypatch):
     rows, flags = TASKS[name]
+    for kind, token in {"POSITIVE": "y", "NEGATIVE": "n"}.items():
+        monkeypatch.setenv(f"GENERATIVE_RERANKER_{kind}_TOKEN", token)
     data = write(tmp_path / "rows.jsonl", rows)
     kind = {"infonce": "embedding", "several classes": "seq_cls"}.get(name, name)
     flags = (
@@ -524,3 +532,22 @@ def test_a_language_model_is_no_reward_model(tiny_llama_dir, tmp_path, capfd):
     run = train("rm", tiny_llama_dir, data, tmp_path / "out", "--max_steps", "1")
     assert run_command(["infer", "--adapters", str(run / "last")]) == 2
     assert "gives scores, not answers" in capfd.readouterr().err
+
+
+def test_a_verdict_has_to_be_a_token(tiny_llama_dir, tmp_path, capfd):
+    data = write(tmp_path / "rows.jsonl", TASKS["reranker"][0])
+    assert run_command(command("generative_reranker", tiny_llama_dir, data, tmp_path / "out")) == 2
+    said = " ".join(capfd.readouterr().err.split())
+    assert "error: --task_type generative_reranker: the tokenizer has no token 'yes'" in said
+    assert "name another one with GENERATIVE_RERANKER_POSITIVE_TOKEN" in said
+
+
+def test_a_pair_is_judged_as_its_model_card_says() -> None:
+    columns = {"messages": [{"role": "system", "content": "Find it."}, {"role": "user", "content": "Where?"}],
+               "positive_messages": ["Here."], "negative_messages": ["There."]}  # fmt: skip
+    samples = SHAPES["judged"].read(Row(columns, "f", 1)).samples
+    texts = [[message["content"] for message in sample.messages] for sample in samples]
+    assert [text[1] for text in texts] == [
+        f"<Instruct>: Find it.\n<Query>: Where?\n<Document>: {place}." for place in ("Here", "There")
+    ]
+    assert {text[0] for text in texts} == {JUDGE}

@@ -21,7 +21,8 @@ from swift.config.layout import (
     suggest,
 )
 from swift.config.megatron import MegatronConfig
-from swift.config.option import ConfigError
+from swift.config.megatron_runs import MegatronSftRun
+from swift.config.option import ConfigError, build, flatten
 
 SMOLLM2 = ModelSizes(layers=30, heads=9, kv_heads=3, ffn=1536, vocab=49152)
 QWEN3_8B = ModelSizes(layers=36, heads=32, kv_heads=8, ffn=12288, vocab=151936)
@@ -220,11 +221,15 @@ def test_numbers_of_a_config() -> None:
 
 
 def test_a_layout_goes_on_as_a_whole_or_not_at_all() -> None:
-    none, saved = (dataclasses.asdict(config_of(**short)) for short in ({}, {"tp": 2, "sp": True}))
-    kept = [world for world in range(1, 7) if keeps_layout(none, saved, world)]
+    saved = dataclasses.asdict(config_of(tp=2, sp=True))
+    kept = [world for world in range(1, 7) if keeps_layout({"lr"}, saved, world)]
     assert kept == [2, 4, 6]
-    assert not keeps_layout(dataclasses.asdict(config_of(pp=2)), saved, 2)
-    assert keeps_layout(dataclasses.asdict(config_of(sp=True)), saved, 2)
+    assert not keeps_layout({"pipeline_model_parallel_size"}, saved, 2)
+    assert keeps_layout({"sequence_parallel"}, saved, 2)
+    typed = {"tensor_model_parallel_size": 1}  # which is the default, and another layout than before
+    run = build(MegatronSftRun, typed)
+    assert run.megatron == MegatronConfig() and "given" not in flatten(run)
+    assert not keeps_layout(run.given, saved, 2)
     assert describe(MegatronConfig(global_batch_size=4, pipeline_model_parallel_size=2)) == (
         "--pipeline_model_parallel_size 2"
     )
@@ -246,3 +251,17 @@ def test_layers_that_are_recomputed_together() -> None:
         with pytest.raises(ConfigError, match=f"_num_layers {chunk} does not divide the {count} ") as told:
             check(chunk, **short)
         assert told.value.message.endswith(f"(it can be {fitting})")
+
+
+def test_columns_of_experts_that_products_cannot_take() -> None:
+    sizes = dataclasses.replace(QWEN3_30B_A3B, expert_ffn=24, grain=8)
+    assert choose_layout(config_of(ep=2), world=2, sizes=sizes).expert == 2
+    message, hint = refusal(2, sizes, etp=2)
+    assert message == (
+        "--expert_tensor_parallel_size 2 leaves 12 columns of an expert to a process: products of experts in "
+        "this precision need a multiple of 8"
+    )
+    assert hint.endswith(" or --expert_model_parallel_size 2")
+    message, hint = refusal(2, dataclasses.replace(sizes, expert_ffn=20), ep=2)
+    assert message.startswith("the model has 20 columns of an expert to a process: ")
+    assert hint == "use swift sft"

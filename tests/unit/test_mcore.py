@@ -129,8 +129,7 @@ def test_args_fill_what_the_command_line_leaves_open(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = write_mcore(tmp_path / "m", system="Be brief.", torch_dtype="bfloat16", max_length=7)
-    settled = settle(sft_run(mcore_model=str(directory)))
-    run, weights = settled.run, settled.weights
+    run = settle(sft_run(mcore_model=str(directory)))
     assert (run.model.model, run.model.torch_dtype, run.template.system) == (
         "org/Model-1B",
         "bfloat16",
@@ -138,18 +137,17 @@ def test_args_fill_what_the_command_line_leaves_open(
     )
     assert run.template.max_length is None  # lengths belong to the training that was
     assert run.output.output_dir == "megatron_output/Model-1B"
-    assert weights is not None and settled.config_directory == directory
+    assert run.megatron.mcore_model == str(directory / "iter_0000001")
     assert "from its args.json: model 'org/Model-1B', torch_dtype 'bfloat16'" in capsys.readouterr().err
-    run = settle(sft_run(mcore_model=str(directory), model="other", system="Mine.", output_dir="out")).run
+    run = settle(sft_run(mcore_model=str(directory), model="other", system="Mine.", output_dir="out"))
     assert (run.model.model, run.template.system, run.output.output_dir) == ("other", "Mine.", "out")
 
 
 def test_load_of_a_huggingface_directory_is_model(
     tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settled = settle(sft_run(mcore_model=str(tiny_llama_dir)))
-    assert (settled.run.model.model, settled.run.megatron.mcore_model) == (str(tiny_llama_dir), None)
-    assert (settled.weights, settled.config_directory) == (None, None)
+    run = settle(sft_run(mcore_model=str(tiny_llama_dir)))
+    assert (run.model.model, run.megatron.mcore_model) == (str(tiny_llama_dir), None)
     assert f"{tiny_llama_dir} is a HuggingFace directory: taken as --model" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="is a HuggingFace directory, and --model other is another"):
         settle(sft_run(mcore_model=str(tiny_llama_dir), model="other"))
@@ -239,9 +237,9 @@ def test_flags_that_contradict_each_other(values: dict[str, object], message: st
     assert caught.value.message.startswith(message)
 
 
-def test_reward_models_are_not_there_yet() -> None:
-    with pytest.raises(ConfigError, match="--rlhf_type rm is not there yet in parallel"):
-        build(MegatronRlhfRun, {"model": "m", "dataset": ("d",), "rlhf_type": "rm"}).check()
+def test_what_is_not_there_yet() -> None:
+    with pytest.raises(ConfigError, match="--rlhf_type grpo is not there yet in parallel"):
+        build(MegatronRlhfRun, {"model": "m", "dataset": ("d",), "rlhf_type": "grpo"}).check()
     build(MegatronRlhfRun, {"mcore_model": "m", "dataset": ("d",), "rlhf_type": "kto"}).check()
 
 

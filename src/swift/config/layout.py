@@ -5,7 +5,7 @@ instead. Not here: process groups (engines/megatron).
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
@@ -106,12 +106,12 @@ class ModelSizes:
     vocab: int
     experts: int = 0
     expert_ffn: int = 0
+    grain: int = 1  # columns of an expert come in multiples of it
 
 
-def keeps_layout(given: Mapping[str, Any], saved: Mapping[str, Any], world: int) -> bool:
+def keeps_layout(given: Iterable[str], saved: Mapping[str, Any], world: int) -> bool:
     """Whether a run that goes on has the layout it had: none is given, and the old one is for `world` too."""
-    defaults = {field.name: field.default for field in fields(LayoutConfig)}
-    if any(given[name] != defaults[name] for name in (*DEGREES, *UNEVEN)):
+    if not {*DEGREES, *UNEVEN}.isdisjoint(given):
         return False
     return world % math.prod(saved[name] for name in DEGREES[:3]) == 0
 
@@ -138,7 +138,8 @@ def choose_layout(config: LayoutConfig, *, world: int, sizes: ModelSizes) -> Lay
     fault = next(find_faults(config, world, sizes), None)
     if fault is not None:
         nearest = " or ".join(describe(other) for other in suggest(config, world, sizes))
-        raise ConfigError(fault, hint=f"with {world} process(es) this works: {nearest}")
+        hint = f"with {world} process(es) this works: {nearest}" if nearest else "use swift sft"
+        raise ConfigError(fault, hint=hint)
     return Layout(
         world=world,
         tensor=config.tensor_model_parallel_size,
@@ -215,6 +216,12 @@ def _expert_faults(config: LayoutConfig, world: int, sizes: ModelSizes) -> Itera
         yield f"{_flag(config, DEGREES[3])} does not divide the model's {sizes.experts} experts"
     if sizes.expert_ffn % expert_tensor:
         yield f"{_flag(config, DEGREES[4])} does not divide the {sizes.expert_ffn} columns of an expert"
+    elif (sizes.expert_ffn // expert_tensor) % sizes.grain:
+        leaves = f"{_flag(config, DEGREES[4])} leaves" if expert_tensor > 1 else "the model has"
+        yield (
+            f"{leaves} {sizes.expert_ffn // expert_tensor} columns of an expert to a process: products of "
+            f"experts in this precision need a multiple of {sizes.grain}"
+        )
     stage = world // config.pipeline_model_parallel_size
     if not stage or stage % (expert * expert_tensor):
         times = f" x {_flag(config, DEGREES[4])}" if expert_tensor > 1 else ""

@@ -83,7 +83,7 @@ class MegatronConfig(LayoutConfig):
         False, help="compute shared experts while tokens travel to the others"
     )
     moe_aux_loss_coeff: float = option(
-        0.0, help="weight of the loss that balances the experts; 0 = off", range=(0, None)
+        0.0, help="weight of the loss that balances the experts, a mean over layers; 0 = off", range=(0, None)
     )
     moe_z_loss_coeff: float | None = option(
         None, help="weight of the loss that keeps the router's logits small; none = off", range=(0, None)

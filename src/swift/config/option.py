@@ -78,11 +78,15 @@ def iterate_knobs(config_class: type) -> Iterator[Knob]:
         if dataclasses.is_dataclass(kind):
             yield from (dataclasses.replace(k, group=field.name) for k in iterate_knobs(kind))
             continue
-        yield Knob(field.name, "", config_class, kind, default_of(field), **field.metadata)
+        if field.metadata:  # others are no knobs
+            yield Knob(field.name, "", config_class, kind, default_of(field), **field.metadata)
 
 
 def build(config_class: type, values: dict[str, Any]) -> Any:
-    """A nested config from flat values; absent names keep their defaults. Values are checked as they are."""
+    """A nested config from flat values; absent names keep their defaults. Values are checked as they are.
+
+    A field `given` gets the names that are there.
+    """
     hints = typing.get_type_hints(config_class)
     arguments: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):
@@ -92,6 +96,8 @@ def build(config_class: type, values: dict[str, Any]) -> Any:
         elif field.name in values:
             check_value(field, values[field.name])
             arguments[field.name] = values[field.name]
+        elif field.name == "given":
+            arguments["given"] = frozenset(values)
     return config_class(**arguments)
 
 
@@ -129,7 +135,7 @@ def flatten(config: Any) -> dict[str, Any]:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             flat.update(flatten(value))
-        else:
+        elif field.metadata:
             flat[field.name] = list(value) if isinstance(value, tuple) else value
     return flat
 

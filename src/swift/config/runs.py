@@ -41,6 +41,7 @@ class TrainRun:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    given: frozenset[str] = frozenset()  # the flags that somebody typed, also where they are as ever
 
     @property
     def eval_limit(self) -> int | None:

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 from swift.config.option import ConfigError, option
 
-TASKS = ("causal_lm", "seq_cls", "embedding", "reranker")
+TASKS = ("causal_lm", "seq_cls", "embedding", "reranker", "generative_reranker")
+RERANKING = ("pointwise_reranker", "listwise_reranker")
 # Losses of a task, its default first.
 TASK_LOSSES: dict[str, tuple[str, ...]] = {
     "embedding": ("cosine_similarity", "contrastive", "online_contrastive", "infonce"),
-    "reranker": ("pointwise_reranker", "listwise_reranker"),
+    "reranker": RERANKING,
+    "generative_reranker": RERANKING,
 }
 MULTI_LABEL = "multi_label_classification"
 PROBLEMS = ("single_label_classification", "regression", MULTI_LABEL)
@@ -19,7 +21,7 @@ class TaskConfig:
     task_type: str = option(
         "causal_lm",
         help="what the model learns to give: text, a class or number (seq_cls), an embedding, or how well a "
-        "document answers a query (reranker)",
+        "document answers a query, by a head (reranker) or by yes and no (generative_reranker)",
         choices=TASKS,
     )
     num_labels: int | None = option(None, help="classes of seq_cls; 1 = a number", range=(1, None))
@@ -31,7 +33,7 @@ class TaskConfig:
     loss_type: str | None = option(
         None,
         help="loss of embeddings and rerankers; none = cosine_similarity, pointwise_reranker",
-        choices=tuple(name for names in TASK_LOSSES.values() for name in names),
+        choices=tuple(dict.fromkeys(name for names in TASK_LOSSES.values() for name in names)),
     )
 
     @property

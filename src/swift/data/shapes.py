@@ -50,6 +50,24 @@ def _read_documents(row: Row) -> Example:
     return Example(tuple(joined))
 
 
+def _read_judged(row: Row) -> Example:
+    """The same as questions to be answered by yes or no; a system message says what is asked for.
+
+    In the words that Qwen3-Reranker was trained on, as its model card gives them.
+    """
+    query, documents = _read_group(row, "assistant")
+    first, last = query.messages[0], query.messages[-1]
+    wanted = first["content"] if first["role"] == "system" else INSTRUCTION
+    system: Message = {"role": "system", "content": JUDGE}
+    asked = (
+        f"<Instruct>: {wanted}\n<Query>: {last['content']}\n<Document>: {document.messages[-1]['content']}"
+        for document in documents
+    )
+    return Example(
+        tuple(replace(query, messages=(system, {"role": "user", "content": text})) for text in asked)
+    )
+
+
 def _read_group(row: Row, role: str = "user") -> tuple[Sample, list[Sample]]:
     """What is asked, its right partner and any wrong ones. `role` says what is given as mere text."""
     columns = {name: value for name, value in row.columns.items() if name not in _PARTNERS}
@@ -74,6 +92,11 @@ def _as_messages(value: Any, role: str) -> list[Message]:
 
 
 _PARTNERS = ("positive_messages", "negative_messages")
+JUDGE = (
+    "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
+    'Note that the answer can only be "yes" or "no".'
+)
+INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 SHAPES: dict[str, Shape] = {
     "chat": Shape(lambda row: Example((to_sample(row),))),
     "pair": Shape(to_preference, ("margin",)),  # chosen, rejected
@@ -84,4 +107,5 @@ SHAPES: dict[str, Shape] = {
     "alike": Shape(_read_alike, ("label",)),  # two texts
     "anchors": Shape(_read_anchors, by_place=(("role", (0, 1, 2)),)),  # anchor, positive, negatives
     "documents": Shape(_read_documents, by_place=(("label", (1, 0)),)),  # of one query
+    "judged": Shape(_read_judged, by_place=(("label", (1, 0)),), waits=True),  # the same, as questions
 }

@@ -1,16 +1,24 @@
 """A head on the last token of a text in place of the language model's own: reward models, classifiers."""
 
+import copy
 from pathlib import Path
 
 import torch
 from peft import TaskType
 from safetensors import safe_open
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from swift.config.option import ConfigError
 from swift.config.quant import QuantConfig
 from swift.models.directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from swift.models.load import load_model
+from swift.utils import env
 
 HEAD = "score"  # the name of the head in every decoder of transformers
 SUFFIX = "ForSequenceClassification"
@@ -57,6 +65,40 @@ def load_scoring_model(
         )  # fmt: skip
     if not isinstance(getattr(model, HEAD, None), torch.nn.Linear):
         raise ConfigError(f"{type(model).__name__} has no layer called {HEAD}", hint="take another model")
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    model.config.problem_type = problem or model.config.problem_type
+    complete_config(model.config, tokenizer, problem)
     return model
+
+
+def verdict_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Yes and no. Raises ConfigError where the tokenizer has no token for one of them."""
+    found = []
+    for kind, usual in (("POSITIVE", "yes"), ("NEGATIVE", "no")):
+        name = f"GENERATIVE_RERANKER_{kind}_TOKEN"
+        word = env.read(name, usual)
+        token = tokenizer.get_vocab().get(word)
+        if token is None:
+            raise ConfigError(
+                f"--task_type generative_reranker: the tokenizer has no token {word!r}",
+                hint=f"name another one with {name}",
+            )
+        found.append(token)
+    return found[0], found[1]
+
+
+def complete_config(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, problem: str | None
+) -> None:
+    """Notes in a config with a head what others need to ask it."""
+    config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    config.problem_type = problem or config.problem_type
+
+
+def scoring_config(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, num_labels: int, problem: str | None
+) -> PretrainedConfig:
+    """What config.json says of a model of `config` with a head of `num_labels` outputs."""
+    found = copy.deepcopy(config)
+    found.num_labels = num_labels
+    found.architectures = [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)].__name__]
+    complete_config(found, tokenizer, problem)
+    return found

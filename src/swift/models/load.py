@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -26,7 +27,9 @@ from swift.models.quant import build_quantization
 from swift.utils import env
 from swift.utils.log import warn, warn_once
 
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+LOAD_ERRORS = (
+    OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, StrictDataclassError
+)  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt", "tekken.json")
 # Pad tokens of published models, none of which ends a turn.
 PAD_TOKENS = (
@@ -167,7 +170,9 @@ def load_config(path: Path) -> PretrainedConfig:
         raise cannot_load(f"{path}/config.json", error) from error
 
 
-def cannot_load(what: str, error: Exception) -> ConfigError:
+def cannot_load(what: str, error: BaseException) -> ConfigError:
+    if isinstance(error, StrictDataclassError) and error.__cause__:  # which alone says what is wrong
+        error = error.__cause__
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return ConfigError(f"{what} cannot be loaded: {lines[0].strip()}", hint="SWIFT_DEBUG=1 shows where")
 

@@ -4,6 +4,7 @@ An engine that builds the layers by itself learns from it which weights have ada
 which values: all as `swift sft` has them. Not here: the layers of such an engine.
 """
 
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,11 +12,17 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from swift.config.option import ConfigError
 from swift.config.tuner import TunerConfig
 from swift.models.adapters import add_lora, load_adapter, set_up
+from swift.models.heads import HEAD
 from swift.models.targets import linear_layers
 
 # What Megatron calls the layers, and what these consist of in published models.
@@ -54,6 +61,7 @@ class Outline:
 
     config: LoraConfig
     factors: dict[str, Factors]
+    head: Tensor | None = None  # [num_labels, D] of adapters that bring one along
 
     @property
     def num_parameters(self) -> int:
@@ -68,13 +76,14 @@ def outline_adapters(
     base: Path,
     seed: int,
     resumed: Path | None = None,
+    num_labels: int | None = None,
 ) -> Outline:
     """New adapters, those of --adapters, or those of the checkpoint `resumed`.
 
-    base: the model's directory; dtype: of its weights.
+    base: the model's directory; dtype: of its weights; num_labels: of a head, which is trained whole.
     Raises ConfigError for names that the model does not have, and for what is not plain LoRA.
     """
-    model = hollow_model(hf, dtype, base)
+    model = hollow_model(hf, dtype, base, num_labels)
     source = Path(tuner.adapters[0]).expanduser() if tuner.adapters else None
     if source is None:
         adapted = add_lora(model, in_hf_names(model, tuner), seed=seed)
@@ -82,19 +91,34 @@ def outline_adapters(
         adapted = set_up(load_adapter(model, resumed or source, trainable=True), tuner)
     config = adapted.peft_config["default"]
     assert isinstance(config, LoraConfig)
-    for name, unused in (("use_dora", False), ("bias", "none"), ("modules_to_save", None)):
-        if getattr(config, name) != unused:
+    of_head = (None, {HEAD, "classifier"}) if num_labels else (None,)  # PEFT names both
+    whole = set(config.modules_to_save) if config.modules_to_save else None
+    faults = {
+        "use_dora": config.use_dora,
+        "bias": config.bias != "none",
+        "modules_to_save": whole not in of_head,
+    }
+    for name, is_fault in faults.items():
+        if is_fault:
             raise ConfigError(
                 f"--adapters {source}: megatron does not train what {name} {getattr(config, name)} adds",
                 hint="use swift sft",
             )
-    return Outline(config, dict(find_factors(adapted)))
+    head = adapted.get_submodule(f"{PREFIX}{HEAD}").modules_to_save["default"] if num_labels else None
+    given = head is not None and source is not None
+    return Outline(config, dict(find_factors(adapted)), head.weight.detach() if given else None)
 
 
-def hollow_model(hf: PretrainedConfig, dtype: torch.dtype, base: Path) -> PreTrainedModel:
+def hollow_model(
+    hf: PretrainedConfig, dtype: torch.dtype, base: Path, num_labels: int | None
+) -> PreTrainedModel:
     """The modules of transformers, each weight one number seen as often as the shape says."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(hf, dtype=dtype)
+        if num_labels:
+            hf = copy.deepcopy(hf)
+            hf.num_labels = num_labels
+        kind = AutoModelForSequenceClassification if num_labels else AutoModelForCausalLM
+        model: PreTrainedModel = kind.from_config(hf, dtype=dtype)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             number = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)

@@ -16,6 +16,7 @@ from swift.config.runs import RlhfRun, TrainRun
 from swift.engines.protocol import Engine, Snapshot, StepInfo, Sums
 from swift.engines.ranks import Ranks
 from swift.models.hub import resolve_model
+from swift.models.load import load_config
 from swift.objectives.types import Objective, TokenStats
 from swift.objectives.value import Value
 from swift.train.building import build_engine
@@ -122,7 +123,7 @@ def build_engines(
     value = Value(run.ppo.cliprange_value, run.ppo.vf_coef)
     critic = build(
         method=replace(method, objective=value, num_labels=1, needs_reference=False, mix_every=None),
-        ready=replace(ready, model_path=start),
+        ready=replace(ready, model_path=start, model_config=load_config(start)),
         resumption=resumption and replace(resumption, checkpoint=resumption.checkpoint / VALUE_MODEL),
         accumulation=accumulation,
     )

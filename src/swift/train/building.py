@@ -22,7 +22,7 @@ from swift.engines.transformers.forward import check_sequence_parallel
 from swift.engines.transformers.wrap import Wrapper, load_zero, wrap
 from swift.models.adapters import add_lora, describe_adapters, load_adapter, merge, set_up
 from swift.models.freezing import freeze
-from swift.models.heads import load_scoring_model
+from swift.models.heads import load_scoring_model, verdict_tokens
 from swift.models.load import load_model
 from swift.plugins.callbacks import Callback
 from swift.train.callbacks import EarlyStop, Screen
@@ -51,6 +51,7 @@ def build_engine(
 ) -> TransformersEngine:
     """Seeds everything, loads the weights, adds adapters. Each rank draws dropout of its own."""
     check_sequence_parallel(ready.model_config, ranks.sequence_size)
+    verdict = verdict_tokens(ready.tokenizer) if method.answers_yes else None
     wrapper = choose_wrapper(run, ranks, accumulation, ready.model_config.get_text_config().hidden_size)
     for flag in ("activation_cpu_offload", "tf32"):
         if getattr(run.schedule, flag) and device.type != "cuda":
@@ -102,6 +103,7 @@ def build_engine(
         frozen=frozen,
         frozen_moves=method.mix_every is not None,
         temperature=run.online.temperature if isinstance(run, RlhfRun) and method.samples else 1.0,
+        verdict=verdict,
     )
 
 

@@ -4,9 +4,9 @@ Owns: the meaning of --mcore_model (--load) and --finetune. Not here: the layout
 (config/layout.py), reading the weights (engines/megatron).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from swift.config.layout import Layout, micro_batches
 from swift.config.megatron_runs import MegatronRlhfRun, MegatronSftRun
@@ -19,19 +19,6 @@ from swift.utils.log import say
 
 Run = TypeVar("Run", MegatronSftRun, MegatronRlhfRun)
 OUTPUT = Path("megatron_output")
-
-
-@dataclass(frozen=True)
-class Settled(Generic[Run]):
-    """A run whose weights have been found."""
-
-    run: Run
-    weights: McoreCheckpoint | None  # in Megatron's format; None = those of --model
-
-    @property
-    def config_directory(self) -> Path | None:
-        """Where config.json and the tokenizer are; None = with --model."""
-        return self.weights.config_directory if self.weights else None
 
 
 def as_resumption(run: Run) -> Run:
@@ -50,18 +37,19 @@ def as_resumption(run: Run) -> Run:
     return replace(run, schedule=schedule, megatron=megatron, tuner=replace(run.tuner, adapters=()))
 
 
-def settle(run: Run) -> Settled[Run]:
-    """Finds --mcore_model and takes from its args.json what the command line leaves open. After resuming."""
+def settle(run: Run) -> Run:
+    """Takes from the args.json of --mcore_model what the command line leaves open. After resuming.
+
+    --mcore_model is then the directory of an iteration, or None where --model has the weights.
+    """
     if run.megatron.sequence_parallel and run.megatron.tensor_model_parallel_size == 1:
         say("--sequence_parallel true has no effect without --tensor_model_parallel_size above 1")
-    weights = None
     if run.megatron.mcore_model:
         weights = find_weights(Path(run.megatron.mcore_model))
         run = _from_directory(run, weights) if isinstance(weights, Path) else _from_mcore(run, weights)
     assert run.model.model is not None, "check_complete has run"
-    name = Path(run.model.model).name
-    output = replace(run.output, output_dir=run.output.output_dir or str(OUTPUT / name))
-    return Settled(replace(run, output=output), None if isinstance(weights, Path) else weights)
+    output = run.output.output_dir or str(OUTPUT / Path(run.model.model).name)
+    return replace(run, output=replace(run.output, output_dir=output))
 
 
 def _from_directory(run: Run, path: Path) -> Run:
@@ -99,7 +87,7 @@ def _from_mcore(run: Run, weights: McoreCheckpoint) -> Run:
     template, from_template = fill_defaults(run.template, saved, TAKEN["template"])
     taken = ", ".join(f"{name} {value!r}" for name, value in (from_model | from_template).items())
     say(f"weights of {weights.weights}" + (f"; from its args.json: {taken}" if taken else ""))
-    megatron = replace(run.megatron, mcore_model=str(weights.directory))
+    megatron = replace(run.megatron, mcore_model=str(weights.weights))
     return replace(run, model=model, template=template, megatron=megatron)
 
 

@@ -33,6 +33,7 @@ class Method:
     mix_every: int | None = None  # steps between two updates of the reference; none = it stays
     mix_share: float = 0.0  # of the model in an updated reference
     num_labels: int | None = None  # outputs of a head on the last token; none = the language model itself
+    answers_yes: bool = False  # the score of a text is how much likelier than no the next token is yes
 
 
 def sft_method(task: TaskConfig, variants: SftConfig) -> Method:
@@ -44,9 +45,11 @@ def sft_method(task: TaskConfig, variants: SftConfig) -> Method:
         objective: Objective = InfoNce() if task.loss == "infonce" else EmbeddingPairs(task.loss)
         shape = "anchors" if task.loss == "infonce" else "alike"
         return Method(objective, shape, learns_text=False)
-    if task.task_type == "reranker":
+    if task.task_type.endswith("reranker"):
         objective = PointwiseReranker() if task.loss == "pointwise_reranker" else ListwiseReranker()
-        return Method(objective, "documents", num_labels=1, learns_text=False)
+        if task.task_type == "reranker":
+            return Method(objective, "documents", num_labels=1, learns_text=False)
+        return Method(objective, "judged", learns_text=False, answers_yes=True)
     return Method(Sft(variants))
 
 

@@ -57,7 +57,7 @@ def load_resumption(run: Run) -> tuple[Run, Resumption | None]:
     content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     given = flatten(run)
     values: dict[str, Any] = {}
-    anew = _new_layout(given, saved)
+    anew = _new_layout(run, given, saved)
     for knob in iterate_knobs(type(run)):
         default = list(knob.default) if isinstance(knob.default, tuple) else knob.default
         inherits = given[knob.name] == default and knob.name in saved and knob.name not in anew
@@ -76,12 +76,12 @@ def load_resumption(run: Run) -> tuple[Run, Resumption | None]:
     return resumed, Resumption(checkpoint, state, content["data"])
 
 
-def _new_layout(given: dict[str, Any], saved: dict[str, Any]) -> frozenset[str]:
+def _new_layout(run: TrainRun, given: dict[str, Any], saved: dict[str, Any]) -> frozenset[str]:
     """The flags of the layout where it is another one: it is taken as a whole or not at all."""
     names = frozenset(field.name for field in fields(LayoutConfig))
     if not names <= given.keys() & saved.keys():
         return frozenset()
-    if keeps_layout(given, saved, int(env.read("WORLD_SIZE", "1") or 1)):
+    if keeps_layout(run.given, saved, int(env.read("WORLD_SIZE", "1") or 1)):
         return frozenset()
     say("processes share the model in another way than before: these flags are not taken from the checkpoint")
     return names

@@ -1,6 +1,7 @@
 """`megatron pt|sft|rlhf`: the same runs on megatron-core. `swift`'s commands import nothing of it."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,14 +19,16 @@ from swift.engines.megatron.dist_checkpoint import load_model
 from swift.engines.megatron.engine import MegatronEngine, Wrapping
 from swift.engines.megatron.implementation import describe_implementation
 from swift.engines.megatron.lora import add_adapters, check_places
-from swift.engines.megatron.model import build_chunks
+from swift.engines.megatron.model import build_chunks, draw_head
 from swift.engines.megatron.settings import Settings, chosen_settings, model_settings
 from swift.engines.megatron.setup import context_ranks, join_model_parallel, seed_model_parallel
+from swift.engines.megatron.tables import HEAD
 from swift.engines.ranks import Ranks, join_ranks
+from swift.models.heads import count_labels, scoring_config, verdict_tokens
 from swift.models.load import SLOW_HALF, load_config, pick_device
-from swift.models.mcore import find_mcore
 from swift.models.outline import Outline, outline_adapters
 from swift.plugins.registry import load_object
+from swift.train.actor_critic import build_engines
 from swift.train.backend import Backend
 from swift.train.building import seed_everything
 from swift.train.megatron import as_resumption, settle, with_accumulation
@@ -34,7 +37,7 @@ from swift.train.preparing import Prepared, locate_model
 from swift.train.resume import Resumption
 from swift.train.run import train
 from swift.utils import env
-from swift.utils.log import say, warn
+from swift.utils.log import say, warn_once
 
 
 def run_pt(run: MegatronSftRun) -> int:
@@ -55,15 +58,15 @@ def run_rlhf(run: MegatronRlhfRun) -> int:
 def layout_of(run: MegatronRun, config: PretrainedConfig) -> Layout:
     """How the processes of this job share the model; ConfigError where they cannot."""
     world = int(env.read("WORLD_SIZE", "1") or 1)
-    return choose_layout(run.megatron, world=world, sizes=model_sizes(config.to_dict()))
+    # Grouped products take rows of a multiple of 16 bytes.
+    grain = 16 // choose_dtype(run, config, pick_device(run.model.device)).itemsize
+    return choose_layout(run.megatron, world=world, sizes=replace(model_sizes(config.to_dict()), grain=grain))
 
 
 def locate(run: MegatronRun) -> tuple[MegatronRun, Path]:
     """Where config and tokenizer are, and the run with the micro-batches that its layout makes of a step."""
-    directory = (
-        find_mcore(Path(run.megatron.mcore_model)).config_directory if run.megatron.mcore_model else None
-    )
-    if directory is None:
+    directory = Path(run.megatron.mcore_model or ".").parent
+    if not (run.megatron.mcore_model and (directory / "config.json").is_file()):
         run, directory = locate_model(run)
     layout = layout_of(run, load_config(directory))
     run.megatron.check_layers(layout)
@@ -84,7 +87,7 @@ def choose_dtype(run: MegatronRun, config: PretrainedConfig, device: torch.devic
     dtype = getattr(torch, named) if named else torch.float32 if on_cpu else config.dtype or torch.bfloat16
     if on_cpu and dtype != torch.float32 and torch.backends.cpu.get_cpu_capability() in SLOW_HALF:
         name = str(dtype).removeprefix("torch.")
-        warn(f"this CPU cannot multiply {name} fast: weights and arithmetic are float32")
+        warn_once(f"this CPU cannot multiply {name} fast: weights and arithmetic are float32")
         return torch.float32
     return dtype
 
@@ -97,11 +100,9 @@ def build(
     ranks: Ranks,
     device: torch.device,
     resumption: Resumption | None,
-    _accumulation: int,
+    accumulation: int,  # noqa: ARG001 - as other engines are built
 ) -> MegatronEngine:
     """Seeds everything, builds this rank's part of the model and reads its weights."""
-    if method.num_labels is not None or not method.learns_text:
-        raise ConfigError("megatron has no heads for scores, classes and embeddings yet", hint="use swift")
     hf, seed = ready.model_config, run.schedule.seed
     seed_everything(seed + ranks.rank)
     seed_model_parallel(seed)
@@ -110,11 +111,16 @@ def build(
     flags = run.megatron
     if run.tuner.train_type == "lora":  # adapters stand beside layers of torch kernels
         flags = replace(flags, transformer_impl="torch")
-    settings = model_settings(hf, layout, dtype, **chosen_settings(flags, hf))
+    verdict = verdict_tokens(ready.tokenizer) if method.answers_yes else None
+    is_text = method.learns_text or method.answers_yes
+    head = method.num_labels if is_text else method.num_labels or 0
+    settings = model_settings(hf, layout, dtype, head=head, **chosen_settings(flags, hf))
     say(describe_implementation(settings.transformer_impl))
     outline = outline_of(run, ready, settings, resumption)
     teacher = teacher_settings(run, ready, dtype) if method.teaches else None
-    chunks = load_chunks(run, ready, settings, None)
+    is_judge = isinstance(run, MegatronRlhfRun) and method.foresees and method.num_labels
+    start = ready.model_path if is_judge and run.rewards.reward_model else None
+    chunks = load_chunks(run, ready, settings, start)
     if outline:
         add_adapters(chunks, hf, settings, outline)
     frozen = None
@@ -138,8 +144,12 @@ def build(
         ),
         frozen=frozen,
         temperature=run.online.temperature if isinstance(run, MegatronRlhfRun) and method.samples else 1.0,
+        verdict=verdict,
         files=Files(
-            hf, ready.model_path, hugging_face=flags.save_safetensors, adapter=outline and outline.config
+            describe(run, method, ready),
+            ready.model_path,
+            hugging_face=flags.save_safetensors,
+            adapter=outline and outline.config,
         ),
     )
     if resumption:
@@ -180,6 +190,7 @@ def outline_of(
     outline = outline_adapters(
         ready.model_config, run.tuner, dtype=settings.params_dtype, base=ready.model_path,
         seed=run.schedule.seed, resumed=resumption.checkpoint if resumption else None,
+        num_labels=settings.head or None,
     )  # fmt: skip
     check_places(ready.model_config, outline)
     return outline
@@ -187,12 +198,23 @@ def outline_of(
 
 def load_chunks(run: MegatronRun, ready: Prepared, settings: Settings, other: Path | None) -> list[nn.Module]:
     """This rank's chunks with the weights of --mcore_model, of --model, or of another HF directory."""
-    chunks = build_chunks(ready.model_config, settings)
+    chunks, source = build_chunks(ready.model_config, settings), other or ready.model_path
+    new_head = bool(settings.head) and count_labels(source) is None
+    if new_head:
+        draw_head(chunks, ready.model_config, run.schedule.seed)
     if run.megatron.mcore_model and other is None:
-        load_model(chunks, find_mcore(Path(run.megatron.mcore_model)).weights)
+        load_model(chunks, Path(run.megatron.mcore_model), new_head=new_head)
     else:
-        Bridge(ready.model_config, settings).load(chunks, other or ready.model_path)
+        Bridge(ready.model_config, settings).load(chunks, source, may_lack={HEAD} if new_head else ())
     return chunks
+
+
+def describe(run: MegatronRun, method: Method, ready: Prepared) -> PretrainedConfig:
+    """config.json of what is trained."""
+    if method.num_labels is None:
+        return ready.model_config
+    problem = run.task.problem_type if isinstance(run, MegatronSftRun) else None
+    return scoring_config(ready.model_config, ready.tokenizer, num_labels=method.num_labels, problem=problem)
 
 
 def merge(run: MegatronRun, checkpoint: Path) -> None:
@@ -202,4 +224,6 @@ def merge(run: MegatronRun, checkpoint: Path) -> None:
         load_object("swift.export.run:run_export")(build_config(ExportRun, plan))
 
 
-MEGATRON = Backend(lambda run: settle(run).run, locate, join, build, iterations=True, finish=merge)
+MEGATRON = Backend(
+    settle, locate, join, partial(build_engines, build_one=build), iterations=True, finish=merge
+)

@@ -32,6 +32,8 @@ VARIABLES = {
     "PET_NNODES": "nodes, from operators that start torchrun on Kubernetes",
     "PET_NODE_RANK": "index of this node, from them",
     "PET_NPROC_PER_NODE": "processes on this node, from them",
+    "GENERATIVE_RERANKER_POSITIVE_TOKEN": "what a generative reranker says of a fitting document: yes",
+    "GENERATIVE_RERANKER_NEGATIVE_TOKEN": "what it says of one that does not fit: no",
     "SSHPASS": "password that swift launch gives to ssh",
     "SWIFT_DEBUG": "1 = show the traceback behind an error line",
     "OMP_NUM_THREADS": "CPU threads of torch",
@@ -39,8 +41,8 @@ VARIABLES = {
 }
 # Settings that swift launch takes along to other nodes; others go with --env.
 PREFIXES = (
-    "CUDA_", "FLASH_", "GLOO_", "HF_", "HUGGINGFACE_", "MLFLOW_", "MODELSCOPE_", "NCCL_", "NVTE_", "OMP_",
-    "PYTORCH_", "SWANLAB_", "SWIFT_", "TOKENIZERS_", "TORCH_", "TRANSFORMERS_", "TRITON_",
+    "CUDA_", "FLASH_", "GENERATIVE_", "GLOO_", "HF_", "HUGGINGFACE_", "MLFLOW_", "MODELSCOPE_", "NCCL_",
+    "NVTE_", "OMP_", "PYTORCH_", "SWANLAB_", "SWIFT_", "TOKENIZERS_", "TORCH_", "TRANSFORMERS_", "TRITON_",
     "UCX_", "VLLM_", "WANDB_",
 )  # fmt: skip
 TRAVEL = ("PYTHONPATH", "XDG_CACHE_HOME", "USE_HF", "http_proxy", "https_proxy", "no_proxy")

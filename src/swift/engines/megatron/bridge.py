@@ -7,7 +7,7 @@ Not here: names (tables.py), cuts (pieces.py), megatron-core's own files (dist_c
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -58,24 +58,34 @@ class Bridge:
     """Loads and exports the chunks of one model. `settings` are those that the chunks were built with."""
 
     def __init__(self, hf_config: PretrainedConfig, settings: Settings) -> None:
-        self.tied = bool(hf_config.tie_word_embeddings)
-        self.rows = rows_of(hf_config.model_type, tied=self.tied)
+        self.spare = {"lm_head.weight"} if hf_config.tie_word_embeddings or settings.head else set()
+        self.rows = rows_of(
+            hf_config.model_type, tied=bool(hf_config.tie_word_embeddings), head=bool(settings.head)
+        )
         self.vocabulary, self.settings = hf_config.vocab_size, settings
 
-    def load(self, chunks: Sequence[nn.Module], source: Path, seen: Seen = lambda _: None) -> None:
+    def load(
+        self,
+        chunks: Sequence[nn.Module],
+        source: Path,
+        seen: Seen = lambda _: None,
+        may_lack: Collection[str] = (),
+    ) -> None:
         """Fills the parameters of this rank from a directory in HF's layout. Called by all ranks.
 
         Raises ConfigError, before anything is changed, where tensors are missing, left over or misshaped.
-        `seen` is told of bytes that have been read.
+        `seen` is told of bytes that have been read. Of `may_lack` what files lack stays as it is.
         """
         parts = self.parts(chunks)
         own = {name: piece.whole for part in parts for name, piece in part.pieces}
         shapes = {name: shape for theirs in collect(own) for name, shape in theirs.items()}
         with ExitStack() as stack:
             files = open_weights(source, stack)
+            shapes = {name: shape for name, shape in shapes.items() if name in files or name not in may_lack}
             self._check(files, shapes, source)
             for part in parts:
-                fill(part, files)
+                if all(name in files for name, _ in part.pieces):
+                    fill(part, files)
                 seen(part.parameter.nbytes)
 
     def _check(self, files: Mapping[str, Any], shapes: Mapping[str, Shape], source: Path) -> None:
@@ -84,8 +94,7 @@ class Bridge:
             raise ConfigError(
                 f"the weights in {source} lack {len(missing)} tensors, the first is {missing[0]}"
             )
-        ignored = {"lm_head.weight"} if self.tied else set()
-        left = sorted(n for n in files.keys() - shapes.keys() - ignored if not CONSTANT.search(n))
+        left = sorted(n for n in files.keys() - shapes.keys() - self.spare if not CONSTANT.search(n))
         if left:
             raise ConfigError(
                 f"the weights in {source} hold {len(left)} tensors that config.json has no place for, "

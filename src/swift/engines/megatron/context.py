@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 
 from swift.batch import Batch
 from swift.engines.transformers.attention import Segments
-from swift.engines.transformers.sequence_parallel import SequenceRanks, pad_tokens
+from swift.engines.transformers.sequence_parallel import SequenceRanks, gather_stats, pad_tokens
 
 Kind = Literal["all_gather", "a2a"]
 
@@ -70,12 +70,16 @@ class ContextRanks:
         return torch.cat([parts[i] for i in self.chunks(self.rank)], dim=-1)
 
     def gather(self, values_t: Tensor) -> Tensor:
-        """[t] -> [T] on every rank. Each computes the same loss from it, so backward keeps the own tokens."""
-        if self.size == 1:
-            return values_t
-        if values_t.dtype == torch.bool:
-            return self.gather(values_t.to(torch.uint8)).bool()
-        return GatherStats.apply(values_t, self)
+        """[t] -> [T] on every rank."""
+        return values_t if self.size == 1 else gather_stats(values_t, self)
+
+    def join(self, tokens: Tensor) -> Tensor:
+        """[t, ...] -> [T, ...] in order, without gradients."""
+        arrived = tokens.new_empty(self.size * tokens.shape[0], *tokens.shape[1:])
+        dist.all_gather_into_tensor(arrived, tokens.contiguous(), group=self.group)
+        held = [chunk for rank in range(self.size) for chunk in self.chunks(rank)]
+        parts = arrived.chunk(self.num_chunks)
+        return torch.cat([parts[held.index(chunk)] for chunk in range(self.num_chunks)])
 
     def gather_keys(self, tokens: Tensor) -> Tensor:
         """[t, ...] -> [T, ...] in order; backward sums over ranks."""
@@ -103,35 +107,13 @@ def stretch(lengths: Sequence[int], first: int, last: int, device: torch.device)
     return Stretch(Segments.of(queries, device, keys=Segments.of(keys, device)), first_key, last)
 
 
-def gather_chunks(tokens: Tensor, ranks: ContextRanks) -> Tensor:
-    """[t, ...] -> [T, ...] in order, without gradients."""
-    arrived = tokens.new_empty(ranks.size * tokens.shape[0], *tokens.shape[1:])
-    dist.all_gather_into_tensor(arrived, tokens.contiguous(), group=ranks.group)
-    held = [chunk for rank in range(ranks.size) for chunk in ranks.chunks(rank)]
-    parts = arrived.chunk(ranks.num_chunks)
-    return torch.cat([parts[held.index(chunk)] for chunk in range(ranks.num_chunks)])
-
-
-class GatherStats(Function):
-    """[t] of each rank -> [T] on all of them, as replicas."""
-
-    @staticmethod
-    def forward(ctx: Any, values_t: Tensor, ranks: ContextRanks) -> Tensor:
-        ctx.ranks = ranks
-        return gather_chunks(values_t, ranks)
-
-    @staticmethod
-    def backward(ctx: Any, gradient_T: Tensor) -> tuple[Tensor, None]:
-        return ctx.ranks.own(gradient_T), None
-
-
 class GatherTokens(Function):
     """[t, ...] of each rank -> [T, ...] on all of them, each of which uses it in its own way."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, ranks: ContextRanks) -> Tensor:
         ctx.ranks = ranks
-        return gather_chunks(tokens, ranks)
+        return ranks.join(tokens)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -8,7 +8,7 @@ Not here: what is in the states (engine), HF's files (bridge.py), which director
 
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,15 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from swift.config.option import ConfigError
 from swift.engines.megatron.bridge import Seen, collect, unwrap
+from swift.engines.megatron.layers import Head
+from swift.engines.megatron.tables import HEAD
 from swift.engines.transformers.slices import settle, to_host
 from swift.models.mcore import METADATA, TRACKER
 from swift.utils.files import write_text
 
 COMMON, KIND = "common.pt", CheckpointingConfig("torch_dist", 1)
 COMMON_KEY = re.compile("common_state/")  # where later versions of megatron-core keep it
+OUTPUT = "output_layer.weight"
 OPTIMIZER = "optimizer."  # how keys of its states begin
 AGAIN = "convert or copy it again"
 
@@ -131,15 +134,16 @@ def write(directory: Path, state: dict[str, Any], seen: Seen = lambda _: None) -
     collect(None)
 
 
-def read(directory: Path, state: dict[str, Any]) -> dict[str, Any]:
+def read(directory: Path, state: dict[str, Any], beside: Collection[str] = ()) -> dict[str, Any]:
     """The state of `directory` under this layout, with what was the same on all ranks. Called by all ranks.
 
-    `state` says what to read. Raises ConfigError where files are missing or cut off, or are of another model.
+    `state` says what to read; files may hold `beside` too. Raises ConfigError where files are missing or cut
+    off, or are of another model.
     """
     metadata = read_metadata(directory)
     objects = set(metadata.state_dict_metadata)
     kept = {name: without_missing(part, objects) for name, part in state.items()}
-    refuse(find_fault(kept.values(), metadata, directory))
+    refuse(find_fault(kept.values(), metadata, directory, beside))
     return dist_checkpointing.load(kept, str(directory))
 
 
@@ -176,7 +180,9 @@ def read_metadata(directory: Path) -> Metadata:
     return metadata
 
 
-def find_fault(parts: Iterable[Any], metadata: Metadata, directory: Path) -> str | None:
+def find_fault(
+    parts: Iterable[Any], metadata: Metadata, directory: Path, beside: Collection[str]
+) -> str | None:
     """Why this rank cannot have its weights, or what files hold beyond all ranks' own; None = all fits."""
     wanted = {tensor.key: tensor for part in parts for tensor in tensors_of(part)}
     everyones = set().union(*collect(set(wanted)))
@@ -192,7 +198,7 @@ def find_fault(parts: Iterable[Any], metadata: Metadata, directory: Path) -> str
             return f"{directory} lacks {key}: it is of another model"
         if found[1:] != shape[1:] or (found != shape and not tensor.allow_shape_mismatch):
             return f"{directory} does not fit the model: {key} is {list(found)}, not {list(shape)}"
-    left = sorted(key for key in held.keys() - everyones if not key.startswith(OPTIMIZER))
+    left = sorted(key for key in held.keys() - everyones - set(beside) if not key.startswith(OPTIMIZER))
     return f"{directory} is of another model: it holds {left[0]}" if left else None
 
 
@@ -217,15 +223,19 @@ def refuse(fault: str | None) -> None:
 def model_state(chunks: Sequence[nn.Module]) -> dict[str, Any]:
     """The weights of this rank as sharded states, named as megatron-core's own trainer names them."""
     names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
-    return {n: unwrap(chunk).sharded_state_dict() for n, chunk in zip(names, chunks, strict=True)}
+    states = {n: unwrap(chunk).sharded_state_dict() for n, chunk in zip(names, chunks, strict=True)}
+    for state, chunk in zip(states.values(), map(unwrap, chunks), strict=True):
+        if chunk.post_process and isinstance(chunk.output_layer, Head):  # no rows of a padded vocabulary
+            state[OUTPUT].key, state[OUTPUT].allow_shape_mismatch = HEAD, False
+    return states
 
 
-def put(chunks: Sequence[nn.Module], state: Mapping[str, Any]) -> None:
-    """What `read` gave for `model_state` into the chunks."""
+def put(chunks: Sequence[nn.Module], state: Mapping[str, Any], may_lack: tuple[str, ...] = ()) -> None:
+    """What `read` gave for `model_state` into the chunks; what it lacks of `may_lack` stays as it is."""
     for chunk, part in zip(chunks, (state[name] for name in model_state(chunks)), strict=True):
         model = unwrap(chunk)
         absent, _ = model.load_state_dict(part, strict=False)
-        assert not [name for name in absent if not name.endswith("_extra_state")], absent
+        assert not [name for name in absent if not name.endswith(("_extra_state", *may_lack))], absent
 
 
 def save_model(
@@ -238,13 +248,19 @@ def save_model(
         write_text(directory / TRACKER, str(iteration))
 
 
-def load_model(chunks: Sequence[nn.Module], weights: Path) -> None:
-    """Reads weights from an iteration's directory, written under any layout. Called by all ranks."""
-    state = model_state(chunks)
+def load_model(chunks: Sequence[nn.Module], weights: Path, *, new_head: bool = False) -> None:
+    """Reads weights from an iteration's directory, written under any layout. Called by all ranks.
+
+    new_head: of a model with a head everything else, from a language model.
+    """
+    state, spare = model_state(chunks), (OUTPUT,) if new_head else ()
+    for part in state.values():
+        for name in spare:
+            part.pop(name, None)
     for value in nested_values(state):
         if isinstance(value, ShardedTensorFactory):
             value.merge_fn = in_place(value)
-    put(chunks, read(weights, state))
+    put(chunks, read(weights, state, spare), spare)
 
 
 def in_place(factory: ShardedTensorFactory) -> Callable[[list[Tensor]], Tensor]:

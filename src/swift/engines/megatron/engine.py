@@ -69,11 +69,13 @@ class MegatronEngine:
         frozen: Sequence[GPTModel] | None = None,
         files: Files | None = None,
         temperature: float = 1.0,
+        verdict: tuple[int, int] | None = None,
     ) -> None:
         """`frozen`: the reference of full-parameter training, laid out as the model is; for objectives that
         need a teacher it is that.
 
         Chunks with adapters (lora.py) are their own reference. `temperature`: what all logits are divided by.
+        `verdict`: the tokens for yes and no whose logits are the scores of a language model.
         """
         self.settings, self.ranks, self.wrapping = settings, ranks, wrapping or Wrapping()
         self.data_rank, self.data_world = ranks.data_rank, ranks.data_world
@@ -86,7 +88,7 @@ class MegatronEngine:
         self.frozen = None if frozen is None else [chunk.requires_grad_(False).eval() for chunk in frozen]
         for chunk in (*self.plain, *(self.frozen or ())):
             keep_rows(chunk)
-        form = Form(settings, vocabulary, self.device, context or ContextRanks(), temperature)
+        form = Form(settings, vocabulary, self.device, context or ContextRanks(), temperature, verdict)
         self.schedule = Schedule(form)
         self.num_parameters = count_parameters(self.plain, ranks)
         self.adapters = adapters_of(self.plain)
@@ -140,11 +142,17 @@ class MegatronEngine:
             assert stats is not None
             return stats
         shared: dict[str, Tensor] = {}
+        count, width = batch.num_segments, self.settings.hidden_size
+        shapes = {
+            "scores": (count,),
+            "class_logits": (count, self.settings.head),
+            "embeddings": (count, width),
+        }
         for name in sorted(needs):
             dtype = torch.bool if name == "correct" else torch.promote_types(self.dtype, torch.float32)
             values = None if stats is None else getattr(stats, name)
             if values is None:
-                values = torch.empty(batch.num_tokens, dtype=dtype, device=self.device)
+                values = torch.empty(shapes.get(name, (batch.num_tokens,)), dtype=dtype, device=self.device)
             values = values.to(dtype)
             source, group = (
                 parallel_state.get_pipeline_model_parallel_last_rank(),

@@ -65,6 +65,26 @@ class RMSNorm(nn.Module):
         return F.rms_norm(hidden, self.shape, self.weight, self.eps)
 
 
+class Head(nn.Module):
+    """A small output layer that every tensor rank holds whole; megatron-core calls it as its own.
+
+    All of them have the same rows and the same loss, so that there is nothing to exchange.
+    """
+
+    def __init__(self, config: Settings, outputs: int) -> None:
+        super().__init__()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = nn.Parameter(
+            torch.empty(outputs, config.hidden_size, dtype=config.params_dtype, device=device)
+        )
+        self.sequence_parallel = config.sequence_parallel
+        self.share: Any = None  # of one that is trained beside adapters (lora.py)
+
+    def forward(self, hidden: Tensor, **_: Any) -> tuple[Tensor, None]:
+        """[N, 1, D] -> [N, 1, outputs], and no bias."""
+        return F.linear(hidden, self.weight), None
+
+
 class Rotary(nn.Module):
     """Rotary angles at the positions of a flat batch, with the frequencies that transformers gives the model.
 

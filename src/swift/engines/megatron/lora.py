@@ -33,10 +33,11 @@ from transformers import PretrainedConfig
 from swift.config.option import ConfigError
 from swift.engines.megatron.bridge import IN_LAYER, Bridge, Part, unwrap
 from swift.engines.megatron.experts import GroupedExperts, StackedLinear
+from swift.engines.megatron.layers import Head
 from swift.engines.megatron.pieces import Piece, Shape, box_of
 from swift.engines.megatron.settings import Settings
-from swift.engines.megatron.tables import LAYER, Row, rows_of
-from swift.models.outline import Factors, Outline
+from swift.engines.megatron.tables import HEAD, LAYER, Row, rows_of
+from swift.models.outline import PREFIX, Factors, Outline
 
 CUT = ("qkv", "gate_up", "row")  # kinds of parameters that may have adapters
 GROUPED = 8  # grouped products want rows of a multiple of 16 bytes
@@ -265,9 +266,20 @@ def add_adapters(
                 assert isinstance(layer, ColumnParallelLinear | RowParallelLinear)
                 layer.lora = LinearAdapter(layer, found, *divide(layer, row.kind, settings))
                 layer.register_forward_hook(add_to_linear)
+        if settings.head and chunk.post_process:
+            hold_head(chunk.output_layer, outline)
         # Nothing before the first layer is trained, and what recomputes sees gradients only where inputs do.
         if settings.recompute_granularity and chunk.pre_process:
             chunk.embedding.register_forward_hook(lambda *call: call[-1].requires_grad_())
+
+
+def hold_head(head: Head, outline: Outline) -> None:
+    """Trains a head whole; it is kept with the adapters."""
+    head.requires_grad_(True)
+    head.share = tensor_share(f"{PREFIX}{HEAD}", tuple(head.weight.shape), 0, is_cut=False)
+    if outline.head is not None:
+        with torch.no_grad():
+            head.weight.copy_(outline.head)
 
 
 def divide(layer: nn.Module, kind: str, settings: Settings) -> tuple[list[int], int]:
@@ -301,10 +313,13 @@ def adapters_of(chunks: Sequence[nn.Module]) -> list[Adapter]:
 
 
 def shares_of(chunks: Sequence[nn.Module]) -> Iterator[tuple[nn.Parameter, Share]]:
-    """Every factor of this rank."""
+    """Every factor of this rank, and a head that is trained beside them."""
     for adapter in adapters_of(chunks):
         for name, share in adapter.shares.items():
             yield adapter.get_parameter(name), share
+    for chunk in map(unwrap, chunks):
+        if chunk.post_process and isinstance(chunk.output_layer, Head):
+            yield chunk.output_layer.weight, chunk.output_layer.share
 
 
 class AdapterBridge(Bridge):

@@ -1,5 +1,6 @@
 """A model of megatron-core from its settings: the chunks of layers that this rank holds, without weights."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from transformers import PretrainedConfig
 from swift.engines.megatron.balance import BalancedRouter, watch_batches
 from swift.engines.megatron.experts import GroupedExperts
 from swift.engines.megatron.implementation import ENGINE
-from swift.engines.megatron.layers import CoreAttention, RMSNorm, Rotary
+from swift.engines.megatron.layers import CoreAttention, Head, RMSNorm, Rotary
 from swift.engines.megatron.settings import Settings
 
 # Checkpoints name norms as transformer-engine's layers do, which hold them in the linear that follows.
@@ -138,6 +139,33 @@ def mark_shares(chunk: GPTModel) -> None:
                     set_tensor_model_parallel_attributes(parameter, True, axis, 1)
 
 
+def replace_output(chunk: GPTModel, settings: Settings) -> None:
+    """Puts a head in place of the output layer; for none, the layer stays and lets everything through."""
+    if settings.head:
+        chunk.output_layer = Head(settings, settings.head)
+        return
+    is_copy = chunk.share_embeddings_and_output_weights and not chunk.pre_process
+
+    def let_through(hidden: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
+        # The embedding's copy on the last stage learns from the first one, and waits for a gradient here.
+        return hidden + weight[0, 0] * 0 if is_copy and weight is not None else hidden, None
+
+    chunk.output_layer.forward = let_through
+    if not chunk.share_embeddings_and_output_weights:
+        chunk.output_layer.requires_grad_(False)
+
+
+def draw_head(chunks: Sequence[GPTModel], hf: PretrainedConfig, seed: int) -> None:
+    """A new head as transformers draws it, the same on all ranks that have it."""
+    for chunk in chunks:
+        if chunk.post_process:
+            weight = chunk.output_layer.weight
+            drawn = torch.empty(weight.shape, dtype=weight.dtype)
+            drawn.normal_(0, hf.initializer_range, generator=torch.Generator().manual_seed(seed))
+            with torch.no_grad():
+                weight.copy_(drawn)
+
+
 def build_chunk(hf: PretrainedConfig, settings: Settings, stage: int | None) -> GPTModel:
     """One chunk; `stage` counts those of a rank that has several."""
     which: dict[str, Any] = {} if stage is None else {"ignore_virtual": False, "vp_stage": stage}
@@ -148,11 +176,13 @@ def build_chunk(hf: PretrainedConfig, settings: Settings, stage: int | None) -> 
         max_sequence_length=hf.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(**which),
         post_process=parallel_state.is_pipeline_last_stage(**which),
-        share_embeddings_and_output_weights=hf.tie_word_embeddings,
+        share_embeddings_and_output_weights=hf.tie_word_embeddings and not settings.head,
         position_embedding_type="rope",
         parallel_output=True,
         **({} if stage is None else {"vp_stage": stage}),
     )
+    if settings.head is not None and chunk.post_process:
+        replace_output(chunk, settings)
     mark_shares(chunk)
     if chunk.pre_process and getattr(hf, "pad_token_id", None) is not None:
         keep_padding(chunk.embedding.word_embeddings, hf.pad_token_id)

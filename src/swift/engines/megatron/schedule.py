@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
 
@@ -25,7 +28,9 @@ from swift.engines.megatron.layers import FlatTokens, flat_tokens
 from swift.engines.megatron.logits import ShardedLogits
 from swift.engines.megatron.settings import Settings
 from swift.engines.megatron.teacher import Rows, ShardedTeacher
+from swift.engines.transformers.forward import HEADS
 from swift.objectives.distill import ToldTeacher
+from swift.objectives.logits import widen
 from swift.objectives.types import LossSum, Objective, TokenStats
 
 
@@ -35,7 +40,8 @@ class Laid:
 
     ids_t: Tensor
     labels_t: Tensor
-    kept_N: Tensor
+    wanted_t: Tensor  # bool: whose outputs are needed
+    kept_N: Tensor  # their places; that of the first token where there is none
     flat: FlatTokens
 
 
@@ -48,40 +54,53 @@ class Form:
     device: torch.device
     context: ContextRanks
     temperature: float = 1.0  # logits are divided by it
+    verdict: tuple[int, int] | None = None  # tokens whose logits make up scores: yes and no
 
     @property
     def multiple(self) -> int:
         """What the number of tokens of a rank must be a multiple of."""
         return self.settings.tensor_model_parallel_size if self.settings.sequence_parallel else 1
 
-    def lay_out(self, batch: Batch) -> Laid:
+    def lay_out(self, batch: Batch, needs: frozenset[str] = frozenset()) -> Laid:
         """Values on the host decide all shapes, so nothing here waits for the device."""
         whole = self.context.pad(batch, self.multiple)
-        ids_t, labels_t = self.context.own(whole.input_ids), self.context.own(whole.labels)
-        kept_N = (labels_t != IGNORED).nonzero().squeeze(1)
+        wanted_T = whole.trained
+        if needs & HEADS:  # which look at the last token of each segment
+            ends_S = batch.segment_lengths().cumsum(0) - 1
+            wanted_T = torch.zeros_like(wanted_T).index_fill(0, ends_S, True)
+        ids_t, labels_t, wanted_t = map(self.context.own, (whole.input_ids, whole.labels, wanted_T))
+        kept_N = wanted_t.nonzero().squeeze(1)
         if not kept_N.numel():  # an output layer without rows has no gradient that ranks could exchange
             kept_N = torch.zeros(1, dtype=torch.int64)
         flat = flat_tokens(whole, self.context, self.device)
-        return Laid(*(x.to(self.device) for x in (ids_t, labels_t, kept_N)), flat)
+        return Laid(*(x.to(self.device) for x in (ids_t, labels_t, wanted_t, kept_N)), flat)
 
     def stats(
         self, logits: Tensor, laid: Laid, batch: Batch, needs: frozenset[str], taught: Rows | None = None
     ) -> TokenStats:
-        """`logits` [1, N, v] of the last stage -> stats of the whole batch, [T] each, on every rank of it.
+        """`logits` [1, N, v] of the last stage -> stats of the whole batch, on every rank of it.
 
         `taught`: what a teacher beside the model says there, where there is one.
         """
         view = ShardedLogits.cut(logits[0], laid.kept_N, self.vocabulary, self.temperature)
+        if needs & HEADS and self.verdict:
+            ids_N2 = laid.kept_N.new_tensor(self.verdict).expand(len(laid.kept_N), 2)
+            yes_N, no_N = view.pick(ids_N2).unbind(1)
+            return self._pool((yes_N - no_N)[:, None], laid, batch)
+        if needs & HEADS:
+            return self._pool(logits[0], laid, batch)
 
         def spread(values_t: Tensor) -> Tensor:
             if laid.kept_N.numel() == 1:  # which may be there for its gradient alone
-                values_t = values_t * (laid.labels_t != IGNORED)
+                values_t = values_t * laid.wanted_t
             return self.context.gather(values_t)[: batch.num_tokens]
 
         def own(values_T: Tensor) -> Tensor:
             missing = laid.labels_t.numel() * self.context.size - batch.num_tokens
             return self.context.own(F.pad(values_T, (0, missing))).to(self.device)
 
+        if "values" in needs:  # of a head with one output
+            return TokenStats(values=spread(view.place(widen(logits[0, :, 0]), laid.labels_t)))
         found: dict[str, Any] = {
             n: spread(getattr(view, n)(laid.labels_t)) for n in sorted(needs - {"teacher"})
         }
@@ -96,6 +115,18 @@ class Form:
                 else ToldTeacher.of(batch, view, own=own, spread=place)
             )
         return TokenStats(**found)
+
+    def _pool(self, output_NC: Tensor, laid: Laid, batch: Batch) -> TokenStats:
+        """What comes out at the last token of each segment, which one of the ranks of the batch has."""
+        count = batch.num_segments
+        at_N = laid.flat.segment_ids[laid.kept_N].clamp(max=count)  # beyond it is what pads the batch
+        values_NC = widen(output_NC) * laid.wanted_t[laid.kept_N, None]
+        found_SC = values_NC.new_zeros(count + 1, values_NC.shape[1]).index_add(0, at_N, values_NC)[:count]
+        if self.context.size > 1:
+            found_SC = reduce_from_tensor_model_parallel_region(found_SC, self.context.group)
+        if self.settings.head == 0:
+            return TokenStats(embeddings=found_SC)
+        return TokenStats(scores=found_SC[:, 0], class_logits=found_SC)
 
 
 class KeptRows:
@@ -141,7 +172,7 @@ class Schedule:
     ) -> tuple[Tensor, Callable[..., Any]]:
         """One micro-batch through one chunk, as megatron-core calls it."""
         batch, taught = next(batches)
-        laid = self.form.lay_out(batch)
+        laid = self.form.lay_out(batch, needs)
         if get_attr_wrapped_model(model, "post_process"):
             get_attr_wrapped_model(model, "kept").rows_N = laid.kept_N
         output = model(laid.ids_t[None], None, None, packed_seq_params=laid.flat)

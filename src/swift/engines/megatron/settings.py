@@ -15,6 +15,7 @@ from swift.config.megatron import MegatronConfig
 from swift.config.option import ConfigError
 from swift.engines.megatron import wgrad
 from swift.engines.megatron.implementation import ENGINE, choose_implementation
+from swift.engines.transformers.forward import PLAIN_LAYERS
 from swift.utils.log import warn
 
 FAMILIES = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "llama", "mistral", "mixtral")
@@ -30,6 +31,8 @@ class Settings(TransformerConfig):
     small_logits: float = 0.0  # weight of the routers' squared logits, a sum over layers
     per_token: float = 1.0  # what a token counts in those two; the engine sets it for each step
     windows: tuple[int | None, ...] = ()  # of sliding attention, by layer; none = no layer slides
+    # Outputs of a head in place of the vocabulary's; 0 = what would enter it; none = a language model.
+    head: int | None = None
 
     @property
     def sparse(self) -> list[int]:
@@ -54,6 +57,9 @@ def model_settings(hf: PretrainedConfig, degrees: Layout, dtype: torch.dtype, **
         raise ConfigError(
             f"megatron does not have rope scaling of type {rope.rope_type}", hint="use swift sft"
         )
+    strange = sorted(set(getattr(hf, "layer_types", None) or ()) - PLAIN_LAYERS)
+    if strange:
+        raise ConfigError(f"megatron does not have layers of type {strange[0]}", hint="use swift sft")
     heads = hf.num_attention_heads
     on_gpu = torch.cuda.is_available()
     fields: dict[str, Any] = {

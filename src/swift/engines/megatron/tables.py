@@ -67,6 +67,8 @@ COMMON = (
 )
 # Where the head is tied and on another pipeline stage than the embedding, that stage has a copy.
 TIED = (Row(("output_layer.weight",), "vocabulary", ("model.embed_tokens.weight",)),)
+HEAD = "score.weight"
+SCORING = (Row(("output_layer.weight",), "copy", (HEAD,)),)
 SHARED = (
     in_layer(
         "mlp.shared_experts.linear_fc1.weight",
@@ -84,7 +86,7 @@ EXPERTS = {
 }
 
 
-def rows_of(model_type: str, *, tied: bool) -> dict[str, Row]:
-    """The rows of a family, by every name of theirs in megatron-core."""
-    rows = (*COMMON, *EXPERTS.get(model_type, ()), *(TIED if tied else ()))
+def rows_of(model_type: str, *, tied: bool, head: bool = False) -> dict[str, Row]:
+    """The rows of a family, or of one with a head, by every name of theirs in megatron-core."""
+    rows = (*COMMON, *EXPERTS.get(model_type, ()), *(SCORING if head else TIED if tied else ()))
     return {name: row for row in rows for name in row.names}

@@ -73,12 +73,14 @@ class TransformersEngine:
         frozen: PreTrainedModel | None = None,
         frozen_moves: bool = False,
         temperature: float = 1.0,
+        verdict: tuple[int, int] | None = None,
     ) -> None:
         """`compute`: dtype of the arithmetic; None = that of the weights. `compiler`: of the layers.
 
         `frozen`: the reference of full-parameter training; with adapters it is the model without them. One
         that is mixed with the model (`frozen_moves`) is part of checkpoints. For objectives that need a
-        teacher it is that. `temperature`: what all logits are divided by.
+        teacher it is that. `temperature`: what all logits are divided by. `verdict`: the tokens for yes and
+        no whose logits are the scores of a language model.
         """
         self.model = model
         self.ranks = ranks or Ranks()
@@ -96,7 +98,8 @@ class TransformersEngine:
             SequenceRanks(self.ranks.rank % size, size, self.ranks.sequence_group) if size > 1 else None
         )
         self.flat = is_flat
-        self.layout = Layout(is_flat, is_flat and own_attention, self.device, sequence, temperature)
+        own = is_flat and own_attention
+        self.layout = Layout(is_flat, own, self.device, sequence, temperature, verdict)
         if self.layout.own_attention:
             base.set_attn_implementation(FLAT_ATTENTION)
         assert self.layout.own_attention or not sequence, "only our own attention knows how to exchange heads"

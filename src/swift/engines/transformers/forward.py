@@ -83,6 +83,7 @@ class Layout:
     device: torch.device
     sequence: SequenceRanks | None = None  # ranks that share a batch
     temperature: float = 1.0  # logits are divided by it
+    verdict: tuple[int, int] | None = None  # tokens whose logits make up scores: yes and no
 
 
 def flat_arguments(batch: Batch, layout: Layout) -> dict[str, Any]:
@@ -135,17 +136,24 @@ def find_head(model: nn.Module, name: str) -> nn.Module:
 def score_segments(model: nn.Module, batch: Batch, needs: frozenset[str], layout: Layout) -> TokenStats:
     """What the model says at the last token of each segment: the output of its head, or what enters it."""
     last_S = batch.segment_lengths().cumsum(0) - 1
-    head = find_head(model, "lm_head" if "embeddings" in needs else "score")
+    is_language_model = "embeddings" in needs or layout.verdict is not None
+    head = find_head(model, "lm_head" if is_language_model else "score")
     if layout.flat:
         arguments = flat_arguments(batch, layout)
     else:
         arguments, index_T = padded_arguments(batch, layout.device)
         last_S = index_T[last_S]
+    last_S = last_S.to(layout.device)
+    if is_language_model and layout.flat:  # whose head would make logits of every token
+        arguments["logits_to_keep"], last_S = last_S, torch.arange(batch.num_segments, device=layout.device)
     with watched(head) as calls:
         model(**arguments, use_cache=False)
-    entered, said = (x.flatten(0, 1)[last_S.to(layout.device)] for x in calls[0])
+    entered, said = (x.flatten(0, 1)[last_S] for x in calls[0])
     if "embeddings" in needs:
         return TokenStats(embeddings=widen(entered))
+    if layout.verdict:
+        yes_S, no_S = (widen(said[:, token]) for token in layout.verdict)
+        return TokenStats(scores=yes_S - no_S)
     return TokenStats(scores=widen(said)[:, 0], class_logits=widen(said))
 
 

@@ -50,11 +50,15 @@ class SequenceRanks:
         """The slice [..., t] of this rank."""
         return values.chunk(self.size, dim=-1)[self.rank]
 
+    def join(self, values_t: Tensor) -> Tensor:
+        """[T] on every rank, without gradients."""
+        parts = [torch.empty_like(values_t) for _ in range(self.size)]
+        dist.all_gather(parts, values_t.contiguous(), group=self.group)
+        return torch.cat(parts)
+
     def gather(self, values_t: Tensor) -> Tensor:
-        """[T] on every rank. Each computes the same loss from it, so backward keeps the own slice."""
-        if values_t.dtype == torch.bool:
-            return self.gather(values_t.to(torch.uint8)).bool()
-        return Gather.apply(values_t, self)
+        """[T] on every rank."""
+        return gather_stats(values_t, self)
 
     def spread_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[1, H, t, D] and twice [1, K, t, D] -> [1, H / N, T, D] and key-value heads that go with them.
@@ -92,15 +96,20 @@ def exchange(tensor: Tensor, cut: int, join: int, ranks: SequenceRanks) -> Tenso
     return torch.cat(arrived.unbind(0), dim=join)
 
 
+def gather_stats(values_t: Tensor, ranks: Any) -> Tensor:
+    """[t] of each rank -> [T] on all, each of which computes the same loss: backward keeps the own tokens."""
+    if values_t.dtype == torch.bool:
+        return Gather.apply(values_t.to(torch.uint8), ranks).bool()
+    return Gather.apply(values_t, ranks)
+
+
 class Gather(Function):
-    """[t] of each rank -> [T] on all of them, as replicas."""
+    """[t] of each rank -> [T] on all of them, as replicas. `ranks` can `join` and know their `own`."""
 
     @staticmethod
-    def forward(ctx: Any, values_t: Tensor, ranks: SequenceRanks) -> Tensor:
+    def forward(ctx: Any, values_t: Tensor, ranks: Any) -> Tensor:
         ctx.ranks = ranks
-        parts = [torch.empty_like(values_t) for _ in range(ranks.size)]
-        dist.all_gather(parts, values_t.contiguous(), group=ranks.group)
-        return torch.cat(parts)
+        return ranks.join(values_t)
 
     @staticmethod
     def backward(ctx: Any, gradient_T: Tensor) -> tuple[Tensor, None]:
