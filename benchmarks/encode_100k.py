@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 from swift.config.data import DataConfig
 from swift.config.template import TemplateConfig
 from swift.data.cache import encode_cached
+from swift.data.encode import Encoder
 from swift.data.sources import open_rows
 from swift.template.chat import ChatTemplate
 
@@ -58,18 +59,12 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def encode_ours(model: str, data: str, processes: int) -> None:
-    config = TemplateConfig()
-    template = ChatTemplate(AutoTokenizer.from_pretrained(model), config)
+    template = ChatTemplate(AutoTokenizer.from_pretrained(model), TemplateConfig())
     for what in ("encoded", "from the cache"):
         start = time.perf_counter()
         rows = open_rows([data], seed=42, shuffle=False, columns={})
-        dataset, _ = encode_cached(
-            rows,
-            template,
-            config=DataConfig(dataset_num_proc=processes),
-            template_config=config,
-            max_length=MAX_LENGTH,
-        )
+        config = DataConfig(dataset_num_proc=processes)
+        dataset, _ = encode_cached(rows, Encoder(template, MAX_LENGTH), config)
         seconds = time.perf_counter() - start
         figures = {"rows": len(dataset), "tokens": dataset.num_tokens, "trained": dataset.num_trained}
         print(json.dumps({"what": what, "seconds": round(seconds, 2), **figures}), flush=True)

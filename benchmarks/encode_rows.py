@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from swift.config.data import DataConfig
 from swift.config.template import TemplateConfig
-from swift.data.encode import encode_rows
+from swift.data.encode import Encoder, encode_rows
 from swift.data.types import Row
 from swift.template.chat import ChatTemplate
 
@@ -52,13 +52,13 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=8)
     parser.add_argument("--num-proc", type=int, default=1)
     options = parser.parse_args()
-    config, data_config = TemplateConfig(), DataConfig(dataset_num_proc=options.num_proc)
-    template = ChatTemplate(AutoTokenizer.from_pretrained(options.model), config)
+    data_config = DataConfig(dataset_num_proc=options.num_proc)
+    template = ChatTemplate(AutoTokenizer.from_pretrained(options.model), TemplateConfig())
     rows = synthetic_rows(options.rows)
     wall, processor = [], []
     for _ in range(options.passes):
         start = time.perf_counter(), time.process_time()
-        dataset, _ = encode_rows(rows, template, config=data_config, template_config=config, max_length=2048)
+        dataset, _ = encode_rows(rows, Encoder(template, 2048), data_config)
         wall.append(time.perf_counter() - start[0])
         processor.append(time.process_time() - start[1])
     result = {

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # Qwen3-8B learns a name of its own with LoRA, on one GPU of 24 GB and more. Other flags go to `swift sft`.
+# Cost (SWIFT_PLAN="--gpu RTX4090-24G --row_tokens 100"):
+#   21 of 24 GiB on 1 x RTX4090-24G; 38 steps of 1,600 tokens; 0.9 min, 0.0 GPU-hours (estimate, MFU 20 %)
 set -euo pipefail
 exec swift sft \
     --model "${MODEL:-Qwen/Qwen3-8B}" \

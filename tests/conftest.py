@@ -18,6 +18,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -35,6 +39,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from forked_swift import ForkedSwift
 from workers import Workers
 
 torch.set_num_threads(1)
@@ -55,6 +60,8 @@ CORPUS = (
     "你是谁？我是swift-robot，由swift开发的人工智能助手。",
 )
 FAMILIES = {
+    "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
+    "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mixtral": (MixtralConfig, MixtralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
@@ -166,3 +173,11 @@ def megatron_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worke
     server = Workers(tmp_path_factory.mktemp("megatron-jobs"), "swift.engines.megatron.model")
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with `swift` and `megatron` that start at once; what pip installed is tried elsewhere."""
+    forked = ForkedSwift(tmp_path_factory.mktemp("forked"))
+    yield forked.bin
+    forked.close()

@@ -11,13 +11,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-from forked_swift import ForkedSwift
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -80,14 +77,6 @@ def run_page(page: Path, directory: Path, model: Path, programs: Path | None = N
             f"{page.name}, block at line {block.line}: exit code {result.returncode}\n{block.text}\n"
             f"--- output\n{result.stdout[-3000:]}\n--- errors\n{result.stderr[-3000:]}"
         )
-
-
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with `swift` and `megatron` that start at once; what pip installed is tried elsewhere."""
-    forked = ForkedSwift(tmp_path_factory.mktemp("forked"))
-    yield forked.bin
-    forked.close()
 
 
 @pytest.mark.slow

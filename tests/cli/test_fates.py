@@ -19,7 +19,7 @@ from swift.config.option import iterate_knobs
 TRAIN = ("pt", "sft", "rlhf")
 SERVE = ("infer", "deploy", "rollout", "eval", "app")
 PLAIN = {
-    c.title for c in COMMANDS if c.name not in ("web-ui", "merge-lora", "dataset", "launch")
+    c.title for c in COMMANDS if c.name not in ("web-ui", "merge-lora", "dataset", "launch", "plan")
 }  # two are ours
 MEGATRON = {c.title for c in COMMANDS if c.program == "megatron"}
 INNER = {"TeacherServerConfig", "TeacherOutput", "DataCache"}  # not parsed from a command line

@@ -1,18 +1,22 @@
 """`swift launch` before it connects: its arguments, host files, cluster environments."""
 
+import os
+import re
+import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
 import pytest
 
-from swift.cli import launch
+from swift.cli import launch, main
 from swift.cli.launch_checks import Finding, Plan, Report, _check_clock, _check_machine
 from swift.cli.launch_cluster import Place, expand_nodes, find_place
 from swift.cli.launch_link import Link, LinkError, ask_pass_folder, close_all, command_for
-from swift.cli.launch_watch import Output, Trouble
+from swift.cli.launch_watch import Output, Trouble, Watch
 from swift.cli.main import run
 from swift.config.launch import LaunchRun
 from swift.utils import env
@@ -28,9 +32,11 @@ NAMES = (
 
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.main, "QUIET_SECONDS", 0)
     for name in NAMES:
         monkeypatch.setenv(name, "")  # and so taken back when a test sets it
         monkeypatch.delenv(name)
+    monkeypatch.setattr(main, "QUIET_SECONDS", 0)  # for which processes after the first hold their mistakes
 
 
 def told(argv: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -299,3 +305,45 @@ def test_a_node_on_this_machine_is_asked_without_ssh(tmp_path: Path) -> None:
     assert len(marked()) == 2
     close_all([link])
     assert marked() == []
+
+
+STANDS = """
+import time
+from swift.utils.beat import beat, rest
+beat("step 1: rows")
+rest()
+beat("step 2: rows")
+print("ready", flush=True)
+def stand_still():
+    time.sleep(60)
+stand_still()
+"""
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_process_that_stands_still(stopped: bool, tmp_path: Path) -> None:
+    """The node tells which one, in what, and its stacks; the launcher makes a failure of it and ends all."""
+    events: Queue[Any] = Queue()
+    link = Link("127.0.0.1", 0, command_for(LaunchRun(), "127.0.0.1", sys.executable), events)
+    variables = {"PYTHONPATH": os.pathsep.join(sys.path), "RANK": "3"}
+    link.ask("settle", variables={}, workdir=str(tmp_path), mark=f"stands-{os.getpid()}")
+    link.ask("start", words=["-c", STANDS], variables=variables, patience=1.0)
+    assert events.get(timeout=20) == (link, "line", "ready")
+    if stopped:
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):
+                if f"SWIFT_LAUNCH=stands-{os.getpid()}".encode() in path.read_bytes():
+                    os.kill(int(path.parent.name), signal.SIGSTOP)
+    began = time.monotonic()
+    output = Output(tmp_path / "logs")
+    failure = Watch([link], events, output).follow()
+    close_all([link])
+    assert failure and failure.may_pass and time.monotonic() - began < 30
+    assert re.fullmatch(
+        r"127.0.0.1 rank 3: no progress for \d s in step 2: rows"
+        + (r" \(the process is stopped\)" if stopped else ""),
+        failure.text,
+    )
+    assert any("in stand_still" in line for line in failure.lines) != stopped
+    logs = "".join(path.read_text() for path in (tmp_path / "logs").glob("all.log"))
+    assert ("[127.0.0.1 rank 3]" in logs and "in stand_still" in logs) != stopped

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,9 +12,9 @@ import pytest
 RULE = "-" * 50
 
 
-def start(*flags: str) -> subprocess.Popen[str]:
+def start(programs: Path, *flags: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "swift", "infer", "--device", "cpu", "--temperature", "0", *flags],
+        [programs / "swift", "infer", "--device", "cpu", "--temperature", "0", *flags],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -25,18 +24,19 @@ def start(*flags: str) -> subprocess.Popen[str]:
     )
 
 
-def talk(text: str, *flags: str) -> tuple[str, str]:
-    process = start(*flags)
+def talk(programs: Path, text: str, *flags: str) -> tuple[str, str]:
+    process = start(programs, *flags)
     output, notices = process.communicate(text, timeout=180)
     assert process.returncode == 0, notices
     return output, notices
 
 
-def test_a_piped_session_answers_and_ends_with_its_input(tmp_path, make_tiny_model_dir) -> None:
+def test_a_piped_session_answers_and_ends_with_its_input(programs, tmp_path, make_tiny_model_dir) -> None:
     model: Path = make_tiny_model_dir(tmp_path, tie_word_embeddings=False)
     path = tmp_path / "turns.jsonl"
     lines = "Who are you?\nmulti-line\n你是\n谁？#\nclear\nsingle-line\nBye"
-    output, notices = talk(lines, "--model", str(model), "--max_new_tokens", "6", "--result_path", str(path))
+    flags = ("--model", str(model), "--max_new_tokens", "6", "--result_path", str(path))
+    output, notices = talk(programs, lines, *flags)
     assert output.count(RULE) == 3
     assert output.startswith("<<< ")
     assert output.endswith(f"{RULE}\n<<< \n")
@@ -51,10 +51,10 @@ def test_a_piped_session_answers_and_ends_with_its_input(tmp_path, make_tiny_mod
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_ctrl_c_stops_an_answer_and_then_the_session(tmp_path, make_tiny_model_dir) -> None:
+def test_ctrl_c_stops_an_answer_and_then_the_session(programs, tmp_path, make_tiny_model_dir) -> None:
     """The model's context is far longer than anyone waits for; stop tokens of a random model are rare."""
     path: Path = make_tiny_model_dir(tmp_path, max_position_embeddings=1_000_000)
-    process = start("--model", str(path))
+    process = start(programs, "--model", str(path))
     assert process.stdin and process.stdout and process.stderr
     process.stdin.write("Who are you?\n")
     process.stdin.flush()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from swift.train.saving import list_checkpoints
+from swift.models.directory import list_checkpoints
 
 HOOKS = Path(__file__).with_name("kill_points.py")
 SEED = int(os.environ.get("SEED") or random.randrange(10**6))

@@ -6,6 +6,7 @@ another directory mounted over. Skips itself where there are no namespaces or no
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -299,6 +300,25 @@ def test_a_machine_that_is_cut_off(
     ours = curve(output)
     assert list(ours) == list(range(1, 61))
     assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-5)
+
+
+@pytest.mark.slow_suite
+def test_a_rank_that_is_stopped(network: Network, tiny_qwen3_dir: Path, rows: Path, tmp_path: Path) -> None:
+    """SIGSTOP: both nodes live, and no collective would fail for half an hour. It is told who it was."""
+    _, one, two, _ = network.machines
+    words = sft(tiny_qwen3_dir, rows, tmp_path / "output", "--max_steps", "4000")
+    process = start(
+        network, tmp_path, *keys(network), *on(one, two), "--hang_timeout", "10", "--log_dir", "logs", *words
+    )
+    await_step(tmp_path / "output", 3, process)
+    os.kill(rank_on(two), signal.SIGSTOP)
+    began = time.monotonic()
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and time.monotonic() - began < 10 + 30, said
+    stood = r"no progress for \d+ s in step \d+: [a-z ]+ \(the process is stopped\)"
+    assert re.search(f"error: {two.address} rank 1: {stood}", said), said
+    assert_nothing_runs(one, two)
+    assert "in _train_step" in (tmp_path / "logs" / "rank-0.log").read_text()  # which waited for it
 
 
 @pytest.mark.slow_suite

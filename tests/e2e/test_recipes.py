@@ -5,10 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+
+from workers import Workers
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.sh"))
@@ -84,14 +87,87 @@ def test_recipes_of_one_machine(tmp_path: Path) -> None:
     assert (to_hf["to_hf"], to_hf["output_dir"]) == (True, "out/v0-hf")
 
 
+def arguments_of(recipe: str, directory: Path, *words: str, **variables: str) -> list[str]:
+    """What the recipe gives to `swift`."""
+    program = directory / "bin" / "swift"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" > {directory}/arguments\n")
+    program.chmod(0o755)
+    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+    assert call(recipe, directory, *words, **variables, PATH=path).returncode == 0
+    return (directory / "arguments").read_text().split("\0")[:-1]
+
+
+def write_rows(directory: Path) -> None:
+    rows = [{"query": f"Say {i}.", "response": f"{i}, it is.", "solution": str(i)} for i in range(16)]
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def steps(directory: Path) -> list[float]:
+    """The losses of the run there."""
+    lines = [json.loads(line) for line in next(directory.rglob("logging.jsonl")).read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+SMALL = ("--max_length", "128", "--max_steps", "2", "--logging_steps", "1", "--torch_dtype", "float32")
+TWO = {"NPROC_PER_NODE": "2", "IPS": "127.0.0.1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("Qwen3_8B_self_cognition.sh", ("--gradient_accumulation_steps", "2")),
+        (
+            "Qwen3_8B_grpo.sh",
+            (
+                "--num_generations", "4", "--per_device_train_batch_size", "4",
+                "--max_completion_length", "8", "--gradient_accumulation_steps", "1", "--deepspeed", "zero0",
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_recipes_of_one_gpu_in_miniature(
+    recipe: str, words: tuple[str, ...], workers: Workers, tiny_qwen3_dir: Path, tmp_path: Path
+) -> None:
+    write_rows(tmp_path)
+    named = {"MODEL": str(tiny_qwen3_dir), "OUTPUT": str(tmp_path / "output"), "USE_VLLM": "false"}
+    named |= {} if "cognition" in recipe else {"DATASET": str(tmp_path / "rows.jsonl")}
+    result = workers.run(arguments_of(recipe, tmp_path, *SMALL, *words, **named))
+    assert result.code == 0, result.stderr[-3000:]
+    assert len(steps(tmp_path)) == 2 and next(tmp_path.rglob("checkpoint-2")).is_dir()
+
+
 @pytest.mark.slow_suite
-def test_full_training_in_miniature(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
-    rows = [{"query": f"Say {i}.", "response": f"{i}, it is."} for i in range(40)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    small = ("--max_length", "128", "--torch_dtype", "float32", "--max_steps", "2", "--add_version", "false")
-    result = call(
-        "Qwen3_8B_full_sft.sh", tmp_path, *small,
-        MODEL=str(tiny_qwen3_dir), DATASET="rows.jsonl", NPROC_PER_NODE="1",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert (tmp_path / "output" / "checkpoint-2" / "model.safetensors").exists()
+@pytest.mark.parametrize(
+    ("recipe", "family", "words"),
+    [
+        ("Qwen3_8B_full_sft.sh", "qwen3", ("--gradient_accumulation_steps", "1")),
+        (
+            "Qwen3_30B_A3B_sft.sh",
+            "qwen3_moe",
+            ("--global_batch_size", "4", "--save_interval", "2", "--eval_iters", "1"),
+        ),
+        (
+            "Qwen2.5_72B_agent_sft.sh",
+            "qwen2",
+            (
+                "--ips", "127.0.0.1", "--save", "output", "--dataset", "rows.jsonl", "--micro_bs", "2",
+                "--global_bs", "4", "--tensor_model_parallel_size", "1", "--context_parallel_size", "2",
+                "--save_interval", "2",
+            ),
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_recipes_of_several_gpus_in_miniature(
+    recipe: str, family: str, words: tuple[str, ...], make_tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """On two processes; what has --ips through the launcher."""
+    write_rows(tmp_path)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    model = make_tiny_model_dir(tmp_path, family, **(experts if "moe" in family else {}))
+    named = {"MODEL": str(model), "DATASET": "rows.jsonl", "OUTPUT": "output", "EXPERT": "2", **TWO}
+    result = call(recipe, tmp_path, *SMALL, *words, "--split_dataset_ratio", "0.2", **named)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+    assert len(steps(tmp_path)) == 2 and next(tmp_path.rglob("checkpoint-2")).is_dir()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from latent_models import MOONLIGHT, V2, V3, YARN
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import apply_factories, apply_factory_merges
 from megatron.core.distributed import (
@@ -48,6 +49,7 @@ COMMON = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }  # fmt: skip
+BIAS = "e_score_correction_bias"
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {}),
@@ -64,6 +66,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "one sided": ("qwen3_moe", EXPERTS | {"num_experts_per_tok": 1, "norm_topk_prob": False}),
     "qwen2_moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 48}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "deepseek_v2": ("deepseek_v2", V2),
+    "deepseek_v2 greedy": ("deepseek_v2", V2 | {"topk_method": "greedy", "rope_parameters": YARN}),
+    "deepseek_v3": ("deepseek_v3", V3 | {"num_hidden_layers": 3}),
+    "moonlight": ("deepseek_v3", MOONLIGHT),
+    "unpaired": ("deepseek_v3", V3 | {"rope_interleave": False, "norm_topk_prob": False}),
 }  # fmt: skip
 
 
@@ -87,6 +94,9 @@ def build_model(family: str) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith(BIAS):
+                buffer.add_(torch.randn_like(buffer) * 0.1)
         if family == "one sided":  # one of the first two experts always wins, the others never see a token
             for layer in model.model.layers:
                 layer.mlp.gate.weight[1] = -layer.mlp.gate.weight[0]
@@ -164,7 +174,9 @@ def slices(values: dict[str, Tensor], config: Any, layers: dict[int, int]) -> di
     }
     for here, there in layers.items():
         ours, theirs = f"decoder.layers.{here}.", f"model.layers.{there}."
-        for kind in ("weight", "bias"):
+        if f"{theirs}self_attn.kv_b_proj.weight" in values:
+            found |= latents(values, f"{theirs}self_attn.", f"{ours}self_attention.", tensor)
+        for kind in ("weight", "bias") if f"{theirs}self_attn.k_proj.weight" in values else ():
             if f"{theirs}self_attn.q_proj.{kind}" in values:
                 whole = qkv(values, f"{theirs}self_attn", kind, config)
                 found[f"{ours}self_attention.linear_qkv.{kind}"] = share(whole, 0, *tensor)
@@ -180,6 +192,19 @@ def slices(values: dict[str, Tensor], config: Any, layers: dict[int, int]) -> di
     return found
 
 
+def latents(values: dict[str, Tensor], theirs: str, ours: str, tensor: tuple[int, int]) -> dict[str, Tensor]:
+    """Narrow projections are whole everywhere, wide ones are shared by heads."""
+    whole = {"linear_q_down_proj": "q_a_proj", "q_layernorm": "q_a_layernorm",
+             "linear_kv_down_proj": "kv_a_proj_with_mqa", "kv_layernorm": "kv_a_layernorm"}  # fmt: skip
+    wide = {"linear_q_proj": "q_proj", "linear_q_up_proj": "q_b_proj", "linear_kv_up_proj": "kv_b_proj"}
+    return {
+        f"{ours}{name}.weight": share(values[f"{theirs}{other}.weight"], 0, *(tensor if cut else (0, 1)))
+        for names, cut in ((whole, False), (wide, True))
+        for name, other in names.items()
+        if f"{theirs}{other}.weight" in values
+    }
+
+
 def mlp(values: dict[str, Tensor], path: str, tensor: tuple[int, int]) -> dict[str, Tensor]:
     if f"{path}gate_proj.weight" in values:
         return dense(values, path, "mlp", tensor)
@@ -187,6 +212,10 @@ def mlp(values: dict[str, Tensor], path: str, tensor: tuple[int, int]) -> dict[s
     if f"{path}shared_expert_gate.weight" in values:
         found |= dense(values, f"{path}shared_expert.", "mlp.shared_experts", tensor)
         found["mlp.shared_experts.gate_weight"] = values[f"{path}shared_expert_gate.weight"]
+    if f"{path}shared_experts.up_proj.weight" in values:
+        found |= dense(values, f"{path}shared_experts.", "mlp.shared_experts", tensor)
+    if f"{path}gate.{BIAS}" in values:
+        found["mlp.router.expert_bias"] = values[f"{path}gate.{BIAS}"]
     expert = mpu.get_expert_tensor_parallel_rank(), mpu.get_expert_tensor_parallel_world_size()
     among = mpu.get_expert_model_parallel_rank(), mpu.get_expert_model_parallel_world_size()
     gate, up = share(values[f"{path}experts.gate_up_proj"], 0, *among).chunk(2, 1)
@@ -243,8 +272,9 @@ def build(case: Case, model: PreTrainedModel) -> tuple[Any, Any]:
     (chunk,) = build_chunks(model.config, settings)
     values = slices(model.state_dict(), model.config, numbers(chunk))
     with torch.no_grad():
-        for name, parameter in chunk.named_parameters():
-            parameter.copy_(values[name])
+        for name, parameter in (*chunk.named_parameters(), *chunk.named_buffers()):
+            if name in values or isinstance(parameter, torch.nn.Parameter):
+                parameter.copy_(values[name])
     return chunk, settings
 
 
@@ -278,6 +308,36 @@ def check(case: Case) -> None:
         expected_gradient = expected_gradients[name]
         difference = (parameter.main_grad - expected_gradient).norm()
         assert difference <= 1e-5 * expected_gradient.norm(), f"{case}: {name} {difference:.2e}"
+    if settings.moe_router_enable_expert_bias:
+        check_biases(case, model, chunk, [b for rank in range(data_world) for b in make_batches(case, rank)])
+
+
+@torch.no_grad()
+def check_biases(case: Case, model: PreTrainedModel, chunk: Any, batches: list[Batch]) -> None:
+    """A step moves each by its rate, away from how often the segments that train have chosen the expert."""
+    chosen: dict[str, Tensor] = {}
+
+    def count(gate: torch.nn.Module, _: Any, output: tuple[Tensor, ...]) -> None:
+        picks = torch.bincount(output[2].flatten(), minlength=gate.num_experts)
+        chosen[names[gate]] = chosen.get(names[gate], 0) + picks
+
+    names = {m: f"{name}.{BIAS}" for name, m in model.named_modules() if name.endswith(".gate")}
+    hooks = [gate.register_forward_hook(count) for gate in names]
+    for batch in batches:
+        rows = batch.input_ids.split(batch.segment_lengths().tolist())
+        for ids, trains in zip(rows, has_trained(batch), strict=True):
+            if trains:
+                model(input_ids=ids[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    moved = model.state_dict() | {
+        name: model.get_buffer(name) + 1e-3 * torch.sign(counts.float().mean() - counts)
+        for name, counts in chosen.items()
+    }
+    expected = slices(moved, model.config, numbers(chunk))
+    for name, buffer in chunk.named_buffers():
+        if name.endswith("expert_bias"):
+            torch.testing.assert_close(buffer, expected[name], rtol=0, atol=1e-7, msg=f"{case}: {name}")
 
 
 def compare_checkpoints(rank: int, cases: list[dict[str, Any]], world: int) -> None:
@@ -353,6 +413,19 @@ def check_implementations(rank: int, folder: str) -> None:
     for flags, message in (
         ({"moe_grouped_gemm": False}, "--moe_grouped_gemm false: experts always share"),
         ({"gradient_accumulation_fusion": True}, "--gradient_accumulation_fusion true needs a GPU"),
+        ({"recompute_modules": ("mla_up_proj",)}, "mla_up_proj: the model has no latent attention"),
+        ({"moe_router_bias_update_rate": 0.01}, "_rate 0.01: the model has no biases of experts"),
     ):
         with pytest.raises(ConfigError, match=message):
             chosen_settings(MegatronConfig(**flags), build_model("qwen3").config)
+    third = build_model("moonlight").config
+    with pytest.raises(ConfigError, match=r"_rate 0\.01: adapters hold no biases of experts"):
+        chosen_settings(MegatronConfig(moe_router_bias_update_rate=0.01), third, has_adapters=True)
+    rates = [
+        chosen_settings(MegatronConfig(), third, has_adapters=adapters)["moe_router_bias_update_rate"]
+        for adapters in (False, True)
+    ]
+    assert rates == [0.001, 0]
+    third.attention_bias = True
+    with pytest.raises(ConfigError, match="megatron has no biases in latent attention"):
+        model_settings(third, Layout(), torch.float32)

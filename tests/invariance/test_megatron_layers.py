@@ -26,6 +26,7 @@ CASES = {
             *(case(family) for family in (*DENSE, "qwen3_moe", "qwen3_moe mixed", "qwen2_moe", "mixtral")),
             # What GPUs run, but for its compiler.
             *(case(family, **FUSED) for family in ("qwen3", "qwen2_moe")),
+            *(case(family) for family in ("deepseek_v2", "deepseek_v2 greedy", "moonlight", "unpaired")),
             case("qwen3_moe", **FUSED, **SELECTIVE, recompute_modules=["moe_act"]),
         ],
     ),
@@ -65,6 +66,16 @@ CASES = {
             case("qwen3", {"context": 2}, "a2a", **SELECTIVE, recompute_modules=["core_attn"]),
             case("qwen2_moe", EP2, **SELECTIVE, recompute_modules=["moe_act", "shared_experts", "layernorm"]),
             case("qwen2_moe", SP2 | EP2, **SELECTIVE, recompute_modules=["moe"]),
+            case("deepseek_v3", SP2, recompute_latents=True, **SELECTIVE, recompute_modules=["moe"]),
+        ],
+    ),
+    "latent": (
+        2,
+        [
+            case("deepseek_v3", SP2 | EP2),
+            case("deepseek_v2", SP2 | {"expert_tensor": 2}, moe_expert_capacity_factor=4.0),
+            case("deepseek_v3", {"context": 2}),
+            case("deepseek_v2", {"context": 2}, "a2a", **SELECTIVE, recompute_modules=["core_attn"]),
         ],
     ),
     "balance": (

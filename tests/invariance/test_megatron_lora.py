@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from latent_models import V3
 from lora_steps import OPTIM, RATE, STEPS, make_batches, make_objective
 from safetensors.torch import load_file
 from test_processes import read_curve, write_rows
@@ -24,6 +25,7 @@ MODELS = {
     "columns": ("llama", {}, ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")),
     "first": ("llama", {"num_hidden_layers": 2}, r".*layers\.0.*q_proj"),  # the last stage has none
     "moe": ("qwen3_moe", EXPERTS, ALL),
+    "latent": ("deepseek_v3", V3, ALL),
     "shared": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 48}, ALL),
 }
 TP, PP, CP, EP = ({name: 2} for name in ("tensor", "pipeline", "context", "expert"))
@@ -56,6 +58,7 @@ LAYOUTS = {
         case("moe", {"expert_tensor": 2}),
         case("shared", SP | {"expert_tensor": 2}),
         case("shared", SP | EP, chosen=BESIDE),
+        case("latent", SP | EP, chosen=UNIFORM | {"moe_router_bias_update_rate": 0.0}),
     ],
 }
 

@@ -1,11 +1,14 @@
 """Weights of published models in megatron-core and back: every layout of ranks gives the same bits."""
 
+import json
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from latent_models import V2, V3
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 WIDE = {"num_hidden_layers": 4, "vocab_size": 515}  # does not divide by two: ranks have padding
@@ -16,11 +19,14 @@ MODELS = {
     "qwen3": ("qwen3", {}),
     "qwen2_moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 48}),
     "mixed": ("qwen3_moe", EXPERTS | {"mlp_only_layers": [1]}),
+    "deepseek_v2": ("deepseek_v2", V2),
+    "deepseek_v3": ("deepseek_v3", V3),
     "mixtral": ("mixtral", {"num_local_experts": 4, "tie_word_embeddings": False}),
 }
 TENSOR, PIPELINE, EXPERT, EXPERT_TENSOR = (
     {name: 2} for name in ("tensor", "pipeline", "expert", "expert_tensor")
 )
+SEQUENCE = TENSOR | {"sequence": True}
 VIRTUAL = PIPELINE | {"virtual": 2}
 LAYOUTS = {  # of so many processes, and which models go through each
     1: (({}, tuple(MODELS)),),
@@ -30,10 +36,12 @@ LAYOUTS = {  # of so many processes, and which models go through each
         (VIRTUAL, ("llama", "qwen3")),
         (EXPERT, ("mixed", "mixtral")),
         (TENSOR | EXPERT_TENSOR, ("mixed", "qwen2_moe")),
+        (SEQUENCE, ("deepseek_v2", "deepseek_v3")),
     ),
     4: (
         (TENSOR | PIPELINE, ("qwen3",)),
         (EXPERT | VIRTUAL, ("mixed",)),
+        (EXPERT | PIPELINE, ("deepseek_v3",)),
         (TENSOR | EXPERT | EXPERT_TENSOR, ("mixed", "mixtral")),
     ),
 }
@@ -148,3 +156,59 @@ def test_weights_go_in_and_out_bit_by_bit(megatron_workers, models, tmp_path):
         arguments = {"world": world, "models": models, "folder": str(tmp_path)}
         result = megatron_workers.run([], world, hook=f"{__file__}:round_trips", hook_arguments=arguments)
         assert result.code == 0, result.stderr[-5000:]
+
+
+BLOCK = (24, 20)  # which no share of a weight is made of
+
+
+def read_blocks(rank: int, world: int, source: str, expected: str) -> None:
+    """Inside every process: 8-bit floats as numbers, whose blocks the cuts go through."""
+    with model_parallel(world, SEQUENCE | EXPERT) as degrees:
+        chunks, bridge = build(Path(source), degrees, torch.float32)
+        spoil(chunks)
+        bridge.load(chunks, Path(source))
+        check_weights(rank, chunks, bridge, load_file(expected))
+
+
+def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """8-bit floats, a scale for each block, and the numbers that these mean."""
+    small, numbers = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty_like(weight)
+    scales = torch.empty([-(-length // size) for length, size in zip(weight.shape, BLOCK, strict=True)])
+    for i, rows in enumerate(weight.split(BLOCK[0], 0)):
+        for j, block in enumerate(rows.split(BLOCK[1], 1)):
+            place = tuple(slice(n * size, (n + 1) * size) for n, size in zip((i, j), BLOCK, strict=True))
+            scales[i, j] = block.abs().max() / 448
+            small[place] = (block / scales[i, j]).to(small.dtype)
+            numbers[place] = small[place].float() * scales[i, j]
+    return small, scales, numbers
+
+
+def test_8_bit_floats_in_blocks_become_plain_weights(megatron_workers, models, tmp_path):
+    source = shutil.copytree(models["deepseek_v3"], tmp_path / "fp8")
+    told = {"quant_method": "fp8", "weight_block_size": list(BLOCK), "activation_scheme": "dynamic"}
+    config = json.loads((source / "config.json").read_text())
+    written, expected = {}, {}
+    for name, weight in load_file(source / "model.safetensors").items():
+        written[name] = expected[name] = weight
+        if name.endswith("_proj.weight") or "kv_a_proj" in name:
+            written[name], written[f"{name}_scale_inv"], expected[name] = quantise(weight)
+    written["model.layers.4.eh_proj.weight"] = torch.ones(64, 128)
+    save_file(written, source / "model.safetensors", {"format": "pt"})
+    save_file(expected, tmp_path / "expected.safetensors")
+    arguments = {"world": 2, "source": str(source), "expected": str(tmp_path / "expected.safetensors")}
+
+    def read(**quantisation: object):
+        (source / "config.json").write_text(json.dumps(config | quantisation))
+        return megatron_workers.run([], 2, hook=f"{__file__}:read_blocks", hook_arguments=arguments)
+
+    done = read(quantization_config=told)
+    assert done.code == 0, done.stderr[-3000:]
+    assert (
+        "warning: 1 tensors of layers that predict further tokens (MTP, model.layers.4) are left out"
+        in done.stderr
+    )
+    done = read(quantization_config={"quant_method": "gptq", "bits": 4})
+    assert done.code == 1 and "megatron does not read weights quantised by gptq" in done.stderr
+    assert "config.json has no place for, the first is model.layers.0.mlp.down_proj.weight_scale_inv" in (
+        read().stderr
+    )

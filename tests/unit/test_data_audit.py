@@ -6,7 +6,7 @@ import pytest
 from swift.config.data import DataConfig
 from swift.config.template import TemplateConfig
 from swift.data.audit import audit, find_answers, find_copies
-from swift.data.encode import EncodedDataset, encode_rows
+from swift.data.encode import EncodedDataset, Encoder, encode_rows
 from swift.data.types import Row
 from swift.template.chat import ChatTemplate
 
@@ -24,11 +24,7 @@ def template(tiny_tokenizer) -> ChatTemplate:
 
 def encode(template: ChatTemplate, *columns: dict, **options) -> EncodedDataset:
     rows = [Row(content, "a.jsonl", line) for line, content in enumerate(columns, start=1)]
-    config = TemplateConfig(**({"max_length": 512} | options))
-    encoded, _ = encode_rows(
-        rows, template, config=DataConfig(), template_config=config, max_length=config.max_length
-    )
-    return encoded
+    return encode_rows(rows, Encoder(template, 512, **options), DataConfig())[0]
 
 
 def test_nothing_to_say(template):
@@ -54,9 +50,7 @@ def test_copies_are_named_and_what_was_repeated_on_purpose_is_not(template):
         "1 of 5 rows are exact copies of another row (first: a.jsonl line 5 is a.jsonl line 2)"
     ]
     twice = [Row(columns[0], "a.jsonl", 1)] * 2
-    encoded, _ = encode_rows(
-        twice, template, config=DataConfig(), template_config=TemplateConfig(), max_length=512
-    )
+    encoded, _ = encode_rows(twice, Encoder(template, 512), DataConfig())
     assert find_copies(encoded) == {}
 
 
@@ -71,9 +65,8 @@ def test_answers_that_do_not_end(template):
     rows = encode(template, turn("one", LONG), turn("two", LONG * 20), truncation_strategy="right")
     found = audit(rows, template.stop_token_ids)
     assert found == []
-    short = TemplateConfig(max_length=64, truncation_strategy="right")
     data = [Row(turn("one", LONG), "a.jsonl", 1), Row(turn("two", LONG * 20), "a.jsonl", 2)]
-    rows, _ = encode_rows(data, template, config=DataConfig(), template_config=short, max_length=64)
+    rows, _ = encode_rows(data, Encoder(template, 64, "right"), DataConfig())
     assert len(rows[1].input_ids) == 64
     lines = audit(rows, template.stop_token_ids)
     assert len(lines) == 1 and lines[0].startswith(

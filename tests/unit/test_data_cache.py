@@ -11,12 +11,10 @@ from template_families import family_template
 
 from swift.config.data import DataConfig
 from swift.config.option import ConfigError
-from swift.config.template import TemplateConfig
 from swift.data import cache
 from swift.data.cache import (
     copy_entries,
-    describe_settings,
-    digest_tokenizer,
+    describe_encoder,
     encode_cached,
     join_datasets,
     open_entry,
@@ -56,14 +54,9 @@ def rows_of(path: Path, spec: str = "", **options: Any) -> Rows:
 def encode(rows: Rows, family: str = "smollm2", **flags: Any) -> tuple[EncodedDataset, EncodeReport]:
     plugins = flags.pop("plugins", ())
     template_flags = {key: flags.pop(key) for key in ("loss_scale", "system") if key in flags}
-    return encode_cached(
-        rows,
-        family_template(family, **template_flags),
-        config=DataConfig(**flags),
-        template_config=TemplateConfig(**template_flags),
-        max_length=120,
-        plugins=plugins,
-    )
+    config = DataConfig(**flags)
+    encoder = Encoder(family_template(family, **template_flags), 120, strict=config.strict)
+    return encode_cached(rows, encoder, config, plugins=plugins)
 
 
 def entries(root: Path) -> set[str]:
@@ -77,13 +70,8 @@ def forbid_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mapped_rows_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = {"query": "q", "response": "word " * 200}
     path = write(tmp_path / "f.jsonl", *good(5), {"foo": 1}, WEIGHTED, long, *good(3))
-    expected, expected_report = encode_rows(
-        rows_of(path),
-        family_template("smollm2"),
-        config=DataConfig(),
-        template_config=TemplateConfig(),
-        max_length=120,
-    )
+    encoder = Encoder(family_template("smollm2"), 120)
+    expected, expected_report = encode_rows(rows_of(path), encoder, DataConfig())
     first, report = encode(rows_of(path))
     forbid_encoding(monkeypatch)
     again, report_again = encode(rows_of(path))
@@ -190,15 +178,9 @@ def test_limits_hold_for_cached_rows_as_well(tmp_path: Path, cache_root: Path) -
 
 
 def export(directory: Path, rows: Rows, family: str = "smollm2") -> None:
-    template = family_template(family)
-    about = {
-        "tokenizer": digest_tokenizer(template),
-        "settings": describe_settings(template, TemplateConfig(), 120),
-        "model": family,
-    }
-    write_entry(
-        directory, Encoder(template, 120, "delete", False), rows, DataConfig(), what="training", about=about
-    )
+    encoder = Encoder(family_template(family), 120)
+    about = {**describe_encoder(encoder), "model": family}
+    write_entry(directory, encoder, rows, DataConfig(), what="training", about=about)
 
 
 def test_exported_rows(tmp_path: Path) -> None:
@@ -208,14 +190,10 @@ def test_exported_rows(tmp_path: Path) -> None:
     export(tmp_path / "b" / "train", rows_of(path, "#3"))
 
     def opened(*names: str, family: str = "smollm2", length: int = 120, **flags: Any) -> list[EncodedDataset]:
-        return open_exported(
-            [str(tmp_path / name) for name in names],
-            family_template(family),
-            TemplateConfig(**flags),
-            model=family,
-            max_length=length,
-            training=flags.pop("training", True),
-        )
+        training = flags.pop("training", True)
+        encoder = Encoder(family_template(family, **flags), length)
+        directories = [str(tmp_path / name) for name in names]
+        return open_exported(directories, encoder, model=family, training=training)
 
     several = opened("a", "b", "b/train")
     joined = join_datasets(several)

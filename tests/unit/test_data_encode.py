@@ -8,9 +8,8 @@ from template_families import family_template
 
 from swift.config.data import DataConfig
 from swift.config.option import ConfigError
-from swift.config.template import TemplateConfig
 from swift.data import encode
-from swift.data.encode import EncodedDataset, EncodeReport, encode_rows
+from swift.data.encode import EncodedDataset, Encoder, EncodeReport, encode_rows
 from swift.data.types import Row
 from swift.template.tokenize import IGNORED, encode_chats
 
@@ -28,13 +27,10 @@ def good(count: int) -> list[dict[str, Any]]:
 
 def run(rows: list[Row], *, max_length: int = 120, **flags: Any) -> tuple[EncodedDataset, EncodeReport]:
     template_flags = {key: flags.pop(key) for key in TEMPLATE_FLAGS if key in flags}
-    return encode_rows(
-        rows,
-        family_template("smollm2", **template_flags),
-        config=DataConfig(**flags),
-        template_config=TemplateConfig(**template_flags),
-        max_length=max_length,
-    )
+    config = DataConfig(**flags)
+    template = family_template("smollm2", **template_flags)
+    encoder = Encoder(template, max_length, template.config.truncation_strategy, config.strict)
+    return encode_rows(rows, encoder, config)
 
 
 def test_flat_memory_holds_every_row() -> None:

@@ -10,10 +10,9 @@ from template_families import family_template
 
 from swift.batch import IGNORED
 from swift.config.data import DataConfig
-from swift.config.template import TemplateConfig
 from swift.data.cache import encode_cached
 from swift.data.collate import collate, collate_rows
-from swift.data.encode import EncodedDataset, EncodeReport, encode_rows
+from swift.data.encode import EncodedDataset, Encoder, EncodeReport, encode_rows
 from swift.data.sources import open_rows
 from swift.data.types import Row
 
@@ -30,15 +29,13 @@ def cache_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWIFT_CACHE", str(tmp_path / "cache"))
 
 
+def encoder_of(shape: str) -> Encoder:
+    return Encoder(family_template("smollm2"), 120, shape=shape)
+
+
 def encode_in_memory(rows: list[dict[str, Any]], shape: str) -> tuple[EncodedDataset, EncodeReport]:
-    return encode_rows(
-        [Row(row, "f.jsonl", i) for i, row in enumerate(rows, start=1)],
-        family_template("smollm2"),
-        config=DataConfig(max_drop_ratio=0.9),
-        template_config=TemplateConfig(),
-        max_length=120,
-        shape=shape,
-    )
+    given = [Row(row, "f.jsonl", i) for i, row in enumerate(rows, start=1)]
+    return encode_rows(given, encoder_of(shape), DataConfig(max_drop_ratio=0.9))
 
 
 def test_pairs_stay_together_with_their_margin() -> None:
@@ -74,14 +71,7 @@ def test_pairs_come_out_of_the_cache_as_they_went_in(tmp_path: Path) -> None:
     expected, _ = encode_in_memory(PAIRS, "pair")
     for _ in range(2):  # written, then found
         rows = open_rows([str(path)], seed=1, shuffle=False, columns={})
-        dataset, _ = encode_cached(
-            rows,
-            family_template("smollm2"),
-            config=DataConfig(max_drop_ratio=0.9),
-            template_config=TemplateConfig(),
-            max_length=120,
-            shape="pair",
-        )
+        dataset, _ = encode_cached(rows, encoder_of("pair"), DataConfig(max_drop_ratio=0.9))
         assert dataset.fingerprint == expected.fingerprint
         assert dataset.parts.tolist() == expected.parts.tolist()
         assert dataset.values["margin"].tolist() == [0.0, 0.5]

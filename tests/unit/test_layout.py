@@ -218,6 +218,7 @@ def test_numbers_of_a_config() -> None:
     moe = dense | {"num_key_value_heads": 2, "num_experts": 8, "moe_intermediate_size": 32}
     assert model_sizes({"text_config": moe}) == ModelSizes(2, 4, 2, 128, 500, experts=8, expert_ffn=32)
     assert model_sizes(dense | {"num_local_experts": 8}).expert_ffn == 128
+    assert model_sizes(moe | {"kv_lora_rank": 16}).kv_heads == 4  # each head has keys of its own
 
 
 def test_a_layout_goes_on_as_a_whole_or_not_at_all() -> None:

@@ -11,12 +11,12 @@ import pytest
 from swift.config.option import ConfigError
 from swift.engines.protocol import Snapshot, Sums
 from swift.engines.ranks import Ranks
+from swift.models.directory import list_checkpoints
 from swift.train.saving import (
     STATE,
     Saver,
     find_checkpoint,
     is_better,
-    list_checkpoints,
     remove_partial,
 )
 from swift.train.state import TrainState

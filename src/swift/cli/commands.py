@@ -19,11 +19,14 @@ class Command:
     config: str
     run: str | None
     help: str
-    distributed: bool = False
+    how: str = "alone"  # in one process; or with ranks; spread = over all GPUs, where nothing says how many
     defaults: tuple[tuple[str, Any], ...] = ()
     leading: tuple[str, ...] = ()  # flags that words before the first flag stand for; the last takes the rest
-    can_spread: bool = False  # over all GPUs by itself, where nothing says how many processes
-    wraps: bool = False  # another command, which follows its own flags
+
+    @property
+    def wraps(self) -> bool:
+        """Whether another command follows its own flags."""
+        return self.how == "wraps"
 
     @property
     def title(self) -> str:
@@ -35,7 +38,7 @@ class Command:
         own = "export" if self.name == "merge-lora" else self.name
         words = {own} | {group for group, names in GROUPS.items() if own in names}
         # No earlier tool has these commands: its scripts' flags mean nothing there, but for a few.
-        common = set() if self.name in ("dataset", "launch") else {"both", self.program}
+        common = set() if self.wraps or self.name == "dataset" else {"both", self.program}
         return frozenset(common | words | {f"{self.program}:{word}" for word in words})
 
 
@@ -46,91 +49,50 @@ SFT, RLHF, INFER, DEPLOY, ROLLOUT, EXPORT, DATASET, WEB_UI = (
 MEGATRON_SFT, MEGATRON_RLHF, MEGATRON_EXPORT = (
     f"swift.config.megatron_runs:Megatron{name}Run" for name in ("Sft", "Rlhf", "Export")
 )
-RUN_PT, RUN_SFT, RUN_RLHF = (f"swift.train.run:run_{name}" for name in ("pt", "sft", "rlhf"))
-PARALLEL = "swift.train.run_megatron"
-RUN_INFER = "swift.infer.run:run_infer"
-RUN_ROLLOUT = "swift.rollout.run:run_rollout"
-RUN_DEPLOY = "swift.infer.server_run:run_deploy"
-RUN_EXPORT = "swift.export.run:run_export"
-RUN_CONVERT = "swift.export.megatron:run_export_megatron"
+TRAIN, PARALLEL, SERVER = "swift.train.run:run_", "swift.train.run_megatron:run_", "swift.infer.server_run"
+CLI, RUN_INFER, RUN_ROLLOUT = "swift.cli", "swift.infer.run:run_infer", "swift.rollout.run:run_rollout"
 ALL_TOKENS, LAST_ROUND = ("loss_scale", "all"), ("loss_scale", "last_round")
 PLAIN_TEXT = (ALL_TOKENS, ("use_chat_template", False))
+RUN_EXPORT = "swift.export.run:run_export"
+LAUNCH, PLAN = "swift.config.launch:LaunchRun", "swift.config.plan:PlanRun"
 
-COMMANDS = (
-    Command(
-        "swift", "pt", SFT, RUN_PT, "continue pre-training on plain text", True, PLAIN_TEXT, can_spread=True
+ROWS: tuple[tuple[Any, ...], ...] = (
+    ("swift", "pt", SFT, f"{TRAIN}pt", "continue pre-training on plain text", "spread", PLAIN_TEXT),
+    ("swift", "sft", SFT, f"{TRAIN}sft", "fine-tune on conversations", "spread"),
+    (
+        "swift", "rlhf", RLHF, f"{TRAIN}rlhf",
+        "learn from preferences and rewards: DPO, KTO, reward models", "spread", (LAST_ROUND,),
     ),
-    Command("swift", "sft", SFT, RUN_SFT, "fine-tune on conversations", True, can_spread=True),
-    Command(
-        "swift",
-        "rlhf",
-        RLHF,
-        RUN_RLHF,
-        "learn from preferences and rewards: DPO, KTO, reward models",
-        True,
-        (LAST_ROUND,),
-        can_spread=True,
+    ("swift", "infer", INFER, RUN_INFER, "chat with a model, or answer a dataset", "ranks"),
+    ("swift", "deploy", DEPLOY, f"{SERVER}:run_deploy", "serve a model over an OpenAI-compatible API"),
+    ("swift", "rollout", ROLLOUT, RUN_ROLLOUT, "serve answers to a training, through vLLM"),
+    ("swift", "sample", INFER, None, "sample many answers and keep the best"),
+    ("swift", "export", EXPORT, RUN_EXPORT, "merge adapters, convert, quantise, upload"),
+    (
+        "swift", "dataset", DATASET, "swift.dataset.run:run_dataset", "inspect and preview training data",
+        "alone", (), ("action", "dataset"),
     ),
-    Command("swift", "infer", INFER, RUN_INFER, "chat with a model, or answer a dataset", True),
-    Command("swift", "deploy", DEPLOY, RUN_DEPLOY, "serve a model over an OpenAI-compatible API"),
-    Command("swift", "rollout", ROLLOUT, RUN_ROLLOUT, "serve answers to a training, through vLLM"),
-    Command("swift", "sample", INFER, None, "sample many answers and keep the best"),
-    Command("swift", "export", EXPORT, RUN_EXPORT, "merge adapters, convert, quantise, upload"),
-    Command(
-        "swift",
-        "dataset",
-        DATASET,
-        "swift.dataset.run:run_dataset",
-        "inspect and preview training data",
-        leading=("action", "dataset"),
-    ),
-    Command(
-        "swift",
-        "launch",
-        "swift.config.launch:LaunchRun",
-        "swift.cli.launch:run_launch",
-        "run a command on several machines",
-        wraps=True,
-    ),
-    Command("swift", "eval", INFER, None, "measure a model on benchmarks"),
-    Command("swift", "app", INFER, None, "chat in the browser"),
-    Command("swift", "web-ui", WEB_UI, None, "train from the browser"),
-    Command(
-        "swift", "merge-lora", EXPORT, RUN_EXPORT, "export --merge_lora true", False, (("merge_lora", True),)
-    ),
-    Command(
-        "megatron",
-        "pt",
-        MEGATRON_SFT,
-        f"{PARALLEL}:run_pt",
-        "continue pre-training in parallel",
-        True,
+    ("swift", "launch", LAUNCH, f"{CLI}.launch:run_launch", "run a command on several machines", "wraps"),
+    ("swift", "plan", PLAN, f"{CLI}.plan:run_plan", "memory, time and GPUs that a training takes", "wraps"),
+    ("swift", "eval", INFER, None, "measure a model on benchmarks"),
+    ("swift", "app", INFER, None, "chat in the browser"),
+    ("swift", "web-ui", WEB_UI, None, "train from the browser"),
+    ("swift", "merge-lora", EXPORT, RUN_EXPORT, "export --merge_lora true", "alone", (("merge_lora", True),)),
+    (
+        "megatron", "pt", MEGATRON_SFT, f"{PARALLEL}pt", "continue pre-training in parallel", "spread",
         PLAIN_TEXT,
-        can_spread=True,
     ),
-    Command(
-        "megatron", "sft", MEGATRON_SFT, f"{PARALLEL}:run_sft", "fine-tune in parallel", True, can_spread=True
+    ("megatron", "sft", MEGATRON_SFT, f"{PARALLEL}sft", "fine-tune in parallel", "spread"),
+    (
+        "megatron", "rlhf", MEGATRON_RLHF, f"{PARALLEL}rlhf", "preferences in parallel: DPO, KTO",
+        "spread", (LAST_ROUND,),
     ),
-    Command(
-        "megatron",
-        "rlhf",
-        MEGATRON_RLHF,
-        f"{PARALLEL}:run_rlhf",
-        "preferences in parallel: DPO, KTO",
-        True,
-        (LAST_ROUND,),
-        can_spread=True,
+    (
+        "megatron", "export", MEGATRON_EXPORT, "swift.export.megatron:run_export_megatron",
+        "convert weights in parallel", "spread",
     ),
-    Command(
-        "megatron",
-        "export",
-        MEGATRON_EXPORT,
-        RUN_CONVERT,
-        "convert weights in parallel",
-        True,
-        can_spread=True,
-    ),
-)
+)  # fmt: skip
+COMMANDS = tuple(Command(*row) for row in ROWS)
 
 
 def commands_of(program: str) -> tuple[Command, ...]:

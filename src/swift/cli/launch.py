@@ -18,8 +18,6 @@ from queue import Queue
 from typing import Any
 
 from swift.cli import main
-from swift.cli.commands import find_command
-from swift.cli.flags import resolve
 from swift.cli.launch_checks import Plan, Report, check_nodes, node_variables, settle
 from swift.cli.launch_cluster import enter, find_place
 from swift.cli.launch_link import Link, LinkError, ask_all, close_all, open_links
@@ -27,6 +25,7 @@ from swift.cli.launch_watch import STOPPED, Failure, Output, Watch
 from swift.config.launch import LaunchRun
 from swift.config.layout import DEGREES
 from swift.config.option import ConfigError
+from swift.config.plan import TRAINING
 from swift.utils import env
 
 MODULES = {"swift": "swift", "megatron": "swift.cli.megatron"}  # behind `python -m`
@@ -40,15 +39,19 @@ AMOUNT = re.compile(r"#\d+$")  # rows to take of a dataset
 
 def split_command(argv: list[str]) -> tuple[list[str], list[str]]:
     """The launcher's own arguments, and the command behind them. Takes a password out of the arguments."""
+    at = find_wrapped(argv)
+    return _take_password(argv[:at], argv[at:]), argv[at:]
+
+
+def find_wrapped(argv: list[str]) -> int:
+    """Where the command begins that the arguments before it wrap: at a program that is no flag's value."""
     switches = ("--check_only", "--check-only", *PASSWORD)
-    at = len(argv)
     for i, word in enumerate(argv):
         before = argv[i - 1] if i else ""
         is_value = before.startswith("--") and "=" not in before and before not in switches
         if word in MODULES and not is_value:
-            at = i
-            break
-    return _take_password(argv[:at], argv[at:]), argv[at:]
+            return i
+    return len(argv)
 
 
 def _take_password(own: list[str], behind: list[str]) -> list[str]:
@@ -88,24 +91,11 @@ def run_launch(run: LaunchRun) -> int:
         main.note(f"node {place.rank} of {place.nodes}, from {place.maker}; node 0 is {place.master}")
         enter(place, port=run.port, processes=run.nproc_per_node)
         return main.run(argv, program=program)
-    values = _understand(program, argv)
+    values = main.understand(program, argv)[2]  # so that a mistake is told before any node is asked
     if run.ssh_password:
         env.put({"SSHPASS": run.ssh_password})
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends a launch as Ctrl-C does
     return Launch(run, hosts, values).carry_out()
-
-
-def _understand(program: str, argv: list[str]) -> dict[str, Any]:
-    """The command's values by flag, so that a mistake in them is told before any node is asked."""
-    argv, warnings = main.repair_arguments(argv)
-    if not argv:
-        raise ConfigError(f"{program} needs a command", hint=f"{program} --help lists them")
-    command = find_command(program, argv[0])
-    given = main.read_given(main.name_leading(argv[1:], command.leading))
-    resolved = resolve(command, [item for item in given if item.name != "print_config"])
-    for line in warnings + resolved.notes:
-        main.note(line if line.startswith("warning") else f"note: {line}")
-    return main.build_config(resolved)[1]
 
 
 class Launch:
@@ -170,11 +160,9 @@ class Launch:
                 return failure.code
             links[:] = self._gather_again(links, report)
             checkpoint = self._last_checkpoint(links[0]) or checkpoint
-            where = (
-                f"from {checkpoint}" if checkpoint else "from the beginning, no checkpoint was written yet"
-            )
+            where = checkpoint or "the beginning, no checkpoint was written yet"
             main.note(
-                f"starting again on {len(links)} node(s) {where}; restarts left after this one: {left - 1}"
+                f"starting again on {len(links)} node(s) from {where}; restarts left after it: {left - 1}"
             )
             output.clear()
         raise AssertionError("the last start returns")
@@ -182,15 +170,14 @@ class Launch:
     def _run_once(
         self, links: list[Link], report: Report, output: Output, checkpoint: str | None
     ) -> Failure | None:
-        words = ["-m", MODULES[self.program], *self.argv]
-        if checkpoint:
-            words += ["--resume_from_checkpoint", checkpoint]
+        going_on = ["--resume_from_checkpoint", checkpoint] if checkpoint else []
+        words = ["-m", MODULES[self.program], *self.argv, *going_on]
         output.single = len(links) == 1 and report.processes[links[0].host] == 1
 
         def variables(link: Link) -> dict[str, str]:
             return node_variables(link, links, self.plan.port, report.processes, report.interfaces)
 
-        answers = ask_all(links, "start", words=words, variables=variables)
+        answers = ask_all(links, "start", words=words, variables=variables, patience=self.run.hang_timeout)
         for link, answer in answers.items():
             if isinstance(answer, LinkError):
                 return Failure(1, f"{link.host}: {answer.message}")
@@ -230,23 +217,23 @@ class Launch:
 
     def _output_root(self) -> str | None:
         """Where checkpoints will go, relative to the working directory; None for commands that write none."""
-        if self.argv[0].replace("_", "-") not in ("pt", "sft", "rlhf"):
-            return self.values.get("output_dir")
-        if self.values.get("output_dir"):
-            return str(self.values["output_dir"])
+        named = self.values.get("output_dir")
+        if named or self.argv[0] not in TRAINING:
+            return named
         if self.values.get("resume_from_checkpoint"):  # a run goes on in its own directory
             path = Path(self.values["resume_from_checkpoint"])
             return str(path.parent if path.name.startswith("checkpoint-") else path)
         name = Path(str(self.values.get("model") or self.values.get("mcore_model"))).name
-        return str(Path("megatron_output" if self.program == "megatron" else "output") / name)
+        return f"{'megatron_output' if self.program == 'megatron' else 'output'}/{name}"
 
     def _files(self) -> dict[str, str]:
-        found = {}
-        for name, value in self.values.items():
-            if INPUTS.fullmatch(name):
-                for item in value if isinstance(value, tuple) else (value,):
-                    if isinstance(item, str):
-                        found[AMOUNT.sub("", item)] = f"--{name} {item}"
+        given = ((name, value) for name, value in self.values.items() if INPUTS.fullmatch(name))
+        items = (
+            (name, item)
+            for name, value in given
+            for item in (value if isinstance(value, tuple) else (value,))
+        )
+        found = {AMOUNT.sub("", item): f"--{name} {item}" for name, item in items if isinstance(item, str)}
         if len(self.argv) > 1 and self.argv[1].endswith(main.CONFIG_SUFFIXES):
             found[self.argv[1]] = self.argv[1]
         return found

@@ -172,7 +172,7 @@ def _check_machine(links: list[Link], plan: Plan, report: Report) -> None:
         report.processes[link.host] = wanted or len(gpus) or 1
         report.shown[link.host, "gpus"] = f"{len(gpus)} {kinds[link]}" if gpus else "none"
         report.shown[link.host, "memory"] = format_bytes(facts["memory"])
-        if gpus and wanted and wanted > len(gpus):
+        if gpus and (wanted or 0) > len(gpus):
             report.add(link, "gpus", f"{wanted} processes, but {len(gpus)} GPU(s)")
         busy = [i for i, (_, total, free) in enumerate(gpus) if free < FREE_SHARE * total]
         if busy:

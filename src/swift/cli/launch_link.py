@@ -59,7 +59,7 @@ class LinkError(Exception):
 
 
 class Link:
-    """One node. `events` gets (link, kind, value): lines and exit of its command, and `gone` at the end."""
+    """One node. `events` gets (link, kind, value): lines, exit, hangs of its command; `gone` at last."""
 
     def __init__(
         self, host: str, index: int, command: list[str], events: "Queue[tuple[Link, str, Any]]"
@@ -146,7 +146,7 @@ class Link:
                 box = self.answers.pop(message["id"], None)
                 if box:
                     box.put(message)
-            for kind in ("line", "exit"):
+            for kind in ("line", "exit", "hang"):
                 if kind in message:
                     self.events.put((self, kind, message[kind]))
         self.closed = True

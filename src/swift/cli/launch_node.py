@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,6 +45,7 @@ class Agent:
         self.stopping = False
         self.sockets = []
         self.folder = None
+        self.patience = 0.0  # seconds that a rank may be without progress, 0 = any
 
     def send(self, **message):
         data = (json.dumps({"now": time.time(), **message}) + "\n").encode()
@@ -67,13 +69,14 @@ class Agent:
             if time.monotonic() - self.heard > DEAF_SECONDS:
                 self.leave()
             try:
-                self.send()
+                hung = self.find_hung()
+                self.send(**({"hang": hung} if hung else {}))
             except OSError:
                 self.leave()
 
     def leave(self):
         """Ends every process of this launch, then this one."""
-        self.stop("SIGTERM", 3.0)
+        self.do_stop("SIGTERM", 3.0)
         if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
         os._exit(0)
@@ -124,18 +127,7 @@ class Agent:
         with suppress(OSError):
             lines = Path("/proc/meminfo").read_text().splitlines()
             free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-        gpus = []
-        if shutil.which("nvidia-smi"):
-            query = [
-                "nvidia-smi",
-                "--query-gpu=name,memory.total,memory.free",
-                "--format=csv,noheader,nounits",
-            ]
-            done = subprocess.run(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
-            for line in done.stdout.decode().splitlines() if done.returncode == 0 else ():
-                name, total, left = (part.strip() for part in line.rsplit(",", 2))
-                known = total.isdigit() and left.isdigit()  # some have no memory of their own
-                gpus.append([name, int(total), int(left)] if known else [name, 0, 0])
+        gpus = list_gpus()
         chosen = self.variables.get("CUDA_VISIBLE_DEVICES")
         if chosen is not None:
             names = [name.strip() for name in chosen.split(",") if name.strip()]
@@ -160,20 +152,15 @@ class Agent:
 
     def do_connect(self, targets, patience):
         """What went wrong with each [host, port], None = nothing."""
-        results = [None] * len(targets)
 
-        def attempt(i):
+        def attempt(target):
             try:
-                socket.create_connection(tuple(targets[i]), timeout=patience).close()
+                return socket.create_connection(tuple(target), timeout=patience).close()
             except OSError as error:
-                results[i] = str(error)
+                return str(error)
 
-        threads = [threading.Thread(target=attempt, args=(i,)) for i in range(len(targets))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
+        with ThreadPoolExecutor(len(targets) or 1) as pool:
+            return list(pool.map(attempt, targets))
 
     def do_interface(self, target):
         """The network interface that packets to `target` leave by."""
@@ -192,17 +179,13 @@ class Agent:
         """Leaves a file in the nearest directory of `folder` that is there, or looks for it."""
         place = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.is_dir())
         token = place / name
-        if write == "write":
-            token.touch()
-        elif write == "remove":
-            token.unlink()
-        else:
-            deadline = time.monotonic() + 5  # network file systems remember for seconds what was not there
-            while not token.exists() and time.monotonic() < deadline:
-                list(place.iterdir())
-                time.sleep(0.2)
-            return [str(place), token.exists()]
-        return [str(place), True]
+        if write != "look":
+            return [str(place), token.touch() if write == "write" else token.unlink()]
+        deadline = time.monotonic() + 5  # network file systems remember for seconds what was not there
+        while not token.exists() and time.monotonic() < deadline:
+            list(place.iterdir())
+            time.sleep(0.2)
+        return [str(place), token.exists()]
 
     def do_digest(self, paths):
         """A hash of each file or directory, None where there is nothing."""
@@ -211,22 +194,19 @@ class Agent:
     def _digest(self, path):
         if not path.exists():
             return None
-        digest = hashlib.sha256()
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        digest, whole = hashlib.sha256(), path.is_file()
+        files = [path] if whole else sorted(p for p in path.rglob("*") if p.is_file())
         for file in files:
             name = file.relative_to(path)
             if any(part.startswith(".") for part in name.parts):
                 continue
             size = file.stat().st_size
             digest.update(f"{name}\0{size}\0".encode())
+            all_of_it, parts = whole and size <= WHOLE_BYTES, 64 if whole else 2
             with file.open("rb") as handle:
-                if size <= WHOLE_BYTES and path.is_file():
-                    for block in iter(lambda h=handle: h.read(1 << 20), b""):
-                        digest.update(block)
-                    continue
-                for step in range(65 if path.is_file() else 3):
-                    handle.seek(max(0, size - SAMPLE_BYTES) * step // (64 if path.is_file() else 2))
-                    digest.update(handle.read(SAMPLE_BYTES))
+                for step in range(1 if all_of_it else parts + 1):
+                    handle.seek(max(0, size - SAMPLE_BYTES) * step // parts)
+                    digest.update(handle.read(-1 if all_of_it else SAMPLE_BYTES))
         return digest.hexdigest()[:16]
 
     def do_run(self, words, variables, limit):
@@ -239,16 +219,35 @@ class Agent:
             return [124, f"no end after {limit} s"]
         return [process.returncode, output.decode(errors="replace")[-4000:]]
 
-    def do_start(self, words, variables):
-        """Starts `python WORDS`; lines follow as messages, then `exit`."""
+    def do_start(self, words, variables, patience=0.0):
+        """Starts `python WORDS`; lines follow, `hang` for ranks that stand still, and `exit`."""
         self._sweep()  # a launch before this one that lost its connection may still be ending
         self.stopping = False
         self.folder = self.folder or tempfile.mkdtemp(prefix="swift-launch-")
+        for path in Path(self.folder).glob("beat-*"):  # of a start before this one
+            path.unlink()
+        self.patience = patience
         # torchrun writes each process's output to a file, and passes it on with the rank in front.
-        ranks = {"PET_TEE": "3", "PET_LOG_DIR": self.folder}
+        ranks = {"PET_TEE": "3", "PET_LOG_DIR": self.folder, "SWIFT_BEATS": self.folder}
         ranks["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = "[rank${rank}] "
         self.child = self._start(words, {**ranks, **variables})
         threading.Thread(target=self._follow, args=(self.child,), daemon=True).start()
+
+    def find_hung(self):
+        """[rank, seconds, phase, state, stacks] of ranks without progress, once; see utils/beat.py."""
+        found = []
+        for path in Path(self.folder).glob("beat-*") if self.patience else ():
+            with suppress(OSError, ValueError):
+                seconds = time.time() - path.stat().st_mtime
+                pid, _, phase = path.read_text().partition(" ")
+                state = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()[0]
+                if seconds > self.patience:
+                    os.kill(int(pid), signal.SIGUSR1)
+                    found.append([int(path.name[5:]), round(seconds), phase, state])
+        if found:
+            self.patience = 0.0
+            time.sleep(1.0)  # for the stacks
+        return [[*hung, Path(self.folder, f"stack-{hung[0]}").read_text()] for hung in found]
 
     def _start(self, words, variables):
         return subprocess.Popen(
@@ -273,11 +272,7 @@ class Agent:
         self.send(exit=code)
 
     def do_stop(self, name, grace):
-        """Asks the command to end, and kills what is left after `grace` seconds."""
-        self.stop(name, grace)
-
-    def stop(self, name, grace):
-        """As `do_stop`, and again the second time it is called: then what is left is killed at once."""
+        """Asks the command to end, and kills what is left after `grace` seconds; at once the second time."""
         child, again = self.child, self.stopping
         self.stopping = True
         if child and child.poll() is None and not again:
@@ -310,6 +305,20 @@ class Agent:
         times = [(p.stat().st_mtime, p) for p in marks if p.parent.name.startswith("checkpoint-")]
         fresh = [(moment, p) for moment, p in times if moment >= since and not p.parent.is_symlink()]
         return str(max(fresh)[1].parent.absolute()) if fresh else None
+
+
+def list_gpus():
+    """GPUs of this machine as [name, MiB in all, MiB free], by nvidia-smi; none where there is no such."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    if not shutil.which(query[0]):
+        return []
+    done = subprocess.run(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+    gpus = []
+    for line in done.stdout.decode().splitlines() if done.returncode == 0 else ():
+        name, total, left = (part.strip() for part in line.rsplit(",", 2))
+        known = total.isdigit() and left.isdigit()  # some have no memory of their own
+        gpus.append([name, int(total), int(left)] if known else [name, 0, 0])
+    return gpus
 
 
 def main(variables):

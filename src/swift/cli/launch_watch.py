@@ -22,6 +22,7 @@ SETTLE_SECONDS = 3.0  # after the first failure: the node at fault may report af
 GRACE_SECONDS = 5.0  # from asking the others to end to killing them
 SAVE_SECONDS = 600.0  # the same after Ctrl-C: the step is finished, and what is being saved
 KEPT_LINES = 400
+STACK_LINES = 20  # on screen, of a process that stands still
 STOPPED = 130  # the exit code after Ctrl-C
 RANK = re.compile(r"\[rank(\d+)\] ?(.*)", re.DOTALL)
 TORCH = re.compile(r"^\[rank\d+\]: ?")  # torch puts it before lines of tracebacks
@@ -129,6 +130,7 @@ class Watch:
         self.links, self.events, self.output = links, events, output
         self.codes: dict[Link, int] = {}  # of the nodes where it has ended, in that order
         self.lost: dict[Link, str] = {}  # and why
+        self.hung: list[tuple[bool, float, Trouble]] = []  # of each whether it still ran, and since when
 
     def follow(self) -> Failure | None:
         """Follows it to its end, None when it was a good one. Nothing runs after it."""
@@ -137,9 +139,12 @@ class Watch:
         except KeyboardInterrupt:
             return self._end_by_hand()
         wrong = [abs(code) for code in self.codes.values() if code]
-        if not self.lost and not wrong:
+        if not self.lost and not wrong and not self.hung:
             return None
         self._stop("SIGTERM", GRACE_SECONDS)
+        if self.hung:
+            trouble = min(self.hung, key=lambda item: item[:2])[-1]
+            return Failure(1, trouble.text, trouble.lines)
         error = self.output.first_error()
         code = 2 if 2 in wrong else next(iter(wrong), 1)
         if self.lost and (error is None or AFTERMATH.search(error.text)):
@@ -160,7 +165,7 @@ class Watch:
                 gone = link.closed or now - link.heard > SILENT_SECONDS
                 if gone and link not in self.codes and link not in self.lost:
                     self.lost[link] = _why_lost(link)
-            if self.lost or any(self.codes.values()):
+            if self.lost or self.hung or any(self.codes.values()):
                 deadline = min(deadline, now + SETTLE_SECONDS)
         end = time.monotonic() + 1.0  # for what is on its way; a node that still runs may never be silent
         while time.monotonic() < end and self._take(0.1):
@@ -175,6 +180,14 @@ class Watch:
             self.output.take(link, value)
         elif kind == "exit":
             self.codes[link] = value
+        elif kind == "hang":
+            for rank, seconds, phase, state, stacks in value:
+                for line in stacks.splitlines():
+                    self.output.take(link, f"[rank{rank}] {line}")
+                how = " (the process is stopped)" if state == "T" else ""
+                text = f"{link.host} rank {rank}: no progress for {seconds} s in {phase}{how}"
+                trouble = Trouble(rank, text, tuple(stacks.splitlines()[:STACK_LINES]))
+                self.hung.append((state != "T", -seconds, trouble))
         return True
 
     def _running(self) -> list[Link]:

@@ -5,6 +5,7 @@ each other. Only then is the code of the command imported, and torch with it.
 """
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -62,6 +63,9 @@ def dispatch(argv: list[str], program: str) -> int:
     if argv[0] == "--version":
         return show(__version__)
     command = find_command(program, argv[0])
+    if env.read("SWIFT_PLAN") and command.name in ("pt", "sft", "rlhf", "launch"):
+        argv = ["plan", *shlex.split(env.read("SWIFT_PLAN") or ""), program, *argv]
+        command = find_command("swift", "plan")
     behind: list[str] = []
     if command.wraps:
         argv, behind = load("swift.cli.launch:split_command")(argv)
@@ -69,16 +73,32 @@ def dispatch(argv: list[str], program: str) -> int:
         return show(load("swift.cli.helptext:command_help")(command))
     if env.read("MEGATRON_LM_PATH"):
         note(f"note: MEGATRON_LM_PATH has {env.VARIABLES['MEGATRON_LM_PATH']}")
-    given = read_given(name_leading(argv[1:], command.leading))
-    if behind:
-        given.append(Given("the command", "command", tuple(behind)))
-    wants_print = [item for item in given if item.name == "print_config"]
-    resolved = resolve(command, [item for item in given if item.name != "print_config"])
-    for line in resolved.notes:
-        note(line if line.startswith("warning") else f"note: {line}")
+    resolved, wants_print = read_flags(command, argv[1:], behind)
     if wants_print and parse_value("--print_config", "bool", wants_print[-1].words):
         return show(load("swift.cli.configfile:dump_config")(resolved), end="")
     return execute(command, resolved, argv)
+
+
+def read_flags(command: Command, argv: list[str], behind: Sequence[str] = ()) -> tuple[Resolved, list[Given]]:
+    """What a command's flags mean, notes told, and --print_config. `behind`: a command that it wraps."""
+    given = read_given(name_leading(argv, command.leading))
+    if behind:
+        given.append(Given("the command", "command", tuple(behind)))
+    resolved = resolve(command, [item for item in given if item.name != "print_config"])
+    for line in resolved.notes:
+        note(line if line.startswith("warning") else f"note: {line}")
+    return resolved, [item for item in given if item.name == "print_config"]
+
+
+def understand(program: str, argv: list[str]) -> tuple[Resolved, Any, dict[str, Any]]:
+    """A command that another one wraps: its flags, its config, checked, and its values by flag."""
+    argv, warnings = repair_arguments(argv)
+    for warning in warnings:
+        note(f"warning: {warning}")
+    if not argv:
+        raise ConfigError(f"{program} needs a command", hint=f"{program} --help lists them")
+    resolved, _ = read_flags(find_command(program, argv[0]), argv[1:])
+    return resolved, *build_config(resolved)
 
 
 def name_leading(argv: list[str], names: Sequence[str]) -> list[str]:
@@ -108,13 +128,13 @@ def execute(command: Command, resolved: Resolved, argv: list[str]) -> int:
             f"{command.title}: not yet in this version", hint="--print_config shows what it would be given"
         )
     config, values = build_config(resolved)
-    if command.distributed and asks_for_processes():
+    if command.how in ("ranks", "spread") and asks_for_processes():
         check_place()
         spread: int = load("swift.engines.launch:launch")(command.program, argv)
         return spread
-    if command.can_spread and env.read("LOCAL_RANK") is None:
+    if command.how == "spread" and env.read("LOCAL_RANK") is None:
         check_place()
-    if command.can_spread and may_take_all_gpus(values) and env.count_gpus() > 1:
+    if command.how == "spread" and may_take_all_gpus(values) and env.count_gpus() > 1:
         taken: int | None = load("swift.engines.launch:launch_on_gpus")(command.program, argv)
         if taken is not None:
             return taken

@@ -24,14 +24,8 @@ EXPECTED = {
     "list[float]": "one number or several",
 }
 BOOLEANS = {
-    "true": True,
-    "yes": True,
-    "on": True,
-    "1": True,
-    "false": False,
-    "no": False,
-    "off": False,
-    "0": False,
+    **dict.fromkeys(("true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
 }
 NOTHING = ("none", "null")
 

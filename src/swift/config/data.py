@@ -8,61 +8,40 @@ from swift.config.option import ConfigError, option
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    dataset: tuple[str, ...] = option(
-        (), help="training data: FILE, FILE#N or ID:SUBSET#N; several by spaces"
-    )
-    val_dataset: tuple[str, ...] = option(
-        (), help="evaluation data, same syntax; none = split from the training data"
-    )
-    cached_dataset: tuple[str, ...] = option(
-        (), help="rows encoded before, directories of swift export --to_cached_dataset true"
-    )
-    load_from_cache_file: bool = option(
-        True, help="take rows that were encoded before from the cache; no = encode them again"
-    )
-    streaming: bool = option(
-        False,
-        help="read and encode rows while training, in which case --max_steps is needed",
-    )
-    shuffle_buffer_size: int = option(
-        1000, help="with --streaming true: rows of which the next one is drawn", unit="rows", range=(1, None)
-    )
+    dataset: tuple[str, ...] = option((), "training data: FILE, FILE#N or ID:SUBSET#N; several by spaces")
+    val_dataset: tuple[str, ...] = option((), "evaluation data, same syntax; none = split from --dataset")
+    cached_dataset: tuple[str, ...] = option((), "directories of swift export --to_cached_dataset true")
+    load_from_cache_file: bool = option(True, "take encoded rows from the cache; no = encode them again")
+    streaming: bool = option(False, "read and encode rows while training, which needs --max_steps")
+    shuffle_buffer_size: int = option(1000, "with --streaming: rows to draw one from", unit="rows", min=1)
     interleave_prob: tuple[float, ...] = option(
-        (), help="draw rows from the datasets by these weights, one each; none = one dataset after another"
+        (), "draw rows from the datasets by these weights, one each; none = one dataset after another"
     )
     stopping_strategy: str = option(
         "first_exhausted",
-        help="with --interleave_prob: end when the first dataset is used up, or when all have been",
+        "with --interleave_prob: end when the first dataset is used up, or when all have been",
         choices=("first_exhausted", "all_exhausted"),
     )
-    split_dataset_ratio: float = option(
-        0.0, help="share of the training rows held out for evaluation", range=(0, 1)
-    )
-    data_seed: int | None = option(None, help="seed of sampling, split and order; none = --seed")
-    dataset_num_proc: int = option(1, help="processes that encode rows", range=(1, None))
-    dataset_shuffle: bool = option(True, help="shuffle the rows before #N takes its share")
-    val_dataset_shuffle: bool = option(False, help="shuffle the evaluation rows as well")
-    train_dataloader_shuffle: bool = option(True, help="new order of the rows in every epoch")
+    split_dataset_ratio: float = option(0.0, "share of the rows held out for evaluation", range=(0, 1))
+    data_seed: int | None = option(None, "seed of sampling, split and order; none = --seed")
+    dataset_num_proc: int = option(1, "processes that encode rows", min=1)
+    dataset_shuffle: bool = option(True, "shuffle the rows before #N takes its share")
+    val_dataset_shuffle: bool = option(False, "shuffle the evaluation rows as well")
+    train_dataloader_shuffle: bool = option(True, "new order of the rows in every epoch")
     dataloader_num_workers: int | None = option(
         None,
-        help="with --streaming true: processes that encode ahead, 0 = none (none = --dataset_num_proc); "
+        "with --streaming true: processes that encode ahead, 0 = none (none = --dataset_num_proc); "
         "other rows are encoded before training, so there is nothing to prefetch",
-        range=(0, None),
+        min=0,
     )
-    packing: bool = option(
-        False, help="put rows together into long sequences; batch sizes and steps then count those packs"
-    )
-    packing_length: int | None = option(
-        None, help="tokens a pack has room for; none = --max_length", unit="tokens", range=(1, None)
-    )
-    columns: dict[str, Any] = option({}, help='renames columns before anything else, as JSON: {"old": "new"}')
-    strict: bool = option(False, help="stop at the first row that cannot be used")
-    max_drop_ratio: float = option(0.2, help="stop when a larger share of the rows is dropped", range=(0, 1))
-    allow_unsupervised: bool = option(False, help="drop rows without a trained token instead of stopping")
-    model_name: tuple[str, ...] = option(
-        (), help="name that the model learns (self-cognition): one, or zh and en"
-    )
-    model_author: tuple[str, ...] = option((), help="author that the model learns: one, or zh and en")
+    packing: bool = option(False, "put rows together into long sequences; batches and steps count those")
+    packing_length: int | None = option(None, "room in a pack; none = --max_length", unit="tokens", min=1)
+    columns: dict[str, Any] = option({}, 'renames columns before anything else, as JSON: {"old": "new"}')
+    strict: bool = option(False, "stop at the first row that cannot be used")
+    max_drop_ratio: float = option(0.2, "stop when a larger share of the rows is dropped", range=(0, 1))
+    allow_unsupervised: bool = option(False, "drop rows without a trained token instead of stopping")
+    model_name: tuple[str, ...] = option((), "name that the model learns (self-cognition): one, or zh and en")
+    model_author: tuple[str, ...] = option((), "author that the model learns: one, or zh and en")
 
     def check(self) -> None:
         if self.interleave_prob and len(self.interleave_prob) != len(self.dataset):

@@ -35,6 +35,12 @@ class LaunchRun:
     max_restarts: int = option(
         0, help="times that a run that failed goes on from its last checkpoint", range=(0, None)
     )
+    hang_timeout: float = option(
+        1800,
+        help="longest time without progress in a run's steps; 0 = forever",
+        unit="seconds",
+        range=(0, None),
+    )
     log_dir: str | None = option(None, help="directory of the nodes' output; none = launch_logs/<date>")
     command: tuple[str, ...] = option(
         (), help="what to run, such as megatron sft ...; on the command line it just follows"

@@ -122,10 +122,12 @@ def model_sizes(config: Mapping[str, Any]) -> ModelSizes:
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     experts = next((int(text[name]) for name in names if text.get(name)), 0)
     ffn = text.get("intermediate_size") or text.get("moe_intermediate_size")
+    heads = text["num_attention_heads"]
     return ModelSizes(
         layers=text["num_hidden_layers"],
-        heads=text["num_attention_heads"],
-        kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
+        heads=heads,
+        # Heads of latent attention have keys of their own, whatever is said of them.
+        kv_heads=heads if text.get("kv_lora_rank") else text.get("num_key_value_heads") or heads,
         ffn=ffn,
         vocab=text["vocab_size"],
         experts=experts,
@@ -251,8 +253,10 @@ def pieces(config: LayoutConfig, layers: int) -> int | None:
     return count if count > 1 else None
 
 
-def suggest(config: LayoutConfig, world: int, sizes: ModelSizes) -> list[LayoutConfig]:
-    """Layouts that `world` processes and the model allow, the nearest to `config` first."""
+def suggest(
+    config: LayoutConfig, world: int, sizes: ModelSizes, *, count: int | None = SUGGESTIONS
+) -> list[LayoutConfig]:
+    """Layouts that `world` processes and the model allow, the nearest to `config` first; None = all."""
     even = replace(config, **dict.fromkeys(UNEVEN))
     parts = [size for size in range(1, world + 1) if world % size == 0]
     choices = (
@@ -269,7 +273,7 @@ def suggest(config: LayoutConfig, world: int, sizes: ModelSizes) -> list[LayoutC
             other = replace(base, **dict(zip(DEGREES, values, strict=True)), sequence_parallel=sequence)
             if other not in found and next(find_faults(other, world, sizes), None) is None:
                 found[other] = _distance(config, other)
-    return sorted(found, key=found.__getitem__)[:SUGGESTIONS]
+    return sorted(found, key=found.__getitem__)[:count]
 
 
 def _distance(config: LayoutConfig, other: LayoutConfig) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from swift.config.layout import Layout, LayoutConfig
 from swift.config.online import OnlineConfig, RolloutPlan
-from swift.config.option import ConfigError, option
+from swift.config.option import ConfigError, option, refuse
 from swift.config.schedule import ScheduleConfig
 from swift.config.tuner import TunerConfig
 
@@ -88,6 +88,10 @@ class MegatronConfig(LayoutConfig):
     moe_z_loss_coeff: float | None = option(
         None, help="weight of the loss that keeps the router's logits small; none = off", range=(0, None)
     )
+    moe_router_bias_update_rate: float | None = option(
+        None, help="how far a step moves the biases that even out experts, where the model has such "
+        "(DeepSeek-V3); none = 0.001, with adapters 0", range=(0, None),
+    )  # fmt: skip
     moe_router_dtype: str | None = option(
         "fp32", help="precision of the router; none = that of the model", choices=("fp32", "fp64")
     )
@@ -108,12 +112,13 @@ class MegatronConfig(LayoutConfig):
                 f"--recompute_granularity full needs --{missing}",
                 hint="--recompute_method uniform --recompute_num_layers 1 saves the most memory",
             )
-        for name in ("recompute_method", "recompute_num_layers"):
-            if not full and getattr(self, name) is not None:
-                raise ConfigError(
-                    f"--{name} has no effect with --recompute_granularity {self.recompute_granularity}",
-                    hint="add --recompute_granularity full, or leave it out",
-                )
+        if not full:
+            refuse(
+                self,
+                ("recompute_method", "recompute_num_layers"),
+                f"with --recompute_granularity {self.recompute_granularity}",
+                hint="add --recompute_granularity full, or leave it out",
+            )
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
             raise ConfigError(
                 "--overlap_param_gather true needs --use_distributed_optimizer and --overlap_grad_reduce true"

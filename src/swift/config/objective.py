@@ -4,9 +4,9 @@ Owns: the knobs, which of them belong to which method, and the refusal of contra
 (objectives/), how a reference model is run.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from swift.config.option import ConfigError, option
+from swift.config.option import ConfigError, changed, option, refuse
 
 # method -> the losses it knows, its default first; () = it has one loss without a name.
 LOSSES: dict[str, tuple[str, ...]] = {
@@ -66,90 +66,61 @@ REFERENCE_FLAGS = ("ref_model", "ref_adapters", "precompute_ref_log_probs", "syn
 class RlhfConfig:
     rlhf_type: str = option(
         "dpo",
-        help="method: dpo, kto, orpo, simpo or cpo from preferences; rm trains a reward model; grpo "
+        "method: dpo, kto, orpo, simpo or cpo from preferences; rm trains a reward model; grpo "
         "learns from rewards of its own answers, gkd from a teacher, ppo with a value model",
         choices=RLHF_TYPES,
     )
     beta: float | None = option(
         None,
-        help="strength of the pull towards the reference model (orpo: weight of the odds ratio); "
+        "strength of the pull towards the reference model (orpo: weight of the odds ratio); "
         "none = 2 for simpo, 0.04 for grpo (0 = no reference), 0.5 for gkd (0 = forward KL, 1 = reverse KL), "
         "0.1 otherwise",
-        range=(0, None),
+        min=0,
     )
     loss_type: tuple[str, ...] | None = option(
-        None,
-        help="loss, for dpo one or several; none = sigmoid (dpo, cpo), kto (kto), simpo (simpo), grpo (grpo)",
+        None, "loss, for dpo one or several; none = sigmoid (dpo, cpo), kto (kto), simpo (simpo), grpo (grpo)"
     )
-    loss_weights: tuple[float, ...] | None = option(
-        None, help="weight of each --loss_type, in the same order; none = 1 each"
-    )
+    loss_weights: tuple[float, ...] | None = option(None, "weight of each --loss_type, in order; none = 1")
     label_smoothing: float = option(
-        0.0,
-        help="share of pairs expected to be the wrong way round (exo_pair: 0 counts as 0.001)",
-        range=(0, 0.5),
+        0.0, "share of pairs expected to be the wrong way round (exo_pair: 0 counts as 0.001)", range=(0, 0.5)
     )
     rpo_alpha: float | None = option(
-        None,
-        help="dpo: weight of the chosen answer's likelihood; none = off, where ms-swift 3.7 had 1",
-        range=(0, None),
+        None, "dpo: weight of the chosen answer's likelihood; none = off, where ms-swift 3.7 had 1", min=0
     )
     ld_alpha: float | None = option(
         None,
-        help="dpo: weight of tokens behind the shorter answer's length; none = 1, as all others",
+        "dpo: weight of tokens behind the shorter answer's length; none = 1, as all others",
         range=(0, 1),
     )
-    discopop_tau: float = option(0.05, help="temperature of the blend in the discopop loss")
-    reference_free: bool = option(
-        False, help="dpo: compare answers as if the reference found all equally likely"
-    )
+    discopop_tau: float = option(0.05, "temperature of the blend in the discopop loss")
+    reference_free: bool = option(False, "dpo: compare answers as if the reference found all equally likely")
     f_divergence_type: str = option(
         "reverse_kl",
-        help="dpo: how distance from the reference is measured",
+        "dpo: how distance from the reference is measured",
         choices=("reverse_kl", "js_divergence", "alpha_divergence"),
     )
-    f_alpha_divergence_coef: float = option(
-        1.0, help="alpha of alpha_divergence; towards 0 it is reverse_kl, 1 is the forward KL"
-    )
-    cpo_alpha: float = option(
-        1.0,
-        help="cpo, simpo: weight of the chosen answer's likelihood; 0 for SimPO as published",
-        range=(0, None),
-    )
-    simpo_gamma: float = option(
-        1.0, help="simpo: margin by which the chosen answer has to win", range=(0, None)
-    )
-    desirable_weight: float = option(1.0, help="kto: weight of answers that are liked", range=(0, None))
-    undesirable_weight: float = option(1.0, help="kto: weight of answers that are not", range=(0, None))
+    f_alpha_divergence_coef: float = option(1.0, "alpha of alpha_divergence; near 0 reverse_kl, 1 forward KL")
+    cpo_alpha: float = option(1.0, "cpo, simpo: weight of the chosen likelihood; 0 = published SimPO", min=0)
+    simpo_gamma: float = option(1.0, "simpo: margin by which the chosen answer has to win", min=0)
+    desirable_weight: float = option(1.0, "kto: weight of answers that are liked", min=0)
+    undesirable_weight: float = option(1.0, "kto: weight of answers that are not", min=0)
     center_rewards_coefficient: float | None = option(
-        None, help="rm: pull of the two rewards' sum towards 0; none = off (0.01 is usual)", range=(0, None)
+        None, "rm: pull of the two rewards' sum towards 0; none = off (0.01 is usual)", min=0
     )
-    teacher_model: str | None = option(None, help="gkd: model whose distribution is learnt")
-    lmbda: float = option(
-        0.5, help="gkd: share of steps that learn from the student's own answers", range=(0, 1)
-    )
-    gkd_logits_topk: int | None = option(
-        None, help="gkd: the teacher's most likely tokens that are compared; none = all", range=(1, None)
-    )
-    sft_alpha: float = option(
-        0.0, help="gkd: weight of the likelihood of the data's own answers", range=(0, None)
-    )
+    teacher_model: str | None = option(None, "gkd: model whose distribution is learnt")
+    lmbda: float = option(0.5, "gkd: share of steps that learn from the student's own answers", range=(0, 1))
+    gkd_logits_topk: int | None = option(None, "gkd: most likely tokens that are compared; none = all", min=1)
+    sft_alpha: float = option(0.0, "gkd: weight of the likelihood of the data's own answers", min=0)
     ref_model: str | None = option(
-        None, help="reference model; none = the model as it is before training (without its new adapters)"
+        None, "reference model; none = the model as it is before training (without its new adapters)"
     )
-    ref_adapters: tuple[str, ...] = option((), help="adapters of the reference model, checkpoint directories")
-    precompute_ref_log_probs: bool = option(
-        False, help="run the reference once over all rows before training, then free it"
-    )
+    ref_adapters: tuple[str, ...] = option((), "adapters of the reference model, checkpoint directories")
+    precompute_ref_log_probs: bool = option(False, "run the reference over all rows before training, free it")
     sync_ref_model: bool = option(
-        False, help="let the reference follow the trained model (--train_type full); checkpoints keep both"
+        False, "let the reference follow the trained model (--train_type full); checkpoints keep both"
     )
-    ref_model_sync_steps: int = option(
-        512, help="steps between two updates of the reference", unit="steps", range=(1, None)
-    )
-    ref_model_mixup_alpha: float = option(
-        0.6, help="share of the trained model in an updated reference", range=(0, 1)
-    )
+    ref_model_sync_steps: int = option(512, "steps between two updates of the reference", unit="steps", min=1)
+    ref_model_mixup_alpha: float = option(0.6, "share of the trained model in an update", range=(0, 1))
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -171,8 +142,8 @@ class RlhfConfig:
 
     def check(self) -> None:
         self._check_losses()
-        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
-        for name in changed:
+        given = changed(self)
+        for name in given:
             methods = METHODS_OF.get(name, RLHF_TYPES)
             if self.rlhf_type not in methods:
                 raise ConfigError(
@@ -189,7 +160,7 @@ class RlhfConfig:
                 raise ConfigError(
                     f"--{name} and --reference_free true contradict each other", hint="leave one of them out"
                 )
-        self._check_companions(changed)
+        self._check_companions(given)
         if len(self.ref_adapters) > 1:
             raise ConfigError("--ref_adapters takes one checkpoint", hint="merge the others first")
 
@@ -223,7 +194,7 @@ class RlhfConfig:
         if self.beta is not None and self.beta > 1:
             raise ConfigError(f"--beta must be from 0 to 1 with --rlhf_type gkd, got {self.beta:g}")
 
-    def _check_companions(self, changed: list[str]) -> None:
+    def _check_companions(self, given: list[str]) -> None:
         """Values and pairs of flags that make no sense together."""
         if self.rlhf_type == "gkd":
             self._check_teacher()
@@ -235,15 +206,14 @@ class RlhfConfig:
             )
         if self.discopop_tau <= 0:
             raise ConfigError(f"--discopop_tau must be above 0, got {self.discopop_tau}")
-        if "f_alpha_divergence_coef" in changed and self.f_divergence_type != "alpha_divergence":
+        if "f_alpha_divergence_coef" in given and self.f_divergence_type != "alpha_divergence":
             raise ConfigError("--f_alpha_divergence_coef needs --f_divergence_type alpha_divergence")
         if self.f_alpha_divergence_coef == 0:
             raise ConfigError(
                 "--f_alpha_divergence_coef 0 is the reverse KL", hint="use --f_divergence_type reverse_kl"
             )
-        for name in ("ref_model_sync_steps", "ref_model_mixup_alpha"):
-            if name in changed and not self.sync_ref_model:
-                raise ConfigError(f"--{name} has no effect without --sync_ref_model true")
+        if not self.sync_ref_model:
+            refuse(self, ("ref_model_sync_steps", "ref_model_mixup_alpha"), "without --sync_ref_model true")
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ConfigError(
                 "--sync_ref_model and --precompute_ref_log_probs contradict each other",

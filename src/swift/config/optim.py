@@ -35,35 +35,26 @@ LEVEL = ("constant", "constant_with_warmup")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    learning_rate: float | None = option(
-        None, help="peak; none = 1e-4 with adapters, 1e-5 full", range=(0, None)
-    )
+    learning_rate: float | None = option(None, "peak; none = 1e-4 with adapters, 1e-5 full", min=0)
     lorap_lr_ratio: float | None = option(
-        None,
-        help="LoRA+: matrices B of the adapters learn this many times as fast; none = as the rest",
-        range=(0, None),
+        None, "LoRA+: matrices B of the adapters learn this many times as fast; none = as the rest", min=0
     )
-    lr_scheduler_type: str = option("cosine", help="shape of the decay", choices=SCHEDULES)
-    lr_scheduler_kwargs: dict[str, Any] = option(
-        {}, help='settings of that shape as JSON, such as {"min_lr": 1e-6}'
-    )
-    min_lr: float = option(0.0, help="where the decay ends, instead of at 0", range=(0, None))
-    warmup_ratio: float = option(0.0, help="share of the steps that warm up", range=(0, 1))
+    lr_scheduler_type: str = option("cosine", "shape of the decay", choices=SCHEDULES)
+    lr_scheduler_kwargs: dict[str, Any] = option({}, 'settings of that shape as JSON, say {"min_lr": 1e-6}')
+    min_lr: float = option(0.0, "where the decay ends, instead of at 0", min=0)
+    warmup_ratio: float = option(0.0, "share of the steps that warm up", range=(0, 1))
     warmup_steps: float = option(
-        0,
-        help="warm-up length, or a share of all steps below 1; wins over --warmup_ratio",
-        unit="steps",
-        range=(0, None),
+        0, "warm-up length, or a share of all steps below 1; wins over --warmup_ratio", unit="steps", min=0
     )
-    weight_decay: float = option(0.1, help="weight decay (not on biases and norms)", range=(0, None))
-    adam_beta1: float = option(0.9, help="AdamW decay of the mean", range=(0, 1))
-    adam_beta2: float = option(0.95, help="AdamW decay of the variance", range=(0, 1))
-    adam_epsilon: float = option(1e-8, help="AdamW epsilon", range=(0, None))
-    max_grad_norm: float = option(1.0, help="clip the global gradient norm here; 0 = never", range=(0, None))
-    optim: str = option("adamw_torch", help="optimizer", choices=tuple(OPTIMIZERS))
-    optim_args: str | None = option(None, help="more settings of it, such as momentum=0.9,nesterov=true")
+    weight_decay: float = option(0.1, "weight decay (not on biases and norms)", min=0)
+    adam_beta1: float = option(0.9, "AdamW decay of the mean", range=(0, 1))
+    adam_beta2: float = option(0.95, "AdamW decay of the variance", range=(0, 1))
+    adam_epsilon: float = option(1e-8, "AdamW epsilon", min=0)
+    max_grad_norm: float = option(1.0, "clip the global gradient norm here; 0 = never", min=0)
+    optim: str = option("adamw_torch", "optimizer", choices=tuple(OPTIMIZERS))
+    optim_args: str | None = option(None, "more settings of it, such as momentum=0.9,nesterov=true")
     optimizer: str | None = option(
-        None, help="muon, lorap (with --lorap_lr_ratio), or an optimizer of a plugin instead of --optim"
+        None, "muon, lorap (with --lorap_lr_ratio), or an optimizer of a plugin instead of --optim"
     )
 
     @property

@@ -8,7 +8,7 @@ import dataclasses
 import importlib.util
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import MISSING, Field
 from typing import Any, TypeVar
 
@@ -25,15 +25,17 @@ class ConfigError(ValueError):
 
 
 def option(
-    default: Any = MISSING,
-    *,
+    default: Any,
     help: str,
+    *,
     unit: str | None = None,
     choices: tuple[Any, ...] | None = None,
+    min: float | None = None,
     range: tuple[float | None, float | None] | None = None,
 ) -> Any:
-    """A config field. `range` is inclusive on both ends; None leaves an end open."""
-    metadata = {"help": help, "unit": unit, "choices": choices, "range": range}
+    """A config field. `min` and both ends of `range` are allowed values; None leaves an end open."""
+    bounds = range if min is None else (min, None)
+    metadata = {"help": help, "unit": unit, "choices": choices, "range": bounds}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -126,6 +128,18 @@ def require_package(name: str, *, flag: str, install: str) -> None:
 def is_secret(name: str) -> bool:
     """Whether a flag holds a secret, which is never printed and never written to a file."""
     return name.endswith(("_token", "_secret", "_password", "api_key"))
+
+
+def changed(group: Any) -> list[str]:
+    """Flags of a config group that are not at their defaults."""
+    return [f.name for f in dataclasses.fields(group) if getattr(group, f.name) != default_of(f)]
+
+
+def refuse(group: Any, names: Container[str], why: str, *, hint: str | None = None) -> None:
+    """Raises ConfigError where one of the flags `names` is not at its default: it has no effect `why`."""
+    for name in changed(group):
+        if name in names:
+            raise ConfigError(f"--{name} has no effect {why}", hint=hint)
 
 
 def flatten(config: Any) -> dict[str, Any]:

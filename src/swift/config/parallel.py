@@ -9,30 +9,21 @@ from swift.config.option import ConfigError, option
 class ParallelConfig:
     fsdp: str | None = option(
         None,
-        help="slice weights, gradients and optimizer over the processes (FSDP2); none = a copy on each (DDP)",
+        "slice weights, gradients and optimizer over the processes (FSDP2); none = a copy on each (DDP)",
         choices=("fsdp2", "full_shard"),
     )
     deepspeed: str | None = option(
-        None,
-        help="train through DeepSpeed: zero0 to zero3, zero2_offload, zero3_offload, or a JSON file or text",
+        None, "train through DeepSpeed: zero0 to zero3, zero2_offload, zero3_offload, or a JSON file or text"
     )
-    sequence_parallel_size: int = option(
-        1, help="processes that share the tokens of one row (Ulysses): for long rows", range=(1, None)
-    )
+    sequence_parallel_size: int = option(1, "processes that share a row (Ulysses): for long rows", min=1)
     ddp_backend: str | None = option(
-        None,
-        help="exchanges between GPUs; none = nccl (without GPUs: gloo)",
-        choices=("nccl", "gloo"),
+        None, "exchanges between GPUs; none = nccl (without GPUs: gloo)", choices=("nccl", "gloo")
     )
     ddp_find_unused_parameters: bool = option(
-        False, help="let DDP look for weights that a step did not use: slower, for models that skip some"
+        False, "let DDP look for weights that a step did not use: slower, for models that skip some"
     )
-    ddp_bucket_cap_mb: int | None = option(
-        None, help="gradients that DDP sends at once; none = torch's 25", unit="MiB", range=(1, None)
-    )
-    ddp_timeout: int = option(
-        1800, help="longest wait of one process for the others", unit="seconds", range=(1, None)
-    )
+    ddp_bucket_cap_mb: int | None = option(None, "sent by DDP at once; none = torch's 25", unit="MiB", min=1)
+    ddp_timeout: int = option(1800, "longest wait of one process for the others", unit="seconds", min=1)
 
     @property
     def zero(self) -> str | None:

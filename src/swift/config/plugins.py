@@ -8,8 +8,8 @@ from swift.config.option import option
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PluginConfig:
     external_plugins: tuple[str, ...] = option(
-        (), help="Python files that are run first: they register datasets, rewards, loss scales"
+        (), "Python files that are run first: they register datasets, rewards, loss scales"
     )
     custom_dataset_info: tuple[str, ...] = option(
-        (), help="JSON files with a list of datasets: where each one is, its subsets and columns"
+        (), "JSON files with a list of datasets: where each one is, its subsets and columns"
     )

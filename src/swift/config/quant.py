@@ -10,16 +10,16 @@ BITSANDBYTES = "bitsandbytes>=0.46"
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantConfig:
     quant_method: str | None = option(
-        None, help="hold the weights of linear layers in few bits; none = as they are", choices=("bnb",)
+        None, "hold the weights of linear layers in few bits; none = as they are", choices=("bnb",)
     )
-    quant_bits: int | None = option(None, help="bits of a weight; none = 4", choices=(4, 8))
+    quant_bits: int | None = option(None, "bits of a weight; none = 4", choices=(4, 8))
     bnb_4bit_compute_dtype: str | None = option(
         None,
-        help="dtype of products with 4-bit weights; none = the model's",
+        "dtype of products with 4-bit weights; none = the model's",
         choices=("float16", "bfloat16", "float32"),
     )
-    bnb_4bit_quant_type: str = option("nf4", help="spacing of the 16 values", choices=("nf4", "fp4"))
-    bnb_4bit_use_double_quant: bool = option(True, help="hold the scales of 4-bit blocks in 8 bits too")
+    bnb_4bit_quant_type: str = option("nf4", "spacing of the 16 values", choices=("nf4", "fp4"))
+    bnb_4bit_use_double_quant: bool = option(True, "hold the scales of 4-bit blocks in 8 bits too")
 
     def check(self, *, train_type: str, slicer: str | None, init_weights: str) -> None:
         """Raises ConfigError where the weights cannot be held in few bits."""

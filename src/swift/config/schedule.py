@@ -9,79 +9,51 @@ STRATEGIES = ("no", "steps", "epoch")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
-    num_train_epochs: float = option(3.0, help="passes over the training rows", range=(0, None))
-    max_steps: int = option(-1, help="stop after this many steps; -1 = by epochs", unit="steps")
-    per_device_train_batch_size: int = option(
-        1, help="rows (or packs) in one micro-batch", unit="rows", range=(1, None)
-    )
-    per_device_eval_batch_size: int = option(
-        1, help="rows in one evaluation batch", unit="rows", range=(1, None)
-    )
+    num_train_epochs: float = option(3.0, "passes over the training rows", min=0)
+    max_steps: int = option(-1, "stop after this many steps; -1 = by epochs", unit="steps")
+    per_device_train_batch_size: int = option(1, "rows (or packs) in one micro-batch", unit="rows", min=1)
+    per_device_eval_batch_size: int = option(1, "rows in one evaluation batch", unit="rows", min=1)
     gradient_accumulation_steps: int | None = option(
-        None, help="micro-batches in a step; none = as many as make 16 rows (or packs)", range=(1, None)
+        None, "micro-batches in a step; none = as many as make 16 rows (or packs)", min=1
     )
     gradient_checkpointing: bool | None = option(
-        None, help="recompute activations to save memory; none = on a GPU yes, on a CPU no"
+        None, "recompute activations to save memory; none = on a GPU yes, on a CPU no"
     )
-    torch_compile: bool = option(
-        False, help="compile the layers with torch: faster steps, after a minute of start-up"
-    )
-    torch_compile_backend: str = option("inductor", help="compiler of --torch_compile true")
-    activation_cpu_offload: bool = option(
-        False, help="keep what waits for the backward pass in the CPU's memory (GPU training)"
-    )
-    bf16: bool = option(
-        False, help="bfloat16 arithmetic, also over float32 weights (--torch_dtype float32 keeps those exact)"
-    )
-    fp16: bool = option(
-        False, help="float16 arithmetic with loss scaling; trained weights are kept in float32"
-    )
+    torch_compile: bool = option(False, "compile the layers with torch: faster steps after a minute")
+    torch_compile_backend: str = option("inductor", "compiler of --torch_compile true")
+    activation_cpu_offload: bool = option(False, "keep what backward passes need on the CPU (GPU training)")
+    bf16: bool = option(False, "bfloat16 arithmetic, also over the exact weights of --torch_dtype float32")
+    fp16: bool = option(False, "float16 arithmetic with loss scaling; trained weights are kept in float32")
     padding_free: bool | None = option(
-        None, help="rows as one flat sequence without padding; none = wherever the model allows it"
+        None, "rows as one flat sequence without padding; none = wherever the model allows it"
     )
-    dataloader_drop_last: bool = option(
-        False, help="leave out the last step of an epoch where it has fewer rows than the others"
-    )
+    dataloader_drop_last: bool = option(False, "leave out the last step of an epoch where it is smaller")
     full_determinism: bool = option(
-        False, help="only kernels that give the same bits every time: slower, for GPU runs that are compared"
+        False, "only kernels that give the same bits every time: slower, for GPU runs that are compared"
     )
-    tf32: bool = option(False, help="products of float32 matrices in TF32: faster, less exact (GPU training)")
+    tf32: bool = option(False, "products of float32 matrices in TF32: faster, less exact (GPU training)")
     logging_strategy: str = option(
-        "steps", help="when to log; the first and the last step always are, unless 'no'", choices=STRATEGIES
+        "steps", "when to log; the first and the last step always are, unless 'no'", choices=STRATEGIES
     )
-    logging_steps: int = option(5, help="steps between lines of the log", range=(1, None))
-    disable_tqdm: bool = option(False, help="show no progress bar")
-    eval_strategy: str | None = option(
-        None, help="when to evaluate; none = as --save_strategy", choices=STRATEGIES
-    )
-    eval_steps: float | None = option(
-        None, help="steps between evaluations, or a share of all; none = --save_steps"
-    )
-    eval_delay: float = option(
-        0.0, help="no evaluation before this step (with --eval_strategy epoch: epoch)", range=(0, None)
-    )
-    eval_on_start: bool = option(False, help="evaluate once before the first step")
+    logging_steps: int = option(5, "steps between lines of the log", min=1)
+    disable_tqdm: bool = option(False, "show no progress bar")
+    eval_strategy: str | None = option(None, "when to evaluate; none = --save_strategy", choices=STRATEGIES)
+    eval_steps: float | None = option(None, "steps between evaluations, or share of all; none = --save_steps")
+    eval_delay: float = option(0.0, "no evaluation before this step (--eval_strategy epoch: epoch)", min=0)
+    eval_on_start: bool = option(False, "evaluate once before the first step")
     early_stop_interval: int | None = option(
-        None,
-        help="stop after this many evaluations without a better --metric_for_best_model; none = never",
-        range=(1, None),
+        None, "stop after this many evaluations without a better --metric_for_best_model; none = never", min=1
     )
-    save_strategy: str = option(
-        "steps", help="when to save (the last step is always saved unless 'no')", choices=STRATEGIES
-    )
-    save_steps: float = option(500, help="steps between checkpoints, or a share of all steps below 1")
-    save_total_limit: int | None = option(
-        None, help="checkpoints kept; the best and the last always are", range=(1, None)
-    )
-    save_only_model: bool = option(
-        False, help="leave out optimizer and random states: smaller, cannot be resumed"
-    )
-    metric_for_best_model: str = option("loss", help="evaluation metric that names the best checkpoint")
-    greater_is_better: bool | None = option(None, help="direction of that metric; none = lower for losses")
+    save_strategy: str = option("steps", "when to save; the last step too, unless 'no'", choices=STRATEGIES)
+    save_steps: float = option(500, "steps between checkpoints, or a share of all steps below 1")
+    save_total_limit: int | None = option(None, "checkpoints kept; the best and the last always are", min=1)
+    save_only_model: bool = option(False, "leave out optimizer and random states: smaller, cannot be resumed")
+    metric_for_best_model: str = option("loss", "evaluation metric that names the best checkpoint")
+    greater_is_better: bool | None = option(None, "direction of that metric; none = lower for losses")
     resume_from_checkpoint: str | None = option(
-        None, help="checkpoint or run directory to go on from (the run directory's last whole checkpoint)"
+        None, "checkpoint or run directory to go on from (the run directory's last whole checkpoint)"
     )
-    seed: int = option(42, help="seed of everything random")
+    seed: int = option(42, "seed of everything random")
 
     @property
     def best_metric(self) -> str:
@@ -115,28 +87,26 @@ class ScheduleConfig:
 class OutputConfig:
     """Where a run goes, and who is told about it."""
 
-    output_dir: str | None = option(None, help="where runs go; none = output/<model name>")
-    add_version: bool = option(True, help="give every run a directory vN-date of its own")
-    logging_dir: str | None = option(None, help="TensorBoard directory; none = runs/ in the run directory")
+    output_dir: str | None = option(None, "where runs go; none = output/<model name>")
+    add_version: bool = option(True, "give every run a directory vN-date of its own")
+    logging_dir: str | None = option(None, "TensorBoard directory; none = runs/ in the run directory")
     report_to: tuple[str, ...] = option(
         ("tensorboard",),
-        help="trackers that are sent every number; all = those installed, none = no pictures either",
+        "trackers that are sent every number; all = those installed, none = no pictures either",
         choices=("tensorboard", "wandb", "swanlab", "mlflow", "all", "none"),
     )
-    run_name: str | None = option(None, help="name of the run in trackers; none = the run directory's")
-    project: str | None = option(None, help="project (MLflow: experiment) in trackers; none = theirs")
+    run_name: str | None = option(None, "name of the run in trackers; none = the run directory's")
+    project: str | None = option(None, "project (MLflow: experiment) in trackers; none = theirs")
     swanlab_mode: str = option(
-        "cloud", help="where SwanLab keeps runs", choices=("cloud", "local", "offline", "disabled")
+        "cloud", "where SwanLab keeps runs", choices=("cloud", "local", "offline", "disabled")
     )
-    swanlab_workspace: str | None = option(None, help="SwanLab workspace; none = your own")
-    swanlab_token: str | None = option(None, help="SwanLab API key; none = that of `swanlab login`")
-    callbacks: tuple[str, ...] = option(
-        (), help="callbacks by the name they are registered under, or file.py:name"
-    )
+    swanlab_workspace: str | None = option(None, "SwanLab workspace; none = your own")
+    swanlab_token: str | None = option(None, "SwanLab API key; none = that of `swanlab login`")
+    callbacks: tuple[str, ...] = option((), "callbacks by the name they are registered under or file.py:name")
     profile_steps: str | None = option(
-        None, help="leave a profile of these steps in the run directory, such as 10:13; none = no profile"
+        None, "leave a profile of these steps in the run directory, such as 10:13; none = no profile"
     )
-    create_checkpoint_symlink: bool = option(True, help="keep the links last and best up to date")
+    create_checkpoint_symlink: bool = option(True, "keep the links last and best up to date")
 
     @property
     def profiled(self) -> range | None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from swift.config.option import ConfigError, option
+from swift.config.option import ConfigError, option, refuse
 
 TASKS = ("causal_lm", "seq_cls", "embedding", "reranker", "generative_reranker")
 RERANKING = ("pointwise_reranker", "listwise_reranker")
@@ -20,19 +20,17 @@ PROBLEMS = ("single_label_classification", "regression", MULTI_LABEL)
 class TaskConfig:
     task_type: str = option(
         "causal_lm",
-        help="what the model learns to give: text, a class or number (seq_cls), an embedding, or how well a "
+        "what the model learns to give: text, a class or number (seq_cls), an embedding, or how well a "
         "document answers a query, by a head (reranker) or by yes and no (generative_reranker)",
         choices=TASKS,
     )
-    num_labels: int | None = option(None, help="classes of seq_cls; 1 = a number", range=(1, None))
+    num_labels: int | None = option(None, "classes of seq_cls; 1 = a number", min=1)
     problem_type: str | None = option(
-        None,
-        help="kind of --task_type seq_cls; none = one class a row, a number with one label",
-        choices=PROBLEMS,
+        None, "kind of --task_type seq_cls; none = one class a row, a number with one label", choices=PROBLEMS
     )
     loss_type: str | None = option(
         None,
-        help="loss of embeddings and rerankers; none = cosine_similarity, pointwise_reranker",
+        "loss of embeddings and rerankers; none = cosine_similarity, pointwise_reranker",
         choices=tuple(dict.fromkeys(name for names in TASK_LOSSES.values() for name in names)),
     )
 
@@ -48,9 +46,8 @@ class TaskConfig:
     def check(self) -> None:
         if self.task_type == "seq_cls" and self.num_labels is None:
             raise ConfigError("--task_type seq_cls needs --num_labels", hint="how many classes the rows have")
-        for name in ("num_labels", "problem_type"):
-            if self.task_type != "seq_cls" and getattr(self, name) is not None:
-                raise ConfigError(f"--{name} has no effect without --task_type seq_cls")
+        if self.task_type != "seq_cls":
+            refuse(self, ("num_labels", "problem_type"), "without --task_type seq_cls")
         if self.loss_type is not None and self.loss_type not in TASK_LOSSES.get(self.task_type, ()):
             known = ", ".join(TASK_LOSSES.get(self.task_type, ("none",)))
             raise ConfigError(

@@ -52,23 +52,18 @@ _NOT_FOR_TRAINING = ("response_prefix", "max_length")
 
 def encode_cached(
     rows: Rows,
-    template: ChatTemplate,
-    *,
+    encoder: Encoder,
     config: DataConfig,
-    template_config: TemplateConfig,
-    max_length: int,
+    *,
     what: str = "training",
     plugins: Sequence[str] = (),
-    shape: str = "chat",
 ) -> tuple[EncodedDataset, EncodeReport]:
     """As `encode_rows`, from the cache where it has these rows; otherwise it will have them afterwards.
 
-    `plugins`: files whose code takes part. `shape`: one of SHAPES. Several processes may ask at once: one
-    encodes, the others wait.
+    `plugins`: files whose code takes part. Several processes may ask at once: one encodes, the others wait.
     """
-    encoder = Encoder(template, max_length, template_config.truncation_strategy, config.strict, shape)
-    settings = {**describe_settings(template, template_config, max_length), "shape": shape}
-    known = [rows.digest, settings, digest_tokenizer(template), _digest_code(plugins)]
+    about = describe_encoder(encoder)
+    known = [rows.digest, about, encoder.shape, _digest_code(plugins)]
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
     root = env.cache_root() / "encoded"
     try:
@@ -78,22 +73,24 @@ def encode_cached(
             f"{root}: {error.strerror or error}", hint="SWIFT_CACHE names another place"
         ) from error
     with FileLock(root / f"{key}.lock"):
-        found = open_entry(root / key, rows, shape) if config.load_from_cache_file else None
+        found = open_entry(root / key, rows, encoder.shape) if config.load_from_cache_file else None
         if found is not None and not (config.strict and found[1].num_dropped):
             say(f"{what}: encoded rows taken from {root / key}")
         else:
-            about = {"settings": settings, "tokenizer": digest_tokenizer(template)}
             write_entry(root / key, encoder, rows, config, what=what, about=about)
-            found = open_entry(root / key, rows, shape)
+            found = open_entry(root / key, rows, encoder.shape)
             assert found is not None, f"{root / key} cannot be read back"
     judge(found[1], config, what)
     return found
 
 
-def describe_settings(template: ChatTemplate, config: TemplateConfig, max_length: int) -> dict[str, Any]:
-    """Flags that change tokens or labels."""
-    flags = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_FOR_TRAINING}
-    return {**flags, "system": template.system, "max_length": max_length}
+def describe_encoder(encoder: Encoder) -> dict[str, Any]:
+    """Flags that change tokens or labels, and the tokenizer by its digest."""
+    template = encoder.template
+    flags = dataclasses.asdict(template.config)
+    kept = {name: value for name, value in flags.items() if name not in _NOT_FOR_TRAINING}
+    settings = {**kept, "system": template.system, "max_length": encoder.max_length}
+    return {"settings": settings, "tokenizer": digest_tokenizer(template)}
 
 
 def digest_tokenizer(template: ChatTemplate) -> str:
@@ -293,13 +290,7 @@ def _present_names(files: list[str], table: np.ndarray, rows: Rows) -> dict[str,
 
 
 def open_exported(
-    directories: Sequence[str],
-    template: ChatTemplate,
-    config: TemplateConfig,
-    *,
-    model: str,
-    max_length: int,
-    training: bool,
+    directories: Sequence[str], encoder: Encoder, *, model: str, training: bool
 ) -> list[EncodedDataset]:
     """The training or evaluation rows of `swift export --to_cached_dataset` in each directory.
 
@@ -312,15 +303,13 @@ def open_exported(
         is_one = (path / ENTRY).exists()
         if training:
             entry = path if is_one else path / "train"
-            datasets.append(_open_checked(directory, entry, template, config, model, max_length))
+            datasets.append(_open_checked(directory, entry, encoder, model))
         elif not is_one and (path / "val").exists():
-            datasets.append(_open_checked(directory, path / "val", template, config, model, max_length))
+            datasets.append(_open_checked(directory, path / "val", encoder, model))
     return datasets
 
 
-def _open_checked(
-    directory: str, path: Path, template: ChatTemplate, config: TemplateConfig, model: str, max_length: int
-) -> EncodedDataset:
+def _open_checked(directory: str, path: Path, encoder: Encoder, model: str) -> EncodedDataset:
     found = open_entry(path)
     if found is None:
         raise ConfigError(
@@ -328,23 +317,25 @@ def _open_checked(
             hint="swift export --to_cached_dataset true writes such a directory",
         )
     about = json.loads((path / ENTRY).read_text(encoding="utf-8"))
-    if about["tokenizer"] != digest_tokenizer(template):
+    ours = describe_encoder(encoder)
+    if about["tokenizer"] != ours["tokenizer"]:
         raise ConfigError(
             f"--cached_dataset {directory} was encoded with the tokenizer and chat template of "
             f"{about['model']}, which differ from those of --model {model}",
             hint="encode it again with this model",
         )
-    for field in dataclasses.fields(config):
-        value, made = getattr(config, field.name), about["settings"].get(field.name)
+    for field in dataclasses.fields(TemplateConfig):
+        value, made = ours["settings"].get(field.name), about["settings"].get(field.name)
         if field.name not in _NOT_FOR_TRAINING and value not in (default_of(field), made):
             raise ConfigError(
                 f"--{field.name} is {value}, but --cached_dataset {directory} was encoded with {made}",
                 hint="leave the flag out, or encode the rows again",
             )
     longest = int(found[0].lengths.max())
-    if longest > max_length:
+    if longest > encoder.max_length:
         raise ConfigError(
-            f"--cached_dataset {directory} has rows of {longest} tokens, more than --max_length {max_length}",
+            f"--cached_dataset {directory} has rows of {longest} tokens, more than --max_length "
+            f"{encoder.max_length}",
             hint="raise --max_length, or encode the rows again",
         )
     return found[0]

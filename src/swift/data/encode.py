@@ -24,7 +24,6 @@ from rich.progress import track
 
 from swift.config.data import DataConfig
 from swift.config.option import ConfigError
-from swift.config.template import TemplateConfig
 from swift.data.formats import PREFERENCE_DATA
 from swift.data.rows import InMemory, Line, Rows, parse_row
 from swift.data.shapes import SHAPES
@@ -151,70 +150,14 @@ class Chunk:
     values: list[tuple[float, ...]]  # [K]
 
 
-def encode_rows(
-    rows: Rows | Sequence[Row],
-    template: ChatTemplate,
-    *,
-    config: DataConfig,
-    template_config: TemplateConfig,
-    max_length: int,
-    what: str = "training",
-    shape: str = "chat",
-) -> tuple[EncodedDataset, EncodeReport]:
-    """Encodes all rows, in order, into memory. `what` names them in messages, `shape` is one of SHAPES.
-
-    Raises ConfigError as `encode_chunks` and `judge` do.
-    """
-    table = rows if isinstance(rows, Rows) else Rows([InMemory(rows)])
-    encoder = Encoder(template, max_length, template_config.truncation_strategy, config.strict, shape)
-    chunks = list(encode_chunks(encoder, table, config.dataset_num_proc))
-    report = make_report(len(table), chunks)
-    judge(report, config, what)
-    kept = np.array([number for chunk in chunks for number in chunk.kept], dtype=np.int64)
-    parts = pad_parts([part for chunk in chunks for part in chunk.parts])
-    places = [place for chunk in chunks for place in chunk.places]
-    flat = concatenate([chunk.flat for chunk in chunks])
-    values = name_values(shape, [row for chunk in chunks for row in chunk.values])
-    return EncodedDataset(
-        flat, parts, places, values=values, shape=shape, samples=Samples(table, kept, shape)
-    ), report
-
-
-def pad_parts(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """[R, K] int64 tokens of each sequence, 0 where a row has fewer than others."""
-    longest = max(map(len, rows), default=1)
-    return np.array([[*row, *[0] * (longest - len(row))] for row in rows], dtype=np.int64).reshape(
-        -1, longest
-    )
-
-
-def name_values(shape: str, rows: Sequence[tuple[float, ...]] | np.ndarray) -> dict[str, np.ndarray]:
-    """Name -> [R] float32, from the numbers of each row."""
-    table = np.asarray(rows, dtype=np.float32)
-    return {name: table[:, i] for i, name in enumerate(SHAPES[shape].values)}
-
-
-def make_report(total: int, chunks: Iterable[Chunk]) -> EncodeReport:
-    dropped: dict[str, list[Place]] = {}
-    unsupervised: set[str] = set()
-    kept = 0
-    for chunk in chunks:
-        kept += len(set(chunk.kept))
-        for where, rejected in chunk.dropped:
-            dropped.setdefault(rejected.reason, []).append(where)
-            if rejected.unsupervised:
-                unsupervised.add(rejected.reason)
-    return EncodeReport(total, kept, dropped, tuple(sorted(unsupervised)))
-
-
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """What a worker needs to know, besides the rows."""
+    """What a worker needs to know, besides the rows. `max_length` counts tokens, `shape` is one of SHAPES."""
 
     template: ChatTemplate
     max_length: int
-    truncation_strategy: str
-    strict: bool
+    truncation_strategy: str = "delete"
+    strict: bool = False
     shape: str = "chat"
     columns: dict[str, Any] = field(default_factory=dict)
 
@@ -261,6 +204,54 @@ class Encoder:
             else:
                 chunk.dropped.append((where, rejected))
         return replace(chunk, flat=concatenate(parts))
+
+
+def encode_rows(
+    rows: Rows | Sequence[Row], encoder: Encoder, config: DataConfig, *, what: str = "training"
+) -> tuple[EncodedDataset, EncodeReport]:
+    """Encodes all rows, in order, into memory. `what` names them in messages.
+
+    Raises ConfigError as `encode_chunks` and `judge` do.
+    """
+    table = rows if isinstance(rows, Rows) else Rows([InMemory(rows)])
+    chunks = list(encode_chunks(encoder, table, config.dataset_num_proc))
+    report = make_report(len(table), chunks)
+    judge(report, config, what)
+    kept = np.array([number for chunk in chunks for number in chunk.kept], dtype=np.int64)
+    parts = pad_parts([part for chunk in chunks for part in chunk.parts])
+    places = [place for chunk in chunks for place in chunk.places]
+    flat = concatenate([chunk.flat for chunk in chunks])
+    shape = encoder.shape
+    values = name_values(shape, [row for chunk in chunks for row in chunk.values])
+    samples = Samples(table, kept, shape)
+    return EncodedDataset(flat, parts, places, values=values, shape=shape, samples=samples), report
+
+
+def pad_parts(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """[R, K] int64 tokens of each sequence, 0 where a row has fewer than others."""
+    longest = max(map(len, rows), default=1)
+    return np.array([[*row, *[0] * (longest - len(row))] for row in rows], dtype=np.int64).reshape(
+        -1, longest
+    )
+
+
+def name_values(shape: str, rows: Sequence[tuple[float, ...]] | np.ndarray) -> dict[str, np.ndarray]:
+    """Name -> [R] float32, from the numbers of each row."""
+    table = np.asarray(rows, dtype=np.float32)
+    return {name: table[:, i] for i, name in enumerate(SHAPES[shape].values)}
+
+
+def make_report(total: int, chunks: Iterable[Chunk]) -> EncodeReport:
+    dropped: dict[str, list[Place]] = {}
+    unsupervised: set[str] = set()
+    kept = 0
+    for chunk in chunks:
+        kept += len(set(chunk.kept))
+        for where, rejected in chunk.dropped:
+            dropped.setdefault(rejected.reason, []).append(where)
+            if rejected.unsupervised:
+                unsupervised.add(rejected.reason)
+    return EncodeReport(total, kept, dropped, tuple(sorted(unsupervised)))
 
 
 def encode_chunks(encoder: Encoder, rows: Rows, num_proc: int) -> Iterator[Chunk]:

@@ -102,7 +102,7 @@ SHAPES: dict[str, Shape] = {
     "pair": Shape(to_preference, ("margin",)),  # chosen, rejected
     "kto": Shape(to_kto, ("label",)),  # 1 = liked
     "prompt": Shape(lambda row: Example((to_prompt(row).sample,)), waits=True),
-    "classes": Shape(lambda row: Example((to_sample(row),))),  # several at once, see classes.py
+    "classes": Shape(lambda row: Example((to_sample(row),))),  # several at once, see columns.py
     "labelled": Shape(_read_labelled, ("label",)),  # a class or a number
     "alike": Shape(_read_alike, ("label",)),  # two texts
     "anchors": Shape(_read_anchors, by_place=(("role", (0, 1, 2)),)),  # anchor, positive, negatives

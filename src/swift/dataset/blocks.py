@@ -1,4 +1,4 @@
-"""What `swift dataset` shows, as records, and how a terminal shows them. The same records make the HTML page.
+"""What `swift dataset` shows, as records, and how a terminal or page.html.jinja shows them.
 
 A screen that is no terminal gets plain lines: no colours, no borders, trained text between TRAINED marks.
 """
@@ -6,6 +6,7 @@ A screen that is no terminal gets plain lines: no colours, no borders, trained t
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jinja2 import Environment, PackageLoader
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table as RichTable
@@ -135,6 +136,13 @@ def print_page(page: Page, screen: Console) -> None:
             _print_bars(block, screen)
         else:
             _print_table(block, screen)
+
+
+def render_page(page: Page) -> str:
+    """A page as one HTML file. All data is escaped, and nothing is fetched."""
+    loader = PackageLoader("swift.dataset", "")
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("page.html.jinja").render(page=page)
 
 
 def _print_table(table: Table, screen: Console) -> None:

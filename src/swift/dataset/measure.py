@@ -1,6 +1,6 @@
 """The numbers of `swift dataset inspect`, as plain values that can be written as JSON.
 
-Not here: how they are shown (blocks.py, html.py), the checks that training makes as well (data/audit.py).
+Not here: how they are shown (blocks.py), the checks that training makes as well (data/audit.py).
 """
 
 from collections import Counter

@@ -9,11 +9,10 @@ from swift.config.data import DataConfig
 from swift.config.option import ConfigError
 from swift.config.runs import DatasetRun
 from swift.data.datasets import use_plugins
-from swift.data.encode import EncodedDataset, EncodeReport, encode_rows
+from swift.data.encode import EncodedDataset, Encoder, EncodeReport, encode_rows
 from swift.data.sources import open_rows
 from swift.data.types import Row, place
-from swift.dataset.blocks import Page, Shown, Table, inspection_page, print_page
-from swift.dataset.html import render_page
+from swift.dataset.blocks import Page, Shown, Table, inspection_page, print_page, render_page
 from swift.dataset.measure import inspect
 from swift.models.hub import resolve_model
 from swift.models.load import context_length, load_config, load_tokenizer
@@ -110,12 +109,10 @@ def preview_rows(run: DatasetRun, rows: list[Row], template: ChatTemplate) -> Pa
 
 def _encode(run: DatasetRun, rows: list[Row], template: ChatTemplate) -> tuple[EncodedDataset, EncodeReport]:
     """Every row that can be encoded, at any length; nothing stops at a bad one."""
-    config = DataConfig(
-        dataset_num_proc=run.options.dataset_num_proc, max_drop_ratio=1.0, allow_unsupervised=True
-    )
-    return encode_rows(
-        rows, template, config=config, template_config=run.template, max_length=_NO_LIMIT, what="inspected"
-    )
+    processes = run.options.dataset_num_proc
+    config = DataConfig(dataset_num_proc=processes, max_drop_ratio=1.0, allow_unsupervised=True)
+    encoder = Encoder(template, _NO_LIMIT, run.template.truncation_strategy)
+    return encode_rows(rows, encoder, config, what="inspected")
 
 
 def _report_path(run: DatasetRun) -> str:

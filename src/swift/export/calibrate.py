@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from swift.config.option import ConfigError
 from swift.config.runs import ExportRun
 from swift.data.datasets import use_plugins
-from swift.data.encode import encode_rows
+from swift.data.encode import Encoder, encode_rows
 from swift.data.sources import open_sets
 from swift.export.chat import open_template
 from swift.models.adapters import load_run_args
@@ -60,9 +60,9 @@ def read_rows(run: ExportRun, source: Path) -> Dataset:
     rows, _ = open_sets(run.data, seed=seed, **run.model.hub)
     assert rows is not None  # --dataset is checked
     longest = run.template.max_length or 2048
+    encoder = Encoder(template, longest, run.template.truncation_strategy, run.data.strict)
     wanted = [rows[i] for i in range(min(len(rows), run.quant.quant_n_samples))]
-    options = {"config": run.data, "template_config": run.template, "max_length": longest}
-    encoded, _ = encode_rows(wanted, template, **options, what="calibration")
+    encoded, _ = encode_rows(wanted, encoder, run.data, what="calibration")
     ids = [encoded[i].input_ids.tolist() for i in range(len(encoded))]
     return Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from swift.config.option import ConfigError
 from swift.config.runs import ExportRun
-from swift.data.cache import describe_settings, digest_tokenizer, write_entry
+from swift.data.cache import describe_encoder, write_entry
 from swift.data.datasets import use_plugins
 from swift.data.encode import Encoder
 from swift.data.sources import open_sets
@@ -29,12 +29,8 @@ def export_encoded(run: ExportRun) -> int:
     longest = run.template.max_length or context_length(load_config(model)) or 2048
     seed = 42 if run.data.data_seed is None else run.data.data_seed
     training, evaluation = open_sets(run.data, seed=seed, **run.model.hub)
-    about = {
-        "settings": describe_settings(template, run.template, longest),
-        "tokenizer": digest_tokenizer(template),
-        "model": run.model.model,
-    }
     encoder = Encoder(template, longest, run.template.truncation_strategy, run.data.strict)
+    about = {**describe_encoder(encoder), "model": run.model.model}
     named = (("train", "training", training), ("val", "evaluation", evaluation))
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".") as temporary:

@@ -10,7 +10,7 @@ from torch import Tensor
 from swift.config.data import DataConfig
 from swift.config.task import MULTI_LABEL
 from swift.data.collate import collate_rows
-from swift.data.encode import EncodedDataset, encode_rows
+from swift.data.encode import EncodedDataset, Encoder, encode_rows
 from swift.data.types import Row
 from swift.engines.transformers.scorer import TextScorer
 from swift.utils.files import append_jsonl
@@ -22,11 +22,9 @@ WRITTEN_TOGETHER = 1000  # rows
 def score_rows(scorer: TextScorer, rows: Sequence[Row], path: Path, *, batch_size: int, strict: bool) -> int:
     """Appends one line for each row to `path`, in order: how many were written."""
     problem = scorer.model.config.problem_type
-    config = DataConfig(strict=strict, max_drop_ratio=1.0)
-    dataset, report = encode_rows(
-        rows, scorer.template, config=config, template_config=scorer.template.config, what="given",
-        max_length=scorer.max_length,
-    )  # fmt: skip
+    strategy = scorer.template.config.truncation_strategy
+    encoder = Encoder(scorer.template, scorer.max_length, strategy, strict)
+    dataset, report = encode_rows(rows, encoder, DataConfig(max_drop_ratio=1.0), what="given")
     if report.dropped:
         warn(f"{report.num_dropped} of {report.total} rows not scored: {report.summary()}")
     starts = range(0, len(dataset), batch_size)

@@ -44,32 +44,33 @@ def missing_adapter_file(path: Path) -> str | None:
 
 def check_model_directory(path: Path) -> None:
     """Raises ConfigError unless `path` holds a config and all weights."""
-    missing = missing_model_file(path)
-    if missing is None:
-        return
-    hint = hint_checkpoints(path)
-    if (path / ADAPTER_CONFIG).is_file():
-        hint = f"it holds adapters: pass --adapters {path}"
-    raise ConfigError(f"--model {path} has no {missing}", hint=hint)
+    other = f"it holds adapters: pass --adapters {path}" if (path / ADAPTER_CONFIG).is_file() else None
+    _check("--model", path, missing_model_file(path), other)
 
 
 def check_adapter_directory(path: Path) -> None:
     """Raises ConfigError unless `path` holds adapters with their config."""
-    missing = missing_adapter_file(path)
-    if missing is None:
-        return
-    hint = hint_checkpoints(path)
-    if missing_model_file(path) is None:
-        hint = f"it holds a whole model: pass --model {path}"
-    raise ConfigError(f"--adapters {path} has no {missing}", hint=hint)
+    other = f"it holds a whole model: pass --model {path}" if missing_model_file(path) is None else None
+    _check("--adapters", path, missing_adapter_file(path), other)
 
 
-def hint_checkpoints(path: Path) -> str | None:
-    """Names the checkpoint inside a run directory that was probably meant."""
-    found = [p for p in path.glob("checkpoint-*") if p.is_dir() and p.name.rpartition("-")[2].isdigit()]
-    if not found:
-        return None
-    return f"a checkpoint inside it: {max(found, key=lambda p: int(p.name.rpartition('-')[2]))}"
+def _check(flag: str, path: Path, missing: str | None, other: str | None) -> None:
+    """`other`: what the directory is instead, or else a run with the checkpoint that was probably meant."""
+    if missing is not None:
+        last = last_checkpoint(path)
+        hint = other or (f"a checkpoint inside it: {last}" if last else None)
+        raise ConfigError(f"{flag} {path} has no {missing}", hint=hint)
+
+
+def list_checkpoints(run_directory: Path) -> list[tuple[int, Path]]:
+    """(N, path) of every checkpoint-N of a run, in order of N."""
+    found = ((p.name.removeprefix("checkpoint-"), p) for p in run_directory.expanduser().glob("checkpoint-*"))
+    return sorted((int(number), p) for number, p in found if number.isdecimal() and p.is_dir())
+
+
+def last_checkpoint(run_directory: Path) -> Path | None:
+    """The checkpoint-N of a run with the highest N."""
+    return max(list_checkpoints(run_directory), default=(0, None))[1]
 
 
 def read_json(path: Path) -> dict[str, Any]:

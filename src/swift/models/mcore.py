@@ -14,11 +14,10 @@ from typing import Any
 
 from swift.config.option import ConfigError
 from swift.models.adapters import load_run_args
-from swift.models.directory import ADAPTER_CONFIG, missing_model_file, read_json
+from swift.models.directory import ADAPTER_CONFIG, last_checkpoint, missing_model_file, read_json
 
 TRACKER, METADATA, MANIFEST = "latest_checkpointed_iteration.txt", ".metadata", "manifest.json"
 ITERATION = re.compile(r"iter_(\d+)")
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -76,13 +75,6 @@ def find_weights(path: Path, flag: str = "--mcore_model") -> McoreCheckpoint | P
         if directory and missing_model_file(directory) is None:
             return directory.expanduser().absolute()
     return find_mcore(path, flag)
-
-
-def last_checkpoint(path: Path) -> Path | None:
-    """The checkpoint-N of a run with the highest N."""
-    matches = ((CHECKPOINT.fullmatch(p.name), p) for p in path.expanduser().glob("checkpoint-*"))
-    found = [(int(match[1]), p) for match, p in matches if match]
-    return max(found)[1] if found else None
 
 
 def _tracked(path: Path, flag: str) -> Path:

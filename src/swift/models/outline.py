@@ -28,6 +28,11 @@ from swift.models.targets import linear_layers
 # What Megatron calls the layers, and what these consist of in published models.
 MEGATRON_NAMES = {
     "linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "linear_q_proj": ("q_proj",),
+    "linear_q_down_proj": ("q_a_proj",),
+    "linear_q_up_proj": ("q_b_proj",),
+    "linear_kv_down_proj": ("kv_a_proj_with_mqa",),
+    "linear_kv_up_proj": ("kv_b_proj",),
     "linear_proj": ("o_proj",),
     "linear_fc1": ("gate_proj", "up_proj", "gate_up_proj"),
     "linear_fc2": ("down_proj",),

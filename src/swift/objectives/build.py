@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any, TypeVar
 
 from swift.config.objective import RlhfConfig
 from swift.config.online import OnlineConfig
@@ -13,12 +14,15 @@ from swift.objectives.preference import Preference
 from swift.objectives.reward import Reward
 from swift.objectives.types import Objective
 
+Filled = TypeVar("Filled")
+
 
 def build_objective(config: RlhfConfig, online: OnlineConfig, ppo: PpoConfig) -> Objective:
     """The objective of `config.rlhf_type`. Raises ConfigError where flags contradict each other."""
     config.check()
     if config.rlhf_type == "grpo":
-        return _build_policy(config, online)
+        own = {"loss_type": config.losses[0], "beta": config.beta_value, "has_rollout_logps": True}
+        return Policy(_fill(PolicyRule, online, own))
     if config.rlhf_type == "ppo":
         # The pull to the reference is in the rewards; here it is measured alone.
         return Policy(
@@ -30,46 +34,28 @@ def build_objective(config: RlhfConfig, online: OnlineConfig, ppo: PpoConfig) ->
     return BUILDERS[config.rlhf_type](config)
 
 
-def _build_dpo(config: RlhfConfig) -> Preference:
-    return Preference(
-        loss_type=config.losses,
-        loss_weights=config.loss_weights or (1.0,) * len(config.losses),
-        beta=config.beta_value,
-        label_smoothing=config.label_smoothing,
-        rpo_alpha=config.rpo_alpha or 0.0,
-        ld_alpha=1.0 if config.ld_alpha is None else config.ld_alpha,
-        discopop_tau=config.discopop_tau,
-        reference_free=config.reference_free,
-        f_divergence_type=config.f_divergence_type,
-        f_alpha_divergence_coef=config.f_alpha_divergence_coef,
-    )
+def _fill(kind: type[Filled], flags: Any, own: dict[str, Any]) -> Filled:
+    """What a frozen record holds: the flags of the same names, but for `own`."""
+    names = {field.name for field in fields(kind)} & {field.name for field in fields(flags)}
+    return kind(**{name: getattr(flags, name) for name in names} | own)
 
 
-def _build_cpo(config: RlhfConfig) -> Preference:
-    return Preference(
-        loss_type=config.losses,
-        beta=config.beta_value,
-        label_smoothing=config.label_smoothing,
-        rpo_alpha=config.cpo_alpha,
-        simpo_gamma=config.simpo_gamma,
-        reference_free=True,
-    )
+def _build_pairs(config: RlhfConfig) -> Preference:
+    losses = config.losses or ("orpo",)
+    own = {
+        "loss_type": losses,
+        "loss_weights": config.loss_weights or (1.0,) * len(losses),
+        "beta": config.beta_value,
+        "rpo_alpha": config.rpo_alpha or 0.0,
+        "ld_alpha": 1.0 if config.ld_alpha is None else config.ld_alpha,
+    }
+    if config.rlhf_type != "dpo":  # orpo has no --cpo_alpha but its default, which is the paper's 1
+        own |= {"rpo_alpha": config.cpo_alpha, "reference_free": True}
+    return _fill(Preference, config, own)
 
 
 def _build_kto(config: RlhfConfig) -> Kto:
-    return Kto(
-        loss_type=config.losses[0],
-        beta=config.beta_value,
-        desirable_weight=config.desirable_weight,
-        undesirable_weight=config.undesirable_weight,
-    )
-
-
-def _build_policy(config: RlhfConfig, online: OnlineConfig) -> Policy:
-    shared = {f.name: getattr(online, f.name) for f in fields(PolicyRule) if hasattr(online, f.name)}
-    return Policy(
-        PolicyRule(**shared, loss_type=config.losses[0], beta=config.beta_value, has_rollout_logps=True)
-    )
+    return _fill(Kto, config, {"loss_type": config.losses[0], "beta": config.beta_value})
 
 
 def _build_gkd(config: RlhfConfig) -> Distill:
@@ -77,10 +63,7 @@ def _build_gkd(config: RlhfConfig) -> Distill:
 
 
 BUILDERS: dict[str, Callable[[RlhfConfig], Objective]] = {
-    "dpo": _build_dpo,
-    "cpo": _build_cpo,
-    "simpo": _build_cpo,
-    "orpo": lambda c: Preference(("orpo",), beta=c.beta_value, rpo_alpha=1.0, reference_free=True),
+    **dict.fromkeys(("dpo", "cpo", "simpo", "orpo"), _build_pairs),
     "kto": _build_kto,
     "gkd": _build_gkd,
     "rm": lambda config: Reward(center=config.center_rewards_coefficient or 0.0),

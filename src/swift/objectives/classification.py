@@ -13,7 +13,7 @@ from torch import Tensor
 
 from swift.batch import Batch
 from swift.objectives.reduce import column, is_filler, mean_of, settle
-from swift.objectives.types import LossSum, TokenStats
+from swift.objectives.types import LossSum, Objective, TokenStats
 
 
 def _one_class(logits_SC: Tensor, label_S: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ PROBLEMS = {
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(Objective):
     """Cross entropy, binary cross entropy or squared error, each a mean over classes and a sum over rows.
 
     The metric `acc` counts a row of several labels only when all of them are right; numbers have none.
@@ -47,7 +47,6 @@ class Classification:
     problem_type: str = "single_label_classification"
 
     needs: ClassVar[frozenset[str]] = frozenset({"class_logits"})
-    couples_rows: ClassVar[bool] = False
 
     @property
     def is_one_class(self) -> bool:

@@ -5,18 +5,17 @@ from typing import ClassVar
 
 from swift.batch import Batch
 from swift.objectives.reduce import column, settle
-from swift.objectives.types import LossSum, TokenStats
+from swift.objectives.types import LossSum, Objective, TokenStats
 
 
 @dataclass(frozen=True)
-class Distance:
+class Distance(Objective):
     """Metric `kl`: log policy - log reference, summed over each answer and averaged over answers.
 
     Reads token["ref_logps"] [T]. Its mean over answers of the policy estimates the KL divergence.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logps"})
-    couples_rows: ClassVar[bool] = False
 
     def units(self, _: Batch) -> dict[str, int]:
         return {}

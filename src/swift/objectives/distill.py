@@ -11,7 +11,7 @@ and what the teacher was shown. Shapes: T = tokens, N = those with logits, n = s
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from swift.batch import Batch
 from swift.objectives.logits import Judged, rows_at_once
 from swift.objectives.reduce import column, is_filler, settle, weighted
-from swift.objectives.types import LossSum, TokenStats
+from swift.objectives.types import LossSum, Objective, TokenStats
 
 COPIES = 2  # a chunk and the gradient of its divergence take about four times CHUNK_BYTES
 
@@ -98,15 +98,13 @@ class ToldTeacher:
 
 
 @dataclass(frozen=True)
-class Distill:
+class Distill(Objective):
     """GKD, arXiv:2306.13649 eq. 4, without its reward: mean divergence over the trained tokens of the step.
 
     `top_k` compares the teacher's most likely tokens alone, both sides made to sum to 1 over them.
     `sft_alpha` adds the likelihood of answers from the data, a mean over their tokens: segment["sampled"]
     [S] is 1 for answers of the student itself; without the column all are from the data.
     """
-
-    couples_rows: ClassVar[bool] = False
 
     beta: float = 0.5
     top_k: int | None = None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from swift.batch import Batch
 from swift.objectives.reduce import column, is_filler, mean_of, pair_up, settle, weighted
-from swift.objectives.types import LossSum, TokenStats
+from swift.objectives.types import LossSum, Objective, TokenStats
 
 MARGIN = 0.5  # cosine distance beyond which unlike texts are left alone
 FAKE_NEGATIVE = 0.1  # a "negative" this much closer than the positive is taken for another right answer
@@ -63,7 +63,7 @@ PAIR_LOSSES = {
 
 
 @dataclass(frozen=True)
-class EmbeddingPairs:
+class EmbeddingPairs(Objective):
     """Cosines of pairs of texts against labels: 1 alike, 0 not, for cosine_similarity anything between."""
 
     loss_type: str = "cosine_similarity"
@@ -89,7 +89,7 @@ class EmbeddingPairs:
 
 
 @dataclass(frozen=True)
-class InfoNce:
+class InfoNce(Objective):
     """Which of the candidates belongs to the anchor: cross entropy of cosines / temperature.
 
     Candidates are the positives and negatives of the micro-batch, or with `in_batch` False those of the
@@ -130,11 +130,10 @@ class InfoNce:
 
 
 @dataclass(frozen=True)
-class PointwiseReranker:
+class PointwiseReranker(Objective):
     """Each document alone: is it right for its query? Binary cross entropy of stats.scores."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"scores"})
-    couples_rows: ClassVar[bool] = False
 
     def units(self, batch: Batch) -> dict[str, int]:
         return {"sequences": 0 if is_filler(batch) else batch.num_segments}
@@ -148,7 +147,7 @@ class PointwiseReranker:
 
 
 @dataclass(frozen=True)
-class ListwiseReranker:
+class ListwiseReranker(Objective):
     """The right document among those of its query: cross entropy of scores / temperature.
 
     A query with a single document teaches nothing and is not counted; neither are documents before the first
@@ -159,7 +158,6 @@ class ListwiseReranker:
     temperature: float = 1.0
 
     needs: ClassVar[frozenset[str]] = frozenset({"scores"})
-    couples_rows: ClassVar[bool] = False
 
     def units(self, batch: Batch) -> dict[str, int]:
         return {"queries": 0 if is_filler(batch) else int(_starts_query(batch.segment["label"]).sum())}

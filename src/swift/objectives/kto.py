@@ -12,11 +12,11 @@ import torch
 
 from swift.batch import Batch
 from swift.objectives.reduce import column, is_filler, segment_sum, settle, weighted
-from swift.objectives.types import LossSum, TokenStats
+from swift.objectives.types import LossSum, Objective, TokenStats
 
 
 @dataclass(frozen=True)
-class Kto:
+class Kto(Objective):
     """KTO, arXiv:2402.01306 eq. 7, and APO-zero for single answers, arXiv:2408.06266 eq. 7.
 
     With "apo_zero_unpaired" the baseline is 0 instead of the estimated distance. Averaged over all answers:
@@ -30,7 +30,6 @@ class Kto:
     undesirable_weight: float = 1.0
 
     needs: ClassVar[frozenset[str]] = frozenset({"logps", "logits_mean"})
-    couples_rows: ClassVar[bool] = False
 
     def units(self, batch: Batch) -> dict[str, int]:
         return {"sequences": 0 if is_filler(batch) else batch.num_segments}

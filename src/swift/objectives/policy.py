@@ -10,14 +10,13 @@ Shapes: T = tokens, S = segments, each one answer.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from swift.batch import Batch
 from swift.objectives.reduce import column, extreme, is_filler, segment_sum, settle, trained_counts, weighted
-from swift.objectives.types import LossSum, TokenStats
+from swift.objectives.types import LossSum, Objective, TokenStats
 
 FARTHEST = 20.0  # log-ratios beyond it would overflow before anything clips them
 LARGEST_KL = 10.0  # of one token
@@ -143,7 +142,7 @@ def entropy_threshold(entropy_N: Tensor, share: float) -> float:
 
 
 @dataclass(frozen=True)
-class Policy:
+class Policy(Objective):
     """The loss of `rule`, over the units of the whole step.
 
     All losses are sums over answers or tokens, so no cut into micro-batches changes them. "bnpo" is therefore
@@ -152,8 +151,6 @@ class Policy:
     the reference (arXiv:2512.02556 eq. 9) nor a denominator: what they drop adds 0. Rows without a trained
     token count as answers.
     """
-
-    couples_rows: ClassVar[bool] = False
 
     rule: PolicyRule = field(default_factory=PolicyRule)
 

@@ -28,7 +28,7 @@ from swift.objectives.reduce import (
     trained_counts,
     weighted,
 )
-from swift.objectives.types import LossSum, TokenStats
+from swift.objectives.types import LossSum, Objective, TokenStats
 
 MAX_EXPONENT = 40.0  # e^40 squared is finite in float32
 CLOSEST_TO_CERTAIN = -1e-7  # largest mean log-probability with finite odds in float32
@@ -70,7 +70,7 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Preference:
+class Preference(Objective):
     """Weighted sum of pair losses, plus the chosen answers' negative log-likelihood.
 
     Terms: `pairs`, and `tokens` (chosen ones) where `rpo_alpha` or the loss "sft" asks for likelihood.
@@ -125,13 +125,11 @@ class Preference:
             "Preference needs logps, logits_mean"
         )
         pairs = self.score(stats, batch)
-        terms = {"pairs": stats.logps.new_zeros(())}
-        if pairs.logps.shape[0]:
-            for name, weight in zip(self.loss_type, self.loss_weights, strict=True):
-                if name != "sft":
-                    terms["pairs"] = terms["pairs"] + weight * RULES[name](pairs, self).sum()
-        else:
-            terms["pairs"] = stats.logps.sum() * 0.0
+        terms = {"pairs": stats.logps.sum() * 0.0}  # leads back to the model without pairs too
+        mixed = zip(self.loss_type, self.loss_weights, strict=True)
+        for name, weight in mixed if len(pairs.logps) else ():
+            if name != "sft":
+                terms["pairs"] = terms["pairs"] + weight * RULES[name](pairs, self).sum()
         metrics = self._metrics(pairs, stats, batch)
         if self.likelihood_weight:
             chosen_T = chosen_tokens(batch)

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 
 from swift.batch import Batch
 from swift.objectives.reduce import mean_of, pair_up
-from swift.objectives.types import LossSum, TokenStats
+from swift.objectives.types import LossSum, Objective, TokenStats
 
 
 @dataclass(frozen=True)
-class Reward:
+class Reward(Objective):
     """Bradley-Terry likelihood of the pairs.
 
     The chosen answer has to win by segment["margin"] (its own segment's entry; arXiv:2307.09288 eq. 2).
@@ -26,7 +26,6 @@ class Reward:
     center: float = 0.0
 
     needs: ClassVar[frozenset[str]] = frozenset({"scores"})
-    couples_rows: ClassVar[bool] = False
 
     def units(self, batch: Batch) -> dict[str, int]:
         return {"pairs": batch.num_segments // 2}

@@ -1,7 +1,6 @@
 """Supervised fine-tuning: weighted cross entropy over the trained tokens, and its variants."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,11 +9,11 @@ from swift.batch import Batch
 from swift.config.sft import SftConfig
 from swift.objectives.reduce import segment_sum
 from swift.objectives.router import segment_balance
-from swift.objectives.types import LossSum, TokenStats
+from swift.objectives.types import LossSum, Objective, TokenStats
 
 
 @dataclass(frozen=True)
-class Sft:
+class Sft(Objective):
     """Next-token cross entropy, each token times its `loss_scale`, averaged over the count of trained tokens.
 
     The denominator is the plain count, not the sum of the weights: a weight of 2 doubles a token's pull and
@@ -23,8 +22,6 @@ class Sft:
     `channels` name the values of batch.segment["channel"] (-1 = none). The losses of channels, weighed by
     their tokens, make up the loss of their rows. `experts_per_token` is a fact about the model.
     """
-
-    couples_rows: ClassVar[bool] = False
 
     config: SftConfig = field(default_factory=SftConfig)
     channels: tuple[str, ...] = ()

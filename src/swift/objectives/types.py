@@ -5,7 +5,7 @@ Not here: any formula, any normalisation over ranks.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -49,7 +49,7 @@ class Objective(Protocol):
     """A pure function of (stats, batch). It sees no process group and no global count."""
 
     needs: frozenset[str]  # fields of TokenStats
-    couples_rows: bool  # the loss of a row depends on which other rows share its micro-batch
+    couples_rows: ClassVar[bool] = False  # a row's loss depends on the others in its micro-batch
 
     def units(self, batch: Batch) -> dict[str, int]:
         """How many tokens, pairs or sequences of `batch` each term is averaged over."""

@@ -11,11 +11,11 @@ import torch
 
 from swift.batch import Batch
 from swift.objectives.reduce import column, settle, weighted
-from swift.objectives.types import LossSum, TokenStats
+from swift.objectives.types import LossSum, Objective, TokenStats
 
 
 @dataclass(frozen=True)
-class Value:
+class Value(Objective):
     """Half the squared error, the larger of that of the value and of the value kept near the old one.
 
     Averaged over the trained tokens of the step, times `vf_coef`. Source: the clipped value loss of OpenAI's
@@ -26,7 +26,6 @@ class Value:
     vf_coef: float = 0.1
 
     needs: ClassVar[frozenset[str]] = frozenset({"values"})
-    couples_rows: ClassVar[bool] = False
 
     def units(self, batch: Batch) -> dict[str, int]:
         return {"tokens": int(batch.trained.sum())}

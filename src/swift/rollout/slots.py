@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swift.engines.transformers.attention import Segments
+from swift.engines.transformers.attention import Heads, Segments
 
 FIRST_CAPACITY = 128  # tokens of a slot, doubled as answers grow
 SHARE = 0.6  # of free memory, for keys and values: prompts need room for what is computed on the way
@@ -102,23 +102,11 @@ class Prefill:
     rows: Tensor
     positions: Tensor
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        window: int | None,
-        dropout: float,
-    ) -> Tensor:
+    def attend(self, module: nn.Module, heads: Heads) -> Tensor:
         """As swift.engines.transformers.attention.Attending."""
-        stored = (x[0, :, self.tokens].transpose(0, 1) for x in (key, value))
+        stored = (x[0, :, self.tokens].transpose(0, 1) for x in (heads.key, heads.value))
         self.slots.write(layer_index(module), self.rows, self.positions, *stored)
-        return self.segments.attend(
-            module, query, key, value, scaling=scaling, window=window, dropout=dropout
-        )
+        return self.segments.attend(module, heads)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -134,36 +122,28 @@ class Decode:
     longest: int
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        window: int | None,
-        dropout: float,
-    ) -> Tensor:
+    def attend(self, module: nn.Module, heads: Heads) -> Tensor:
         """As swift.engines.transformers.attention.Attending."""
-        assert not dropout, "answers are given in evaluation mode"
-        stored = (x[0].transpose(0, 1) for x in (key, value))
+        assert not heads.dropout, "answers are given in evaluation mode"
+        stored = (x[0].transpose(0, 1) for x in (heads.key, heads.value))
         keys, values = self.slots.write(layer_index(module), self.rows, self.lengths, *stored)
-        R, K = query.shape[2], key.shape[1]
+        R, K = heads.query.shape[2], heads.key.shape[1]
         # Heads that share a key are queries of one head: any kernel takes that, and nothing is repeated.
-        query = query[0].transpose(0, 1).unflatten(1, (K, -1))
+        query = heads.query[0].transpose(0, 1).unflatten(1, (K, -1))
         seen = (x[:R, :, : self.longest] for x in (keys, values))
-        output = F.scaled_dot_product_attention(query, *seen, attn_mask=self._mask(window), scale=scaling)
+        mask = self._mask(heads.window, query)
+        output = F.scaled_dot_product_attention(query, *seen, attn_mask=mask, scale=heads.scaling)
         return output.flatten(1, 2).transpose(0, 1)[None]
 
-    def _mask(self, window: int | None) -> Tensor:
-        """[R, 1, 1, longest]: which keys each row sees; the same for all layers of a kind."""
+    def _mask(self, window: int | None, like: Tensor) -> Tensor:
+        """[R, 1, 1, longest] to be added: 0 for keys that a row sees, else -inf; one for layers of a kind."""
         if window not in self.masks:
             distance = self.lengths[:, None] - torch.arange(self.longest, device=self.lengths.device)
             mask = distance >= 0
             if window is not None:
                 mask &= distance < window
-            self.masks[window] = mask[:, None, None]
+            # A mask of booleans would be turned into this by every layer.
+            self.masks[window] = like.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)[:, None, None]
         return self.masks[window]
 
 

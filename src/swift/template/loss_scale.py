@@ -5,11 +5,13 @@ of the user's own (a class in `loss_scale_map`, see plugins/hooks.py).
 """
 
 import inspect
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
+
+import numpy as np
 
 from swift.config.option import ConfigError
 from swift.plugins.hooks import LossScale, loss_scale_map
@@ -95,15 +97,12 @@ class Weights:
         if not self.parts:
             return [self._span(start, end, weight)]
         words = text[start:end]
-        cut = [_pieces(name, own, words, query) for name, own in self.parts]
-        borders = sorted({0, *(border for pieces in cut for border in _borders(pieces))})
-        factors = [
-            math.prod(column) for column in zip(*(_at(pieces, borders) for pieces in cut), strict=True)
-        ]
+        factors = np.prod([_weigh(_pieces(*part, words, query)) for part in self.parts], axis=0)
+        borders = sorted({0, *(np.flatnonzero(np.diff(factors)) + 1).tolist(), len(words)})
         return [
-            self._span(start + first, start + last, weight * factor)
-            for first, last, factor in zip(borders, borders[1:], factors, strict=False)
-            if factor > 0
+            self._span(start + first, start + last, weight * float(factors[first]))
+            for first, last in pairwise(borders)
+            if factors[first] > 0
         ]
 
     def _span(self, start: int, end: int, weight: float) -> Span:
@@ -198,24 +197,9 @@ def _by_keyword(name: str, words: str) -> _Pieces:
     return pieces
 
 
-def _borders(pieces: _Pieces) -> list[int]:
-    ends, position = [], 0
-    for text, _ in pieces:
-        position += len(text)
-        ends.append(position)
-    return ends
-
-
-def _at(pieces: _Pieces, borders: Sequence[int]) -> list[float]:
-    """The weight from each border but the last on."""
-    weights = [weight for text, weight in pieces if text]
-    ends = _borders([piece for piece in pieces if piece[0]])
-    found, i = [], 0
-    for border in borders[:-1]:
-        while ends[i] <= border:
-            i += 1
-        found.append(weights[i])
-    return found
+def _weigh(pieces: _Pieces) -> np.ndarray:
+    """[characters] the weight of each."""
+    return np.repeat([weight for _, weight in pieces], [len(text) for text, _ in pieces])
 
 
 def _joined(spans: Sequence[Span]) -> list[Span]:

@@ -1,14 +1,14 @@
 """PPO's two models: the policy, and one that foresees at every token what an answer will be worth."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from swift.batch import Batch
 from swift.config.option import ConfigError
@@ -17,7 +17,7 @@ from swift.engines.protocol import Engine, Snapshot, StepInfo, Sums
 from swift.engines.ranks import Ranks
 from swift.models.hub import resolve_model
 from swift.models.load import load_config
-from swift.objectives.types import Objective, TokenStats
+from swift.objectives.types import Objective
 from swift.objectives.value import Value
 from swift.train.building import build_engine
 from swift.train.method import Method
@@ -33,18 +33,17 @@ class ActorCritic:
 
     def __init__(self, actor: Engine, critic: Engine, value: Value) -> None:
         self.actor, self.critic, self.value = actor, critic, value
-        self.data_rank, self.data_world = actor.data_rank, actor.data_world
-        self.dtype, self.device, self.flat = actor.dtype, actor.device, actor.flat
         pairs = zip(actor.num_parameters, critic.num_parameters, strict=True)
         self.num_parameters: Any = tuple(a + b for a, b in pairs)
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not here is asked of the policy alone."""
+        return getattr(self.actor, name)
 
     def values(self, batches: Sequence[Batch]) -> list[Tensor]:
         """[T] of each batch, on the CPU."""
         found = self.critic.forward(batches, VALUES)
         return [stats.values.cpu() for stats in found if stats.values is not None]
-
-    def forward(self, batches: Sequence[Batch], needs: frozenset[str]) -> list[TokenStats]:
-        return self.actor.forward(batches, needs)
 
     def forward_backward(self, batches: Sequence[Batch], objective: Objective) -> Sums:
         sums = self.actor.forward_backward(batches, objective)
@@ -53,24 +52,9 @@ class ActorCritic:
                 sums.add(name, *pair)
         return sums
 
-    def measure(self, batches: Sequence[Batch], objective: Objective) -> Sums:
-        return self.actor.measure(batches, objective)
-
     def optim_step(self) -> StepInfo:
         self.critic.optim_step()
         return self.actor.optim_step()
-
-    def gather(self, values: Tensor) -> tuple[Tensor, int]:
-        return self.actor.gather(values)
-
-    def reference(self) -> AbstractContextManager[None]:
-        return self.actor.reference()
-
-    def generating(self) -> AbstractContextManager[nn.Module]:
-        return self.actor.generating()
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        return self.actor.weights()
 
     @contextmanager
     def set_aside(self, *, weights: bool, moments: bool) -> Iterator[None]:
@@ -79,12 +63,6 @@ class ActorCritic:
             self.critic.set_aside(weights=weights, moments=moments),
         ):
             yield
-
-    def drop_reference(self) -> None:
-        self.actor.drop_reference()
-
-    def mix_reference(self, share: float) -> None:
-        self.actor.mix_reference(share)
 
     def save(self, path: Path, *, resumable: bool) -> Snapshot:
         """The policy where it always is, the value model in a directory beside it."""

@@ -32,6 +32,7 @@ from swift.train.saving import Saver
 from swift.train.scoring import Step
 from swift.train.state import TrainState, format_seconds, loss_and_metrics
 from swift.train.stopping import FAILED, INTERRUPT, TERMINATE, Terminated
+from swift.utils.beat import beat, rest
 from swift.utils.log import say
 
 
@@ -90,6 +91,7 @@ class Loop:
                 self._heed(state, clock)
             if stop:
                 say(f"stopped after step {state.step}: {stop.reason}")
+            beat("the last checkpoint")
             self.saver.wait()
             self._tell_saved()
             finished = True
@@ -97,6 +99,7 @@ class Loop:
             self.saver.settle()
             raise
         finally:
+            rest()
             self._tell("on_end", EndEvent(state.step, self._summary(state, clock), finished))
 
     def _tell(self, hook: str, event: object) -> None:
@@ -117,11 +120,14 @@ class Loop:
         """One optimizer step and what is due after it; the wish of a callback to end the run."""
         rank, asked = self.engine.data_rank, self.method.needs_mismatched
         with clock.training():
+            beat(f"step {state.step + 1}: rows or answers")
             batches = self.feed.batches(state.step, rank)
             mismatched = self.feed.mismatched(state.step, rank) if asked else []
             batches = self.method.score(self.engine, Step(batches, mismatched, state.running))
             started = time.perf_counter()
+            beat(f"step {state.step + 1}: forward and backward")
             sums = self.engine.forward_backward(batches, self.method.objective)
+            beat(f"step {state.step + 1}: optimizer")
             info = self.engine.optim_step()
         if self.observe:
             sums.merge(self.observe(time.perf_counter() - started))
@@ -145,6 +151,7 @@ class Loop:
     def _save(self, state: TrainState, clock: "Clock", metric: float | None) -> None:
         state.elapsed_seconds = clock.elapsed()
         state.position = self.feed.position()
+        beat(f"step {state.step}: checkpoint")
         self.saver.save(self.engine, state, metric, self.schedule.lower_is_better)
 
     def _tell_saved(self) -> None:
@@ -218,6 +225,7 @@ class Loop:
     def _evaluate(self, state: TrainState) -> float:
         """Measures and tells the callbacks; the metric that names the best checkpoint."""
         assert self.evaluation is not None
+        rest()  # how long it takes depends on its rows
         started = time.perf_counter()
         found = self.evaluation.measure(state)
         seconds = time.perf_counter() - started

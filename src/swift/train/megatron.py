@@ -12,8 +12,8 @@ from swift.config.layout import Layout, micro_batches
 from swift.config.megatron_runs import MegatronRlhfRun, MegatronSftRun
 from swift.config.option import ConfigError, fill_defaults
 from swift.models.adapters import TAKEN
-from swift.models.directory import read_json
-from swift.models.mcore import TRACKER, McoreCheckpoint, find_weights, last_checkpoint
+from swift.models.directory import last_checkpoint, read_json
+from swift.models.mcore import TRACKER, McoreCheckpoint, find_weights
 from swift.train.saving import STATE
 from swift.utils.log import say
 

@@ -14,8 +14,7 @@ from swift.config.option import ConfigError
 from swift.config.runs import RlhfRun, SftRun, TrainRun
 from swift.data.audit import audit
 from swift.data.cache import encode_cached, join_datasets, open_exported, remember
-from swift.data.channels import find_channels
-from swift.data.classes import add_classes
+from swift.data.columns import add_classes, find_channels
 from swift.data.datasets import use_plugins
 from swift.data.encode import EncodedDataset, Encoder
 from swift.data.feed import Feed, StoredFeed, StreamFeed
@@ -119,8 +118,9 @@ def prepare(
     run = replace(run, template=replace(run.template, system=template.system))  # not the file that holds it
     if run.template.use_chat_template:
         tokenizer.chat_template = tokenizer.chat_template or template.source  # saved with every checkpoint
-    sources = open_sources(run, template, longest, resumption, method.shape)
-    rows, eval_rows = encode_sets(run, template, sources, longest, method.shape)
+    encoder = Encoder(template, longest, run.template.truncation_strategy, run.data.strict, method.shape)
+    sources = open_sources(run, encoder, resumption)
+    rows, eval_rows = encode_sets(run, encoder, sources)
     for dataset in (rows, eval_rows) if method.shape == "classes" else ():
         if dataset is not None:
             assert method.num_labels is not None, "a head gives classes"
@@ -202,43 +202,39 @@ class Sources:
     stream: EncodedStream | None = None
 
 
-def open_sources(
-    run: TrainRun, template: ChatTemplate, max_length: int, resumption: Resumption | None, shape: str
-) -> Sources:
+def open_sources(run: TrainRun, encoder: Encoder, resumption: Resumption | None) -> Sources:
     train, evaluation = open_sets(run.data, seed=run.data_seed, **run.model.hub)
     if not run.data.streaming:
         return Sources(train, evaluation)
     source = open_stream(run.data, seed=run.data_seed, **run.model.hub)
     head = Rows([InMemory(source.head(STREAM_HEAD))])
-    return Sources(head, evaluation, _start_stream(run, source, template, max_length, resumption, shape))
+    return Sources(head, evaluation, _start_stream(run, source, encoder, resumption))
 
 
 def encode_sets(
-    run: TrainRun, template: ChatTemplate, sources: Sources, max_length: int, shape: str
+    run: TrainRun, encoder: Encoder, sources: Sources
 ) -> tuple[EncodedDataset, EncodedDataset | None]:
     """Tokens of both sets, with what was dropped and why."""
     encoded = []
     training = "training" if sources.stream is None else "first training"
     for what, rows in ((training, sources.train), ("evaluation", sources.evaluation)):
         found = open_exported(
-            run.data.cached_dataset, template, run.template,
-            model=str(run.model.model), max_length=max_length, training=what == training,
-        )  # fmt: skip
+            run.data.cached_dataset, encoder, model=str(run.model.model), training=what == training
+        )
         if rows is not None:
             dataset, report = encode_cached(
-                rows, template, config=run.data, template_config=run.template, max_length=max_length,
-                what=what, plugins=run.plugins.external_plugins, shape=shape,
-            )  # fmt: skip
+                rows, encoder, run.data, what=what, plugins=run.plugins.external_plugins
+            )
             summary.tell_drops(report, what)
             found.insert(0, dataset)
         if not found:
             encoded.append(None)
             continue
         dataset = join_datasets(found)
-        waits = SHAPES[shape].waits
+        waits = SHAPES[encoder.shape].waits
         (summary.tell_prompts if waits else summary.tell_rows)(dataset, what)
         if what == training and not waits:
-            for line in remember(dataset, "audit", partial(audit, dataset, template.stop_token_ids)):
+            for line in remember(dataset, "audit", partial(audit, dataset, encoder.template.stop_token_ids)):
                 warn(line)
         encoded.append(dataset)
     assert encoded[0] is not None, "a run has --dataset or --cached_dataset"
@@ -246,16 +242,11 @@ def encode_sets(
 
 
 def _start_stream(
-    run: TrainRun,
-    source: RowStream,
-    template: ChatTemplate,
-    max_length: int,
-    resumption: Resumption | None,
-    shape: str,
+    run: TrainRun, source: RowStream, encoder: Encoder, resumption: Resumption | None
 ) -> EncodedStream:
     """Its processes are forked here, so this comes before anything that starts threads."""
-    data, capacity = run.data, (run.data.packing_length or max_length) if run.data.packing else None
-    encoder = Encoder(template, max_length, run.template.truncation_strategy, data.strict, shape)
+    data = run.data
+    capacity = (data.packing_length or encoder.max_length) if data.packing else None
     position = Position(**(resumption.state.position or {})) if resumption else None
     workers = data.dataset_num_proc if data.dataloader_num_workers is None else data.dataloader_num_workers
     if data.dataset_num_proc > 1:

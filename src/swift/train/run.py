@@ -9,7 +9,7 @@ from swift.config.option import flatten
 from swift.config.runs import RlhfRun, SftRun, TrainRun
 from swift.engines.protocol import Engine
 from swift.engines.ranks import Ranks, leave_ranks
-from swift.models.directory import describe_weights
+from swift.models.directory import describe_weights, list_checkpoints
 from swift.train import summary
 from swift.train.backend import TRANSFORMERS, Backend
 from swift.train.building import build_callbacks, open_run_directory
@@ -19,7 +19,7 @@ from swift.train.method import Method, rlhf_method, sft_method
 from swift.train.preparing import Prepared, check_equal_on_ranks, learn_facts, prepare
 from swift.train.resume import Resumption, check_same_data, hide_secrets, load_resumption
 from swift.train.run_online import OnlineStage
-from swift.train.saving import Saver, list_checkpoints
+from swift.train.saving import Saver
 from swift.train.scoring import precompute_reference
 from swift.train.stage import RowStage, Stage
 from swift.train.state import TrainState

@@ -114,7 +114,8 @@ def build(
     verdict = verdict_tokens(ready.tokenizer) if method.answers_yes else None
     is_text = method.learns_text or method.answers_yes
     head = method.num_labels if is_text else method.num_labels or 0
-    settings = model_settings(hf, layout, dtype, head=head, **chosen_settings(flags, hf))
+    chosen = chosen_settings(flags, hf, has_adapters=run.tuner.train_type == "lora")
+    settings = model_settings(hf, layout, dtype, head=head, **chosen)
     say(describe_implementation(settings.transformer_impl))
     outline = outline_of(run, ready, settings, resumption)
     teacher = teacher_settings(run, ready, dtype) if method.teaches else None

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from swift.config.option import ConfigError
 from swift.engines.protocol import Engine, Snapshot
 from swift.engines.ranks import Ranks
+from swift.models.directory import list_checkpoints
 from swift.train.state import TrainState
 from swift.train.stopping import FAILED
 from swift.utils.files import (
@@ -37,17 +38,6 @@ STATE, ARGS = "trainer_state.json", "args.json"
 # What a disk may answer at any time; other errors are our own and are shown as they are.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.ESTALE)
 POLL_SECONDS = 0.02
-NAME = re.compile(r"checkpoint-(\d+)")
-
-
-def list_checkpoints(run_directory: Path) -> list[tuple[int, Path]]:
-    """(step, path) in order of step."""
-    found = [
-        (int(m[1]), p)
-        for p in run_directory.glob("checkpoint-*")
-        if (m := NAME.fullmatch(p.name)) and p.is_dir()
-    ]
-    return sorted(found)
 
 
 @dataclass
@@ -300,7 +290,7 @@ def find_checkpoint(path: Path) -> Path:
             f"--resume_from_checkpoint {path} is not a directory", hint="name a checkpoint-N directory"
         )
     path = path.resolve()
-    if (path / STATE).exists() or NAME.fullmatch(path.name):
+    if (path / STATE).exists() or path.name.startswith("checkpoint-"):
         damage = find_damage(path)
         if damage:
             others = (p for _, p in reversed(list_checkpoints(path.parent)) if p != path)

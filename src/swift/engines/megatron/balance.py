@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, apply_router_token_dropping
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
+from swift.engines.megatron.deepseek import choose_experts
 from swift.engines.megatron.layers import FlatTokens
 from swift.engines.megatron.settings import Settings
 
@@ -41,16 +42,28 @@ class BalancedRouter(TopKRouter):
     def routing(self, logits: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
         """logits [n, 1, E]."""
         config = self.config
-        flat = self.batch() if self.training and (config.balance or config.small_logits) else None
-        if flat:
+        has_losses = bool(config.balance or config.small_logits)
+        flat = self.batch() if self.training and (has_losses or self.enable_expert_bias) else None
+        if flat and has_losses:
             found = self.losses(logits.flatten(0, 1).float(), flat)
             for name, value in found.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value.detach()
             balance = config.balance / sum(config.sparse) * found["aux_loss"]
             loss = balance + config.small_logits * found["z_loss"]
             logits = MoEAuxLossAutoScaler.apply(logits, loss * config.per_token)
-        routed: tuple[Tensor, Tensor] = super().routing(logits, *rest, **named)
-        return routed
+        if config.routing is None:
+            routed: tuple[Tensor, Tensor] = super().routing(logits, *rest, **named)
+            return routed
+        weights, chosen = choose_experts(logits.flatten(0, 1), self.expert_bias, config.routing)
+        if flat and self.enable_expert_bias:  # megatron-core moves the biases by what was counted in a step
+            is_trained = (flat.weights > 0)[self.own_ids(flat)]
+            self.local_tokens_per_expert += (chosen & is_trained[:, None]).sum(0)
+        if config.moe_expert_capacity_factor is None:
+            return weights, chosen
+        kept: tuple[Tensor, Tensor] = apply_router_token_dropping(
+            weights, chosen, router_topk=self.topk, capacity_factor=config.moe_expert_capacity_factor
+        )
+        return kept
 
     def batch(self) -> FlatTokens | None:
         """What the losses are of; none where nothing is differentiated."""
@@ -60,18 +73,21 @@ class BalancedRouter(TopKRouter):
             self.waiting.append(self.flat)
         return None
 
+    def own_ids(self, flat: FlatTokens) -> Tensor:
+        """int64 [n] segment of each token."""
+        assert flat.segment_ids is not None
+        if not self.config.sequence_parallel:
+            return flat.segment_ids
+        return flat.segment_ids.chunk(self.tp_group.size())[self.tp_group.rank()]
+
     def losses(self, logits: Tensor, flat: FlatTokens) -> dict[str, Tensor]:
         """Sums over the tokens of trained segments. Peers, who have the other tokens, give the rest of them.
 
         The balance of a segment is E times the sum over experts of f_e * p_e: how often e was chosen, by
         tokens of all peers, times its probabilities here. Size of logits: ST-MoE, arXiv:2202.08906 eq. 5.
         """
-        assert flat.segment_ids is not None and flat.weights is not None
-        config, weights_S = self.config, flat.weights
-        is_cut = config.sequence_parallel and self.tp_group.size() > 1
-        ids_n = (
-            flat.segment_ids.chunk(self.tp_group.size())[self.tp_group.rank()] if is_cut else flat.segment_ids
-        )
+        ids_n, weights_S = self.own_ids(flat), flat.weights
+        assert weights_S is not None
         probability = torch.softmax(logits, -1)
         picks = torch.zeros_like(probability).scatter(1, probability.topk(self.topk, -1).indices, 1.0)
         empty_SE = probability.new_zeros(len(weights_S), logits.shape[-1])

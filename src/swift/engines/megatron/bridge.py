@@ -26,12 +26,16 @@ from swift.engines.megatron.pieces import KINDS, Box, Cut, Piece, Shape
 from swift.engines.megatron.settings import Settings
 from swift.engines.megatron.tables import rows_of
 from swift.models.directory import check_model_directory, read_json, weight_files
+from swift.utils.log import warn_once
 
 INDEX = "model.safetensors.index.json"
 IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 EXPERT = re.compile(r"(?<=\.experts\.linear_fc[12]\.weight)\d+$")
 # Constants that old checkpoints hold and models work out by themselves.
 CONSTANT = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias)$")
+BIAS = ".router.expert_bias"  # the one buffer that files hold
+SCALE = "_scale_inv"  # of blocks of 8-bit floats, after the name of the weight
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 Value = Callable[[Tensor], Tensor]
 Seen = Callable[[int], object]
@@ -41,7 +45,7 @@ Seen = Callable[[int], object]
 class Part:
     """A parameter of this rank, and the named tensors in files that it is made of."""
 
-    parameter: nn.Parameter
+    parameter: Tensor
     pieces: list[tuple[str, Piece]]
 
 
@@ -63,6 +67,12 @@ class Bridge:
             hf_config.model_type, tied=bool(hf_config.tie_word_embeddings), head=bool(settings.head)
         )
         self.vocabulary, self.settings = hf_config.vocab_size, settings
+        self.block = block_of(hf_config)
+        # Layers that predict tokens further on follow the model's own.
+        self.further = range(
+            settings.num_layers,
+            settings.num_layers + (getattr(hf_config, "num_nextn_predict_layers", None) or 0),
+        )
 
     def load(
         self,
@@ -85,7 +95,7 @@ class Bridge:
             self._check(files, shapes, source)
             for part in parts:
                 if all(name in files for name, _ in part.pieces):
-                    fill(part, files)
+                    fill(part, files, self.block)
                 seen(part.parameter.nbytes)
 
     def _check(self, files: Mapping[str, Any], shapes: Mapping[str, Shape], source: Path) -> None:
@@ -94,7 +104,16 @@ class Bridge:
             raise ConfigError(
                 f"the weights in {source} lack {len(missing)} tensors, the first is {missing[0]}"
             )
-        left = sorted(n for n in files.keys() - shapes.keys() - self.spare if not CONSTANT.search(n))
+        scales = {name + SCALE for name in shapes} if self.block else set()
+        known = shapes.keys() | self.spare | scales
+        left = sorted(name for name in files.keys() - known if not CONSTANT.search(name))
+        further = {name for name in left if (at := LAYER.match(name)) and int(at[1]) in self.further}
+        if further:
+            warn_once(
+                f"{len(further)} tensors of layers that predict further tokens (MTP, model.layers."
+                f"{self.further[0]}) are left out: they are neither trained nor saved"
+            )
+        left = [name for name in left if name not in further]
         if left:
             raise ConfigError(
                 f"the weights in {source} hold {len(left)} tensors that config.json has no place for, "
@@ -120,7 +139,7 @@ class Bridge:
         on the others. `value` is what is exported of a parameter: a view of it, or a tensor like it such as
         its gradient; it is asked several times.
         """
-        mine: dict[str, dict[Box, tuple[nn.Parameter, Box]]] = defaultdict(dict)
+        mine: dict[str, dict[Box, tuple[Tensor, Box]]] = defaultdict(dict)
         for part in self.parts(chunks):
             for name, piece in part.pieces:
                 mine[name][piece.source] = part.parameter, piece.target
@@ -151,12 +170,12 @@ class Bridge:
         return dict(sorted(wholes.items(), key=lambda item: in_order(item[0])))
 
     def parts(self, chunks: Sequence[nn.Module]) -> list[Part]:
-        """Every parameter of this rank but those of adapters."""
+        """Every parameter of this rank but those of adapters, and what else files hold of its layers."""
         return [
-            Part(parameter, self._pieces(model, name, tuple(parameter.shape)))
+            Part(tensor, self._pieces(model, name, tuple(tensor.shape)))
             for model in map(unwrap, chunks)
-            for name, parameter in model.named_parameters()
-            if ".lora." not in name
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+            if ".lora." not in name and (isinstance(tensor, nn.Parameter) or name.endswith(BIAS))
         ]
 
     def _pieces(self, model: GPTModel, name: str, shape: Shape) -> list[tuple[str, Piece]]:
@@ -246,13 +265,39 @@ def open_weights(source: Path, stack: ExitStack) -> dict[str, Any]:
     return found
 
 
+def block_of(hf: PretrainedConfig) -> tuple[int, int] | None:
+    """Rows and columns of weights that have a scale together; None = files hold plain weights."""
+    told = getattr(hf, "quantization_config", None)
+    if told is None:
+        return None
+    if told.get("quant_method") != "fp8" or not told.get("weight_block_size"):
+        raise ConfigError(
+            f"megatron does not read weights quantised by {told.get('quant_method')}",
+            hint="it reads plain ones, and 8-bit floats in blocks (fp8 as DeepSeek-V3 has it)",
+        )
+    rows, columns = told["weight_block_size"]
+    return rows, columns
+
+
+def read_box(files: Mapping[str, Any], name: str, box: Box, block: tuple[int, int] | None) -> Tensor:
+    """A rectangle of a tensor in files; where it has scales, of 8-bit floats, each `block` times its own."""
+    values: Tensor = files[name].get_slice(name)[slices(box)]
+    if block is None or name + SCALE not in files:
+        return values
+    around = tuple((start // size, -(-end // size)) for (start, end), size in zip(box, block, strict=True))
+    scales = files[name + SCALE].get_slice(name + SCALE)[slices(around)].float()
+    for dim, ((start, end), size) in enumerate(zip(box, block, strict=True)):
+        scales = scales.repeat_interleave(size, dim).narrow(dim, start % size, end - start)
+    return values.float() * scales
+
+
 @torch.no_grad()
-def fill(part: Part, files: Mapping[str, Any]) -> None:
+def fill(part: Part, files: Mapping[str, Any], block: tuple[int, int] | None = None) -> None:
     """Reads one parameter; what files do not have, the padding of a vocabulary, is zero."""
     if sum(size(piece.target) for _, piece in part.pieces) < part.parameter.numel():
         part.parameter.zero_()
     for name, piece in part.pieces:
-        values = files[name].get_slice(name)[slices(piece.source)]
+        values = read_box(files, name, piece.source, block)
         into = part.parameter[slices(piece.target)]
         into.copy_(values.reshape(into.shape))
 
@@ -260,7 +305,7 @@ def fill(part: Part, files: Mapping[str, Any]) -> None:
 @torch.no_grad()
 def exchange(
     whole: Whole,
-    mine: Mapping[Box, tuple[nn.Parameter, Box]],
+    mine: Mapping[Box, tuple[Tensor, Box]],
     value: Value,
     *,
     to: int,

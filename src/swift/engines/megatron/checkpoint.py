@@ -195,6 +195,7 @@ def write_surroundings(
 ) -> None:
     """config.json, generation_config.json and, of several files, their index."""
     config = files.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
+    config.pop("quantization_config", None)  # whose weights have become plain ones
     write_json(into / "config.json", config)
     generation = files.source / "generation_config.json"
     if generation.is_file():

@@ -33,13 +33,14 @@ from transformers import PretrainedConfig
 from swift.config.option import ConfigError
 from swift.engines.megatron.bridge import IN_LAYER, Bridge, Part, unwrap
 from swift.engines.megatron.experts import GroupedExperts, StackedLinear
+from swift.engines.megatron.latent import WholeLinear
 from swift.engines.megatron.layers import Head
 from swift.engines.megatron.pieces import Piece, Shape, box_of
 from swift.engines.megatron.settings import Settings
 from swift.engines.megatron.tables import HEAD, LAYER, Row, rows_of
 from swift.models.outline import PREFIX, Factors, Outline
 
-CUT = ("qkv", "gate_up", "row")  # kinds of parameters that may have adapters
+KINDS = ("qkv", "gate_up", "row", "column", "whole")  # of parameters that may have adapters
 GROUPED = 8  # grouped products want rows of a multiple of 16 bytes
 
 Cuts = tuple[tuple[int, int, int], ...]  # (axis, which part, of how many)
@@ -82,7 +83,7 @@ class Adapter(nn.Module):
 
 
 class LinearAdapter(Adapter):
-    """Beside a layer of megatron-core that is cut over tensor ranks.
+    """Beside a layer of megatron-core that is cut over tensor ranks, or whole on each.
 
     outer: the layer leaves it to others to add up its output over tensor ranks, as shared experts do that
         are computed while tokens travel. A factor that is whole then sees a part on every rank, and its
@@ -103,17 +104,19 @@ class LinearAdapter(Adapter):
         self.sizes = [f.rank for f in present]
         self.scalings = [f.scaling for f in present]
         self.dropout = present[0].dropout
-        self.by_column = isinstance(layer, ColumnParallelLinear)
+        self.by_column, is_whole = isinstance(layer, ColumnParallelLinear), isinstance(layer, WholeLinear)
         self.outer = bool(layer.explicit_expert_comm)
         sequence = bool(layer.sequence_parallel) and not self.outer
-        self.across = choose_exchange(by_column=self.by_column, sequence=sequence, outer=self.outer)
+        self.across = choose_exchange(
+            by_column=self.by_column, sequence=sequence, alone=self.outer or is_whole
+        )
         ranks = parallel_state.get_tensor_model_parallel_world_size()
         # Where ranks hold different activations they draw different numbers.
         self.draws_apart = ranks > 1 and (sequence or not self.by_column)
         for factors in present:
             end = factors.stem.rpartition(".")[2]
             for side, name, whole in zip("AB", factors.names, (factors.a, factors.b), strict=True):
-                is_cut = (side == "B") == self.by_column
+                is_cut = not is_whole and (side == "B") == self.by_column
                 share = tensor_share(name, tuple(whole.shape), 0 if self.by_column else 1, is_cut=is_cut)
                 parameter = self.hold(f"{side}_{end}", share, whole)
                 if is_cut:
@@ -154,9 +157,9 @@ class LinearAdapter(Adapter):
             return F.dropout(hidden, self.dropout)
 
 
-def choose_exchange(*, by_column: bool, sequence: bool, outer: bool) -> Callable[[Tensor], Tensor]:
+def choose_exchange(*, by_column: bool, sequence: bool, alone: bool) -> Callable[[Tensor], Tensor]:
     """From what A makes of this rank's activations to what B takes, [t, 1, r] both."""
-    if outer:
+    if alone:
         return nn.Identity()
     if by_column:
         return gather_from_sequence_parallel_region if sequence else copy_to_tensor_model_parallel_region
@@ -231,7 +234,7 @@ def weights_of(row: Row) -> tuple[str, ...]:
 def check_places(hf: PretrainedConfig, outline: Outline) -> None:
     """ConfigError for an adapter beside something that has none here."""
     rows = rows_of(hf.model_type, tied=bool(hf.tie_word_embeddings)).values()
-    places = {name for row in rows if row.kind in CUT for name in weights_of(row)}
+    places = {name for row in rows if row.kind in KINDS for name in weights_of(row)}
     for name in outline.factors:
         if re.sub(r"(?<=\.layers\.)\d+(?=\.)", "{}", name) not in places:
             raise ConfigError(
@@ -252,7 +255,7 @@ def add_adapters(
         for name, layer in list(chunk.named_modules()):
             inside = IN_LAYER.match(name)
             row = rows.get(f"{name[inside.end() :]}.weight") if inside else None
-            if inside is None or row is None or row.kind not in CUT:
+            if inside is None or row is None or row.kind not in KINDS:
                 continue
             number = chunk.decoder.layers[int(inside[1])].layer_number - 1
             found = [outline.factors.get(weight.format(number)) for weight in weights_of(row)]
@@ -263,13 +266,13 @@ def add_adapters(
                 layer.lora = ExpertAdapter(layer, experts[id(layer)], found[0])
                 layer.register_forward_hook(add_to_experts)
             else:
-                assert isinstance(layer, ColumnParallelLinear | RowParallelLinear)
+                assert isinstance(layer, ColumnParallelLinear | RowParallelLinear | WholeLinear)
                 layer.lora = LinearAdapter(layer, found, *divide(layer, row.kind, settings))
                 layer.register_forward_hook(add_to_linear)
         if settings.head and chunk.post_process:
             hold_head(chunk.output_layer, outline)
         # Nothing before the first layer is trained, and what recomputes sees gradients only where inputs do.
-        if settings.recompute_granularity and chunk.pre_process:
+        if (settings.recompute_granularity or settings.recompute_latents) and chunk.pre_process:
             chunk.embedding.register_forward_hook(lambda *call: call[-1].requires_grad_())
 
 
@@ -285,7 +288,7 @@ def hold_head(head: Head, outline: Outline) -> None:
 def divide(layer: nn.Module, kind: str, settings: Settings) -> tuple[list[int], int]:
     """Outputs of each projection of a layer on this rank, and in how many groups they alternate."""
     rows = layer.weight.shape[0]
-    if kind == "row":
+    if kind in ("row", "column", "whole"):
         return [rows], 1
     if kind == "gate_up":
         return [rows // 2, rows // 2], 1

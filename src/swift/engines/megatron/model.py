@@ -34,6 +34,7 @@ from transformers import PretrainedConfig
 from swift.engines.megatron.balance import BalancedRouter, watch_batches
 from swift.engines.megatron.experts import GroupedExperts
 from swift.engines.megatron.implementation import ENGINE
+from swift.engines.megatron.latent import NORMS, LatentAttention
 from swift.engines.megatron.layers import CoreAttention, Head, RMSNorm, Rotary
 from swift.engines.megatron.settings import Settings
 
@@ -56,8 +57,13 @@ def fast_layer_spec(settings: Settings, *, is_sparse: bool) -> ModuleSpec:
         num_experts=settings.num_moe_experts if is_sparse else None,
         moe_grouped_gemm=settings.moe_grouped_gemm,
         qk_layernorm=settings.qk_layernorm,
+        multi_latent_attention=settings.latent is not None,
     )
-    spec.submodules.self_attention.submodules.core_attention = CoreAttention
+    if settings.latent:
+        spec.submodules.self_attention = ModuleSpec(module=LatentAttention)
+        spec.submodules.sharded_state_dict_keys_map = NORMS
+    else:
+        spec.submodules.self_attention.submodules.core_attention = CoreAttention
     if is_sparse:
         spec.submodules.mlp.submodules.router = BalancedRouter
     return spec
@@ -77,6 +83,9 @@ def layer_spec(settings: Settings, *, is_sparse: bool) -> ModuleSpec:
             k_layernorm=head_norm,
         ),
     )
+    names = NORM_OF_ATTENTION
+    if settings.latent:
+        attention, names = ModuleSpec(module=LatentAttention), NORMS
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     mlp = ModuleSpec(module=MLP, submodules=linears)
     if is_sparse:
@@ -93,7 +102,7 @@ def layer_spec(settings: Settings, *, is_sparse: bool) -> ModuleSpec:
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=NORM_OF_ATTENTION | ({} if is_sparse else NORM_OF_MLP),
+            sharded_state_dict_keys_map=names | ({} if is_sparse else NORM_OF_MLP),
         ),
     )
 
@@ -189,4 +198,5 @@ def build_chunk(hf: PretrainedConfig, settings: Settings, stage: int | None) -> 
     watch_batches(chunk)
     chunk.rotary_pos_emb = Rotary(hf)
     chunk.model_type = ModelType.encoder_or_decoder
-    return chunk if settings.use_cpu_initialization else chunk.to(torch.cuda.current_device())
+    # Routers make their buffers on the GPU in any case.
+    return chunk.to("cpu" if settings.use_cpu_initialization else torch.cuda.current_device())

@@ -51,6 +51,13 @@ def rows_of_vocabulary(shape: Shape, cut: Cut) -> Iterator[Piece]:
         yield Piece(0, (cut.vocabulary, *rest), ((start, end), *around), ((0, end - start), *around))
 
 
+def outputs(shape: Shape, cut: Cut) -> Iterator[Piece]:
+    """Shares of the outputs of a linear layer."""
+    height, width = shape
+    source = ((cut.rank * height, (cut.rank + 1) * height), (0, width))
+    yield Piece(0, (height * cut.ranks, width), source, box_of(shape))
+
+
 def columns(shape: Shape, cut: Cut) -> Iterator[Piece]:
     """Shares of the inputs of a linear layer."""
     rows, width = shape
@@ -84,6 +91,8 @@ def heads_by_group(shape: Shape, cut: Cut) -> Iterator[Piece]:
 
 KINDS: dict[str, Callable[[Shape, Cut], Iterator[Piece]]] = {
     "copy": whole_parameter,
+    "whole": whole_parameter,  # of a linear layer, which may have adapters
+    "column": outputs,
     "vocabulary": rows_of_vocabulary,
     "row": columns,
     "gate_up": gate_and_up,

@@ -14,11 +14,13 @@ from swift.config.layout import Layout
 from swift.config.megatron import MegatronConfig
 from swift.config.option import ConfigError
 from swift.engines.megatron import wgrad
+from swift.engines.megatron.deepseek import BIAS_RATE, Latent, Routing, deepseek_fields
+from swift.engines.megatron.deepseek import FAMILIES as DEEPSEEK
 from swift.engines.megatron.implementation import ENGINE, choose_implementation
 from swift.engines.transformers.forward import PLAIN_LAYERS
 from swift.utils.log import warn
 
-FAMILIES = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "llama", "mistral", "mixtral")
+FAMILIES = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "llama", "mistral", "mixtral", *DEEPSEEK)
 CHANGING_ROPE = ("dynamic", "longrope")  # whose frequencies depend on the length of the row
 
 
@@ -33,6 +35,9 @@ class Settings(TransformerConfig):
     windows: tuple[int | None, ...] = ()  # of sliding attention, by layer; none = no layer slides
     # Outputs of a head in place of the vocabulary's; 0 = what would enter it; none = a language model.
     head: int | None = None
+    latent: Latent | None = None  # sizes of attention over latents; none = heads have keys of their own
+    recompute_latents: bool = False  # what comes out of them
+    routing: Routing | None = None  # none = megatron-core's rules
 
     @property
     def sparse(self) -> list[int]:
@@ -108,7 +113,7 @@ def model_settings(hf: PretrainedConfig, degrees: Layout, dtype: torch.dtype, **
         "batch_p2p_comm": not degrees.virtual,
         "deallocate_pipeline_outputs": True,
     }
-    return Settings(**fields | expert_fields(hf) | chosen)
+    return Settings(**fields | expert_fields(hf) | deepseek_fields(hf, rope) | chosen)
 
 
 def has_qkv_bias(hf: PretrainedConfig) -> bool:
@@ -118,8 +123,10 @@ def has_qkv_bias(hf: PretrainedConfig) -> bool:
     return bool(getattr(hf, "qkv_bias", getattr(hf, "attention_bias", False)))
 
 
-def chosen_settings(flags: MegatronConfig, hf: PretrainedConfig) -> dict[str, Any]:
-    """The fields of TransformerConfig that flags decide."""
+def chosen_settings(
+    flags: MegatronConfig, hf: PretrainedConfig, *, has_adapters: bool = False
+) -> dict[str, Any]:
+    """The fields of TransformerConfig that flags decide. `has_adapters`: they alone are trained."""
     chosen: dict[str, Any] = {"transformer_impl": choose_implementation(flags.transformer_impl)}
     if flags.moe_permute_fusion and chosen["transformer_impl"] == ENGINE:
         chosen["moe_permute_fusion"] = True
@@ -135,7 +142,7 @@ def chosen_settings(flags: MegatronConfig, hf: PretrainedConfig) -> dict[str, An
         )
     if flags.gradient_accumulation_fusion is not None:
         chosen["gradient_accumulation_fusion"] = flags.gradient_accumulation_fusion
-    chosen |= recompute_fields(flags)
+    chosen |= recompute_fields(flags, hf)
     for end in ("first", "last"):
         count = getattr(flags, f"decoder_{end}_pipeline_num_layers")
         if count is not None:
@@ -149,10 +156,19 @@ def chosen_settings(flags: MegatronConfig, hf: PretrainedConfig) -> dict[str, An
             "small_logits": flags.moe_z_loss_coeff or 0.0,
             "moe_expert_capacity_factor": flags.moe_expert_capacity_factor,
         }
-    return chosen
+    return chosen | {"moe_router_bias_update_rate": bias_rate(flags, hf, has_adapters=has_adapters)}
 
 
-def recompute_fields(flags: MegatronConfig) -> dict[str, Any]:
+def bias_rate(flags: MegatronConfig, hf: PretrainedConfig, *, has_adapters: bool) -> float:
+    """How far a step moves the biases of experts; ConfigError where none can move."""
+    has_biases, rate = hf.model_type == "deepseek_v3", flags.moe_router_bias_update_rate
+    if rate and (has_adapters or not has_biases):
+        why = "adapters hold no biases of experts" if has_biases else "the model has no biases of experts"
+        raise ConfigError(f"--moe_router_bias_update_rate {rate}: {why}", hint="leave it out")
+    return rate if rate is not None else BIAS_RATE * (has_biases and not has_adapters)
+
+
+def recompute_fields(flags: MegatronConfig, hf: PretrainedConfig) -> dict[str, Any]:
     """What the backward pass computes again."""
     if flags.recompute_granularity == "full":
         return {
@@ -162,10 +178,16 @@ def recompute_fields(flags: MegatronConfig) -> dict[str, Any]:
         }
     # Attention keeps no scores that could be saved; keys of other context ranks are what it holds on to.
     idle = {"core_attn"} if flags.context_parallel_size == 1 else set()
-    modules = [name for name in flags.recompute_modules if name not in idle]
-    if flags.recompute_granularity == "none" or not modules:
+    if flags.recompute_granularity == "none":
         return {}
-    return {"recompute_granularity": "selective", "recompute_modules": modules}
+    latents = "mla_up_proj" in flags.recompute_modules
+    if latents and hf.model_type not in DEEPSEEK:
+        raise ConfigError(
+            "--recompute_modules mla_up_proj: the model has no latent attention", hint="leave it out"
+        )
+    modules = [name for name in flags.recompute_modules if name not in idle | {"mla_up_proj"}]
+    selective = {"recompute_granularity": "selective", "recompute_modules": modules}
+    return {"recompute_latents": latents} | (selective if modules else {})
 
 
 def expert_fields(hf: PretrainedConfig) -> dict[str, Any]:
@@ -196,6 +218,7 @@ def expert_fields(hf: PretrainedConfig) -> dict[str, Any]:
 def sparse_layers(hf: PretrainedConfig) -> list[int]:
     """1 for each layer that has experts, 0 for one that is dense."""
     step, dense = getattr(hf, "decoder_sparse_step", 1), getattr(hf, "mlp_only_layers", None) or ()
+    dense = {*dense, *range(getattr(hf, "first_k_dense_replace", 0))}
     return [int((i + 1) % step == 0 and i not in dense) for i in range(hf.num_hidden_layers)]
 
 

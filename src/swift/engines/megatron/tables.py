@@ -46,6 +46,15 @@ def experts(prefix: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
     )
 
 
+def shared(prefix: str) -> tuple[Row, ...]:
+    """The experts that all tokens see."""
+    gate_up = (f"{prefix}.{x}_proj.weight" for x in ("gate", "up"))
+    return (
+        in_layer("mlp.shared_experts.linear_fc1.weight", "gate_up", *gate_up),
+        in_layer("mlp.shared_experts.linear_fc2.weight", "row", f"{prefix}.down_proj.weight"),
+    )
+
+
 COMMON = (
     Row(("embedding.word_embeddings.weight",), "vocabulary", ("model.embed_tokens.weight",)),
     Row(("decoder.final_layernorm.weight",), "copy", ("model.norm.weight",)),
@@ -69,18 +78,32 @@ COMMON = (
 TIED = (Row(("output_layer.weight",), "vocabulary", ("model.embed_tokens.weight",)),)
 HEAD = "score.weight"
 SCORING = (Row(("output_layer.weight",), "copy", (HEAD,)),)
-SHARED = (
-    in_layer(
-        "mlp.shared_experts.linear_fc1.weight",
-        "gate_up",
-        *(f"mlp.shared_expert.{x}_proj.weight" for x in ("gate", "up")),
-    ),
-    in_layer("mlp.shared_experts.linear_fc2.weight", "row", "mlp.shared_expert.down_proj.weight"),
-    in_layer("mlp.shared_experts.gate_weight", "copy", "mlp.shared_expert_gate.weight"),
-)
 QWEN = experts("mlp", "gate_proj", "up_proj", "down_proj")
-EXPERTS = {
-    "qwen2_moe": QWEN + SHARED,
+DEEPSEEK = (
+    *QWEN,
+    in_layer("mlp.router.expert_bias", "copy", "mlp.gate.e_score_correction_bias"),
+    *shared("mlp.shared_experts"),
+    *(
+        in_layer(f"self_attention.{ours}.weight", kind, f"self_attn.{theirs}.weight")
+        for ours, kind, theirs in (
+            ("linear_q_proj", "column", "q_proj"),
+            ("linear_q_down_proj", "whole", "q_a_proj"),
+            ("q_layernorm", "copy", "q_a_layernorm"),
+            ("linear_q_up_proj", "column", "q_b_proj"),
+            ("linear_kv_down_proj", "whole", "kv_a_proj_with_mqa"),
+            ("kv_layernorm", "copy", "kv_a_layernorm"),
+            ("linear_kv_up_proj", "column", "kv_b_proj"),
+        )
+    ),
+)
+FAMILIES = {
+    "deepseek_v2": DEEPSEEK,
+    "deepseek_v3": DEEPSEEK,
+    "qwen2_moe": (
+        *QWEN,
+        *shared("mlp.shared_expert"),
+        in_layer("mlp.shared_experts.gate_weight", "copy", "mlp.shared_expert_gate.weight"),
+    ),
     "qwen3_moe": QWEN,
     "mixtral": experts("block_sparse_moe", "w1", "w3", "w2"),
 }
@@ -88,5 +111,5 @@ EXPERTS = {
 
 def rows_of(model_type: str, *, tied: bool, head: bool = False) -> dict[str, Row]:
     """The rows of a family, or of one with a head, by every name of theirs in megatron-core."""
-    rows = (*COMMON, *EXPERTS.get(model_type, ()), *(SCORING if head else TIED if tied else ()))
+    rows = (*COMMON, *FAMILIES.get(model_type, ()), *(SCORING if head else TIED if tied else ()))
     return {name: row for row in rows for name in row.names}

@@ -27,21 +27,23 @@ HAS_VARLEN = "window_size" in VARLEN_PARAMETERS  # 2.10 has another signature
 VARLEN_GROUPS = {"enable_gqa": True} if "enable_gqa" in VARLEN_PARAMETERS else {}  # 2.11 groups heads unasked
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Heads:
+    """What a layer compares, and how."""
+
+    query: Tensor  # [1, H, T, D]
+    key: Tensor  # [1, K, T, D]
+    value: Tensor  # [1, K, T, D]
+    scaling: float | None
+    window: int | None  # tokens that each one sees, with itself; none = all before it
+    dropout: float
+
+
 class Attending(Protocol):
     """What attention has to know of a flat row: one object, which compiled layers hand on unseen."""
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        window: int | None,
-        dropout: float,
-    ) -> Tensor:
-        """[1, H, T, D] from query [1, H, T, D], key and value [1, K, T, D]; `module` is the layer's own."""
+    def attend(self, module: nn.Module, heads: Heads) -> Tensor:
+        """[1, H, T, D]; `module` is the layer's own."""
         ...
 
 
@@ -66,22 +68,12 @@ class Segments:
         bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return cls(lengths, bounds.to(device, non_blocking=True), sequence, keys)
 
-    def attend(
-        self,
-        module: nn.Module,  # noqa: ARG002 (of the protocol)
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        window: int | None,
-        dropout: float,
-    ) -> Tensor:
+    def attend(self, _module: nn.Module, heads: Heads) -> Tensor:
         """As Attending; where T is spread over ranks, the tensors are slices of the whole."""
+        tensors, how = (heads.query, heads.key, heads.value), (heads.scaling, heads.window, heads.dropout)
         if self.sequence is None:
-            return attend(query, key, value, self, scaling, window, dropout)
-        query, key, value = self.sequence.spread_heads(query, key, value)
-        return self.sequence.spread_tokens(attend(query, key, value, self, scaling, window, dropout))
+            return attend(*tensors, self, *how)
+        return self.sequence.spread_tokens(attend(*self.sequence.spread_heads(*tensors), self, *how))
 
 
 def window_mask(length: int, window: int, device: torch.device, keys: int | None = None) -> Tensor:
@@ -139,9 +131,7 @@ def flat_attention(
     assert softcap is None and s_aux is None, (
         f"{type(module).__name__}: soft caps and sinks need the padded layout"
     )
-    output = segments.attend(
-        module, query, key, value, scaling=scaling, window=sliding_window, dropout=dropout
-    )
+    output = segments.attend(module, Heads(query, key, value, scaling, sliding_window, dropout))
     return output.transpose(1, 2), None
 
 
