@@ -1,4 +1,4 @@
-"""`megatron rlhf --rlhf_type grpo` and `gkd` learn what `swift rlhf` learns, in parts of the model."""
+"""`megatron rlhf --rlhf_type grpo`, `ppo` and `gkd` learn what `swift rlhf` learns, in parts of the model."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ SAME = (
 )  # fmt: skip
 NAMES = (
     "loss", "reward", "reward_std", "grad_norm", "kl", "entropy/mean", "completions/mean_length",
-    "clip_ratio/region_mean", "divergence", "nll_loss", "eval_loss",
+    "clip_ratio/region_mean", "divergence", "nll_loss", "eval_loss", "value/loss",
 )  # fmt: skip
 
 
@@ -108,6 +108,33 @@ def test_a_teacher(workers, megatron_workers, tiny_llama_dir, make_tiny_model_di
     arguments[at : at + 2] = ["--global_batch_size", "8"]
     megatron(megatron_workers, [*arguments, "--per_device_train_batch_size", "4"], *layout)
     compare(plain, cut)
+
+
+@pytest.mark.slow
+def test_a_value_model(workers, megatron_workers, tiny_llama_dir, tmp_path):
+    """PPO's second model is cut as the first one is; a run goes on with both."""
+    test_grpo.write_prompts(tmp_path)
+    plain, cut, again = tmp_path / "plain", tmp_path / "cut", tmp_path / "again"
+
+    def command(output: Path, *flags: str) -> list[str]:
+        words = test_grpo.command(tiny_llama_dir, tmp_path, output, *SAME, "--kl_coef", "0.01", *flags)
+        at = words.index("--num_generations")
+        return [*words[:at], *words[at + 2 :], "--rlhf_type", "ppo", "--num_ppo_epochs", "2"]
+
+    result = workers.run(command(plain))
+    assert result.code == 0, result.stderr[-3000:]
+    size = ("--per_device_train_batch_size", "4", "--global_batch_size", "16", "--save_steps", "3")
+    megatron(megatron_workers, command(cut, *size), *TP2)
+    compare(plain, cut)
+    found, expected = (load_file(run / "checkpoint-4/value_model/model.safetensors") for run in (cut, plain))
+    assert found.keys() == expected.keys()
+    assert all((found[name] - tensor).abs().max() <= 1e-5 for name, tensor in expected.items())
+    resumed = ["rlhf", "--resume_from_checkpoint", str(cut / "checkpoint-3"), "--add_version", "false"]
+    megatron(megatron_workers, [*resumed, "--output_dir", str(again)])
+    assert curve(again) == curve(cut)[3:]
+    for name in ("model.safetensors", "value_model/model.safetensors"):
+        ours, theirs = (load_file(run / "checkpoint-4" / name) for run in (again, cut))
+        assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items()), name
 
 
 def test_mistakes_are_one_line(megatron_workers, tiny_llama_dir, make_tiny_model_dir, tmp_path):

@@ -76,10 +76,6 @@ class MegatronRlhfRun(OnMegatron, RlhfRun):
                 f"--{shared} does not go with conversations of several turns yet",
                 hint=f"leave out --multi_turn_scheduler and --use_gym_env, or --{shared}",
             )
-        if self.rlhf.rlhf_type in ("ppo",):
-            raise ConfigError(
-                f"--rlhf_type {self.rlhf.rlhf_type} is not there yet in parallel", hint="use swift rlhf"
-            )
 
 
 MegatronRun = MegatronSftRun | MegatronRlhfRun

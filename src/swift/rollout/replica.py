@@ -50,6 +50,7 @@ class ReplicaRollout:
         self.places = Places(self.model)
         self.storages = [p.untyped_storage() for p in self.model.parameters()]
         self.sizes = [storage.nbytes() for storage in self.storages]
+        self.whole = sum({t.data_ptr(): t.nbytes for t in self.places.tensors.values()}.values())
         say(
             f"answers: by a copy of the model that every process has for them, {sum(self.sizes) / 2**30:.2f} "
             "GiB while it answers; --use_vllm true answers faster, and with models that do not fit twice"
@@ -71,7 +72,7 @@ class ReplicaRollout:
             place = self.places.find(name)
             place.copy_(tensor)
             filled += place.nbytes
-        assert filled == sum(self.sizes), f"{filled} bytes of {sum(self.sizes)} have come"
+        assert filled == self.whole, f"{filled} bytes of {self.whole} have come"
         self.version = version
 
     def sleep(self) -> None:
@@ -93,23 +94,23 @@ class Places:
     """Where tensors of published files lie in a model of transformers, which stacks experts."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.parameters = dict(model.named_parameters())
+        self.tensors: dict[str, Tensor] = model.state_dict()
         rules = get_model_conversion_mapping(model)
         self.renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self.converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
 
     def find(self, name: str) -> Tensor:
-        """A view into the parameter that the tensor called `name` in files is, or is a part of."""
-        if name in self.parameters:
-            return self.parameters[name]
+        """A view into the weight that the tensor called `name` in files is, or is a part of."""
+        if name in self.tensors:
+            return self.tensors[name]
         renamed, pattern = rename_source_key(name, self.renamings, self.converters)
         if pattern is None:
-            return self.parameters[renamed]
+            return self.tensors[renamed]
         # A stack over experts of what the converter names, joined along the outputs.
         parts = next(c.source_patterns for c in self.converters if pattern in c.source_patterns)
         expert = EXPERT.search(name)
         assert expert is not None, f"{name} is no expert's"
-        stacked = self.parameters[renamed][int(expert[1])]
+        stacked = self.tensors[renamed][int(expert[1])]
         return stacked.chunk(len(parts))[parts.index(pattern)]
 
 

@@ -1,6 +1,7 @@
 """`megatron pt|sft|rlhf`: the same runs on megatron-core. `swift`'s commands import nothing of it."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from swift.models.heads import count_labels, scoring_config, verdict_tokens
 from swift.models.load import SLOW_HALF, load_config, pick_device
 from swift.models.outline import Outline, outline_adapters
 from swift.plugins.registry import load_object
+from swift.train.actor_critic import build_engines
 from swift.train.backend import Backend
 from swift.train.building import seed_everything
 from swift.train.megatron import as_resumption, settle, with_accumulation
@@ -98,7 +100,7 @@ def build(
     ranks: Ranks,
     device: torch.device,
     resumption: Resumption | None,
-    _accumulation: int,
+    accumulation: int,  # noqa: ARG001 - as other engines are built
 ) -> MegatronEngine:
     """Seeds everything, builds this rank's part of the model and reads its weights."""
     hf, seed = ready.model_config, run.schedule.seed
@@ -117,7 +119,9 @@ def build(
     say(describe_implementation(settings.transformer_impl))
     outline = outline_of(run, ready, settings, resumption)
     teacher = teacher_settings(run, ready, dtype) if method.teaches else None
-    chunks = load_chunks(run, ready, settings, None)
+    is_judge = isinstance(run, MegatronRlhfRun) and method.foresees and method.num_labels
+    start = ready.model_path if is_judge and run.rewards.reward_model else None
+    chunks = load_chunks(run, ready, settings, start)
     if outline:
         add_adapters(chunks, hf, settings, outline)
     frozen = None
@@ -140,8 +144,8 @@ def build(
             flags.use_distributed_optimizer, flags.overlap_grad_reduce, flags.overlap_param_gather
         ),
         frozen=frozen,
-        verdict=verdict,
         temperature=run.online.temperature if isinstance(run, MegatronRlhfRun) and method.samples else 1.0,
+        verdict=verdict,
         files=Files(
             describe(run, method, ready),
             ready.model_path,
@@ -221,4 +225,6 @@ def merge(run: MegatronRun, checkpoint: Path) -> None:
         load_object("swift.export.run:run_export")(build_config(ExportRun, plan))
 
 
-MEGATRON = Backend(settle, locate, join, build, iterations=True, finish=merge)
+MEGATRON = Backend(
+    settle, locate, join, partial(build_engines, build_one=build), iterations=True, finish=merge
+)

@@ -175,7 +175,7 @@ class Bridge:
             Part(tensor, self._pieces(model, name, tuple(tensor.shape)))
             for model in map(unwrap, chunks)
             for name, tensor in (*model.named_parameters(), *model.named_buffers())
-            if (isinstance(tensor, nn.Parameter) and ".lora." not in name) or name.endswith(BIAS)
+            if ".lora." not in name and (isinstance(tensor, nn.Parameter) or name.endswith(BIAS))
         ]
 
     def _pieces(self, model: GPTModel, name: str, shape: Shape) -> list[tuple[str, Piece]]:

@@ -29,9 +29,9 @@ from swift.engines.megatron.bridge import Bridge
 from swift.engines.megatron.checkpoint import Files, load_checkpoint, parts_of, take_snapshot
 from swift.engines.megatron.context import ContextRanks
 from swift.engines.megatron.lora import adapters_of
-from swift.engines.megatron.schedule import Form, Schedule, keep_rows
+from swift.engines.megatron.schedule import Form, Schedule, Taught, keep_rows
 from swift.engines.megatron.settings import Settings
-from swift.engines.megatron.teacher import Rows, rows_of, withhold
+from swift.engines.megatron.teacher import rows_of, withhold
 from swift.engines.megatron.weights import stream_weights
 from swift.engines.optim import build_scheduler
 from swift.engines.protocol import Snapshot, StepInfo, Sums
@@ -133,7 +133,8 @@ class MegatronEngine:
         for chunk in self.active:
             chunk.eval()
         even = self._even_out(batches)
-        found = self.schedule.forward(self.active, even, needs, lambda stats, *_: stats)
+        alone = self._teach(even, frozenset())
+        found = self.schedule.forward(self.active, alone, needs, lambda stats, *_: stats)
         return [self._share(found[i] if found else None, batch, needs) for i, batch in enumerate(batches)]
 
     def _share(self, stats: TokenStats | None, batch: Batch, needs: frozenset[str]) -> TokenStats:
@@ -177,9 +178,7 @@ class MegatronEngine:
         # megatron-core divides all gradients by the trained tokens; routers are for all tokens of their rows.
         self.settings.per_token = counts[0] / max(counts[1], 1)
         taught = self._teach(even, objective.needs)
-        results = self.schedule.forward_backward(
-            self.chunks, even, objective, step_units, int(counts[0]), taught
-        )
+        results = self.schedule.forward_backward(self.chunks, taught, objective, step_units, int(counts[0]))
         sums = self._collect(results, even, units)
         for name, total in self._routers().items():
             sums.add(name, total, counts[1])
@@ -195,13 +194,15 @@ class MegatronEngine:
         names = sorted({name for part in parts for name in part})
         return {name: sum(part.get(name, 0.0) for part in parts) / layers for name in names}
 
-    def _teach(self, batches: Sequence[Batch], needs: frozenset[str]) -> list[Rows] | None:
-        """What the teacher says of each batch, on the last stage, for objectives that compare with it."""
+    def _teach(self, batches: Sequence[Batch], needs: frozenset[str]) -> list[Taught]:
+        """Each batch with what the teacher says of it: on the last stage, for objectives that compare."""
+        alone: list[Taught] = [(batch, None) for batch in batches]
         if "teacher" not in needs or self.frozen is None:
-            return None
+            return alone
         last = self.frozen[-1]
         withhold(self.frozen)
-        return self.schedule.forward(self.frozen, batches, frozenset(), lambda *_: rows_of(last))
+        found = self.schedule.forward(self.frozen, alone, frozenset(), lambda *_: rows_of(last))
+        return list(zip(batches, found, strict=True)) if found else alone
 
     def measure(self, batches: Sequence[Batch], objective: Objective) -> Sums:
         for chunk in self.active:
@@ -209,10 +210,9 @@ class MegatronEngine:
         even = self._even_out(batches)
         results = self.schedule.forward(
             self.active,
-            even,
+            self._teach(even, objective.needs),
             objective.needs,
             lambda stats, batch, _: objective(stats, batch.to(self.device)),
-            self._teach(even, objective.needs),
         )
         return self._collect(results, even, [objective.units(batch) for batch in even])
 

@@ -159,6 +159,7 @@ def keep_rows(chunk: GPTModel) -> None:
 
 
 Consume = Callable[[TokenStats, Batch, Laid], Any]
+Taught = tuple[Batch, Rows | None]  # with what a teacher beside the model says there
 
 
 @dataclass(frozen=True)
@@ -183,17 +184,10 @@ class Schedule:
         return output, finish
 
     def _run(
-        self,
-        chunks: Sequence[nn.Module],
-        batches: Sequence[Batch],
-        taught: Sequence[Rows] | None,
-        step: Callable[..., Any],
-        *,
-        train: bool,
+        self, chunks: Sequence[nn.Module], batches: Sequence[Taught], step: Callable[..., Any], *, train: bool
     ) -> list[Any]:
         """What `consume` gave for each batch; on the last stage, empty elsewhere."""
-        pairs = list(zip(batches, taught or [None] * len(batches), strict=True))
-        iterators = [iter(pairs) for _ in chunks]
+        iterators = [iter(batches) for _ in chunks]
         several = len(chunks) > 1
         return list(
             get_forward_backward_func()(
@@ -201,7 +195,7 @@ class Schedule:
                 data_iterator=iterators if several else iterators[0],
                 model=list(chunks),
                 num_microbatches=len(batches),
-                seq_length=batches[0].num_tokens,
+                seq_length=batches[0][0].num_tokens,
                 micro_batch_size=1,
                 forward_only=not train,
                 collect_non_loss_data=not train,
@@ -209,27 +203,21 @@ class Schedule:
         )
 
     def forward(
-        self,
-        chunks: Sequence[nn.Module],
-        batches: Sequence[Batch],
-        needs: frozenset[str],
-        consume: Consume,
-        taught: Sequence[Rows] | None = None,
+        self, chunks: Sequence[nn.Module], batches: Sequence[Taught], needs: frozenset[str], consume: Consume
     ) -> list[Any]:
         """What `consume` makes of the stats of each batch, without gradients."""
         if not batches:  # as many on all ranks
             return []
         with torch.no_grad():
-            return self._run(chunks, batches, taught, partial(self._step, consume, needs), train=False)
+            return self._run(chunks, batches, partial(self._step, consume, needs), train=False)
 
     def forward_backward(
         self,
         chunks: Sequence[nn.Module],
-        batches: Sequence[Batch],
+        batches: Sequence[Taught],
         objective: Objective,
         units: dict[str, float],
         tokens: int,
-        taught: Sequence[Rows] | None = None,
     ) -> list[LossSum]:
         """Gradients of all micro-batches. `units` and trained `tokens`: of the whole step, on all ranks."""
 
@@ -243,4 +231,4 @@ class Schedule:
                 LossSum({unit: term.detach() for unit, term in result.terms.items()}, result.metrics),
             )
 
-        return self._run(chunks, batches, taught, partial(self._step, lose, objective.needs), train=True)
+        return self._run(chunks, batches, partial(self._step, lose, objective.needs), train=True)
