@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from swift.config.option import ConfigError
-from swift.engines.transformers.attention import FLAT_ATTENTION
+from swift.engines.attention import FLAT_ATTENTION
 from swift.models.load import load_model, load_tokenizer
 from swift.rollout.decoder import Decoder
 from swift.rollout.types import Completion, End, Request, Sampling, Token

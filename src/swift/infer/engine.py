@@ -22,7 +22,7 @@ from swift.config.model import ModelConfig
 from swift.config.option import ConfigError
 from swift.config.quant import QuantConfig
 from swift.config.template import TemplateConfig
-from swift.engines.transformers.attention import FLAT_ATTENTION
+from swift.engines.attention import FLAT_ATTENTION
 from swift.engines.transformers.forward import refusal_of_flat
 from swift.infer.openai_answers import Told
 from swift.infer.padded import Padded

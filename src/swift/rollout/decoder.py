@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from swift.config.option import ConfigError
-from swift.engines.transformers.attention import Segments
+from swift.engines.attention import Segments
 from swift.rollout.detokenize import AnswerText, decode_text
 from swift.rollout.sampling import Drawn, Marks, Shape, answer_key, draw, uniform
 from swift.rollout.slots import Decode, Prefill, Slots, spare_bytes

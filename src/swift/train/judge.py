@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from swift.engines.transformers.attention import FLAT_ATTENTION
+from swift.engines.attention import FLAT_ATTENTION
 from swift.engines.transformers.forward import check_answering
 from swift.rollout.decoder import Decoder
 from swift.rollout.types import Request, Sampling

@@ -13,11 +13,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from swift.config.layout import Layout
 from swift.config.megatron import MegatronConfig
 from swift.config.option import ConfigError
+from swift.engines.attention import PLAIN_LAYERS
 from swift.engines.megatron import wgrad
 from swift.engines.megatron.deepseek import BIAS_RATE, Latent, Routing, deepseek_fields
 from swift.engines.megatron.deepseek import FAMILIES as DEEPSEEK
 from swift.engines.megatron.implementation import ENGINE, choose_implementation
-from swift.engines.transformers.forward import PLAIN_LAYERS
 from swift.utils.log import warn
 
 FAMILIES = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "llama", "mistral", "mixtral", *DEEPSEEK)

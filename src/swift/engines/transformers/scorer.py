@@ -16,7 +16,7 @@ from swift.config.model import ModelConfig
 from swift.config.option import ConfigError
 from swift.config.template import TemplateConfig
 from swift.data.collate import collate
-from swift.engines.transformers.attention import FLAT_ATTENTION
+from swift.engines.attention import FLAT_ATTENTION
 from swift.engines.transformers.forward import Layout, refusal_of_flat, score
 from swift.models.adapters import load_adapter
 from swift.models.heads import load_scoring_model
