@@ -10,11 +10,12 @@ from itertools import combinations
 from typing import Any
 
 from swift.cli import main
+from swift.cli import plan_memory as memory
 from swift.cli.commands import find_command
 from swift.cli.launch import find_wrapped
 from swift.cli.launch_node import list_gpus
 from swift.cli.plan_job import find_course, find_job
-from swift.cli.plan_memory import GIB, Job, answered_per_second, find_peak, find_rate, tokens_per_second
+from swift.cli.plan_memory import GIB, Job, find_peak
 from swift.config.layout import LayoutConfig, model_sizes, suggest
 from swift.config.megatron_runs import OnMegatron
 from swift.config.option import ConfigError, build
@@ -26,8 +27,8 @@ GPUS_OF_A_NODE = 8
 MICRO = "per_device_train_batch_size"
 WHOLE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 SMALLER: tuple[dict[str, Any], ...] = (  # ways to take less memory, those that cost least speed first
-    {"optim": "adamw_torch_fused"}, {"gradient_checkpointing": True}, {"fsdp": "fsdp2"}, {MICRO: 1},
-    *({"sequence_parallel_size": size} for size in (2, 4, 8)), {"deepspeed": "zero3_offload"},
+    {"optim": "adamw_torch_fused"}, {"gradient_checkpointing": True}, {"sleep_level": 1}, {"fsdp": "fsdp2"},
+    {MICRO: 1}, *({"sequence_parallel_size": size} for size in (2, 4, 8)), {"deepspeed": "zero3_offload"},
 )  # fmt: skip
 
 
@@ -126,14 +127,18 @@ def describe_course(planned: Planned, plan: PlanRun) -> Iterator[str]:
     """Steps, rate and time, where they come from, and all of it in one line."""
     job, gpu, world = planned.job, GPUS[planned.kind], planned.world
     course = find_course(planned.run, plan, job)
-    rate, source = find_rate(job)
-    speed = tokens_per_second(job, gpu.teraflops, course.length)
+    rate, source = memory.find_rate(job)
+    speed = memory.tokens_per_second(job, gpu.teraflops, course.length)
     seconds = course.tokens / speed / world
     yield f"step      {course.tokens:,.0f} tokens; {speed:,.0f} tokens/s a GPU, {seconds:,.1f} s"
     if course.sampled:
-        at_once = {"answers": course.answers, "length": course.length}
-        more = course.sampled / answered_per_second(job.shape, bandwidth=gpu.bandwidth, **at_once) / world
-        yield f"          and {more:,.1f} s for the answers, {course.answers} at a time on a GPU"
+        at_once = min(course.answers, memory.answers_at_once(job, gpu.memory_gib * GIB, course.length))
+        cache = at_once * memory.cache_bytes(job.shape, course.length) / GIB
+        sampling = memory.answered_per_second(
+            job.shape, bandwidth=gpu.bandwidth, answers=at_once, length=course.length
+        )
+        more = course.sampled / sampling / world
+        yield f"          and {more:,.1f} s for answers, {at_once} at once on a GPU: {cache:.1f} GiB of cache"
         seconds += more
     yield f"estimate  MFU {100 * rate:.0f} % of {gpu.teraflops:g} TFLOP/s, from {source}"
     yield from (f"guessed   {guess}" for guess in course.guesses)
@@ -151,7 +156,9 @@ def describe_course(planned: Planned, plan: PlanRun) -> Iterator[str]:
 
 def find_advice(planned: Planned) -> Iterator[str]:
     """Flags with which it fits, the nearest first, then more GPUs."""
-    ways = list(layout_ways(planned) if isinstance(planned.run, OnMegatron) else plain_ways())
+    parallel = isinstance(planned.run, OnMegatron)
+    names = (MICRO, "micro_batch_size" if parallel else MICRO)
+    ways = list(layout_ways(planned) if parallel else plain_ways())
     for times in (1, 2, 4, 8, 16, 32):
         for changes in ways if times == 1 else ({}, *ways[:4]):
             other = planned.alter(changes, times)
@@ -159,7 +166,7 @@ def find_advice(planned: Planned) -> Iterator[str]:
                 new = {name: value for name, value in changes.items() if planned.values.get(name) != value}
                 words = [f"--{name} {str(value).lower()}" for name, value in new.items()]
                 told = " ".join(words if times == 1 else [f"{other.world} GPUs", *words])
-                yield f"{told.replace(MICRO, 'micro_batch_size')}: {other.needed_gib:.1f} GiB"
+                yield f"{told.replace(*names)}: {other.needed_gib:.1f} GiB"
 
 
 def plain_ways() -> Iterator[dict[str, Any]]:

@@ -53,7 +53,9 @@ class Job:
     trained_copies: int = 1  # 2 = with a value model
     forwards: float = 0  # passes without gradient over each token
     samples: bool = False  # answers come from the model in training
-    vllm_bytes: float = 0  # for vLLM, while training
+    vllm_bytes: float = 0  # for vLLM on the same GPU
+    vllm_weights: float = 0  # of them
+    vllm_sleeps: bool = False  # while the model is trained
 
 
 def find_peak(job: Job) -> tuple[str, dict[str, float]]:
@@ -129,8 +131,10 @@ def moments_of(job: Job, stage: int) -> dict[str, dict[str, float]]:
         "the optimizer steps": (gradients, 0.0, 0.0, 0.0, spare),
         "answers are sampled": (0.0, 0.0, 0.0, everything, 0.0),
     }
-    always = {"weights": weights, "optimizer": optimizer, "vLLM": job.vllm_bytes}
-    return {name: always | dict(zip(names, sizes, strict=True)) for name, sizes in table.items()}
+    always = {"weights": weights, "optimizer": optimizer, "vLLM": 0.0 if job.vllm_sleeps else job.vllm_bytes}
+    found = {name: always | dict(zip(names, sizes, strict=True)) for name, sizes in table.items()}
+    found["answers are sampled"]["vLLM"] = job.vllm_bytes
+    return found
 
 
 def find_rate(job: Job) -> tuple[float, str]:
@@ -163,11 +167,23 @@ def tokens_per_second(job: Job, teraflops: float, length: float) -> float:
     return find_rate(job)[0] * teraflops * 1e12 / flops
 
 
+def cache_bytes(shape: Shape, length: float) -> float:
+    """Keys and values of an answer."""
+    return 2 * shape.layers * shape.groups * length
+
+
+def answers_at_once(job: Job, gpu_bytes: float, length: float) -> int:
+    """Answers that have room beside vLLM's weights, or in what rollout/slots.py takes of what is left."""
+    left = gpu_bytes - sum(moments_of(job, 0)["answers are sampled"].values())
+    room = job.vllm_bytes - job.vllm_weights if job.vllm_bytes else 0.6 * left
+    return max(int(room / cache_bytes(job.shape, length)), 1)
+
+
 def answered_per_second(shape: Shape, *, bandwidth: float, answers: int, length: float) -> float:
     """Sampled tokens of one GPU in a second, `answers` at once with `length` tokens behind each.
 
     One step of all reads the weights once and every answer's cache, at half of `bandwidth` [TB/s].
     Source: arXiv:2211.05102, section 2; not measured.
     """
-    cache = 2 * shape.layers * shape.groups * length
-    return answers / ((2 * shape.parameters + answers * cache) / (0.5e12 * bandwidth))
+    seconds = (2 * shape.parameters + answers * cache_bytes(shape, length)) / (0.5e12 * bandwidth)
+    return answers / seconds
