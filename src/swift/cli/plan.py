@@ -10,12 +10,11 @@ from itertools import combinations
 from typing import Any
 
 from swift.cli import main
-from swift.cli import plan_memory as memory
 from swift.cli.commands import find_command
 from swift.cli.launch import find_wrapped
 from swift.cli.launch_node import list_gpus
 from swift.cli.plan_job import find_course, find_job
-from swift.cli.plan_memory import GIB, Job, find_peak
+from swift.cli.plan_memory import GIB, Job, find_peak, find_rate, sampling, tokens_per_second
 from swift.config.layout import LayoutConfig, model_sizes, suggest
 from swift.config.megatron_runs import OnMegatron
 from swift.config.option import ConfigError, build
@@ -127,17 +126,13 @@ def describe_course(planned: Planned, plan: PlanRun) -> Iterator[str]:
     """Steps, rate and time, where they come from, and all of it in one line."""
     job, gpu, world = planned.job, GPUS[planned.kind], planned.world
     course = find_course(planned.run, plan, job)
-    rate, source = memory.find_rate(job)
-    speed = memory.tokens_per_second(job, gpu.teraflops, course.length)
+    rate, source = find_rate(job)
+    speed = tokens_per_second(job, gpu.teraflops, course.length)
     seconds = course.tokens / speed / world
     yield f"step      {course.tokens:,.0f} tokens; {speed:,.0f} tokens/s a GPU, {seconds:,.1f} s"
     if course.sampled:
-        at_once = min(course.answers, memory.answers_at_once(job, gpu.memory_gib * GIB, course.length))
-        cache = at_once * memory.cache_bytes(job.shape, course.length) / GIB
-        sampling = memory.answered_per_second(
-            job.shape, bandwidth=gpu.bandwidth, answers=at_once, length=course.length
-        )
-        more = course.sampled / sampling / world
+        at_once, sampled = sampling(job, gpu, answers=course.answers, length=course.length)
+        more, cache = course.sampled / sampled / world, at_once * job.shape.cache * course.length / GIB
         yield f"          and {more:,.1f} s for answers, {at_once} at once on a GPU: {cache:.1f} GiB of cache"
         seconds += more
     yield f"estimate  MFU {100 * rate:.0f} % of {gpu.teraflops:g} TFLOP/s, from {source}"

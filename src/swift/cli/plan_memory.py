@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from swift.cli.plan_shape import Shape
 from swift.config.layout import Layout
+from swift.config.plan import Gpu
 
 GIB = 2**30
 LIVE_PARAMETERS = 1e9  # that ZeRO-3 gathers at a time (stage3_max_live_parameters)
@@ -167,23 +168,16 @@ def tokens_per_second(job: Job, teraflops: float, length: float) -> float:
     return find_rate(job)[0] * teraflops * 1e12 / flops
 
 
-def cache_bytes(shape: Shape, length: float) -> float:
-    """Keys and values of an answer."""
-    return 2 * shape.layers * shape.groups * length
+def sampling(job: Job, gpu: Gpu, *, answers: int, length: float) -> tuple[int, float]:
+    """Answers of `length` at once on a GPU, and sampled tokens of the GPU in a second.
 
-
-def answers_at_once(job: Job, gpu_bytes: float, length: float) -> int:
-    """Answers that have room beside vLLM's weights, or in what rollout/slots.py takes of what is left."""
-    left = gpu_bytes - sum(moments_of(job, 0)["answers are sampled"].values())
-    room = job.vllm_bytes - job.vllm_weights if job.vllm_bytes else 0.6 * left
-    return max(int(room / cache_bytes(job.shape, length)), 1)
-
-
-def answered_per_second(shape: Shape, *, bandwidth: float, answers: int, length: float) -> float:
-    """Sampled tokens of one GPU in a second, `answers` at once with `length` tokens behind each.
-
-    One step of all reads the weights once and every answer's cache, at half of `bandwidth` [TB/s].
-    Source: arXiv:2211.05102, section 2; not measured.
+    They have room beside vLLM's weights, or in what rollout/slots.py takes of what is left. One step of all
+    reads the weights once and every cache, at half of the bandwidth. Source: arXiv:2211.05102, section 2; not
+    measured.
     """
-    seconds = (2 * shape.parameters + answers * cache_bytes(shape, length)) / (0.5e12 * bandwidth)
-    return answers / seconds
+    cache = job.shape.cache * length
+    left = gpu.memory_gib * GIB - sum(moments_of(job, 0)["answers are sampled"].values())
+    room = job.vllm_bytes - job.vllm_weights if job.vllm_bytes else 0.6 * left
+    count = min(answers, max(int(room / cache), 1))
+    seconds = (2 * job.shape.parameters + count * cache) / (0.5e12 * gpu.bandwidth)
+    return count, count / seconds
