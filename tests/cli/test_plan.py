@@ -188,7 +188,7 @@ def test_other_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     ]  # fmt: skip
     code, lines = planned(capsys, "--gpu", "H100-80G", "--gpus", "1", "--row_tokens", "100", *grpo)
     assert code == 0 and "guessed   every answer has all 1,000 tokens that it may have" in lines
-    assert any(line.endswith("s for the answers, 8 at a time on a GPU") for line in lines)
+    assert any(line.endswith("s for answers, 8 at once on a GPU: 0.9 GiB of cache") for line in lines)
     # 100 prompts x 8 answers, 8 a step, three epochs; 1,100 tokens an answer with its prompt
     assert "; 300 steps of 8,800 tokens; " in lines[-1]
 

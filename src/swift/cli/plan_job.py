@@ -124,13 +124,17 @@ def beside(run: RlhfRun, shape: Shape, gpu_bytes: float) -> dict[str, Any]:
     kept = reference and apart and not run.rlhf.precompute_ref_log_probs
     teacher = find_shape(run.rlhf.teacher_model).parameters if run.rlhf.teacher_model else 0.0
     teacher /= shape.parameters
-    awake = vllm.use_vllm and vllm.mode == "colocate" and not vllm.sleep_level
+    here = vllm.use_vllm and vllm.mode == "colocate"
+    weights = here * 2 * shape.parameters / vllm.vllm_tensor_parallel_size
+    share = here * gpu_bytes * (vllm.vllm_gpu_memory_utilization or BESIDE_TRAINING)
     return {
         "copies": kept + teacher,
         "trained_copies": 1 + (kind == "ppo"),
         "forwards": reference + teacher,
         "samples": kind in ANSWERS and not vllm.use_vllm,
-        "vllm_bytes": awake * gpu_bytes * (vllm.vllm_gpu_memory_utilization or BESIDE_TRAINING),
+        "vllm_bytes": max(share, weights),
+        "vllm_weights": weights,
+        "vllm_sleeps": vllm.sleep_level > 0,
     }
 
 

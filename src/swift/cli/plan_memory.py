@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from swift.cli.plan_shape import Shape
 from swift.config.layout import Layout
+from swift.config.plan import Gpu
 
 GIB = 2**30
 LIVE_PARAMETERS = 1e9  # that ZeRO-3 gathers at a time (stage3_max_live_parameters)
@@ -53,7 +54,9 @@ class Job:
     trained_copies: int = 1  # 2 = with a value model
     forwards: float = 0  # passes without gradient over each token
     samples: bool = False  # answers come from the model in training
-    vllm_bytes: float = 0  # for vLLM, while training
+    vllm_bytes: float = 0  # for vLLM on the same GPU
+    vllm_weights: float = 0  # of them
+    vllm_sleeps: bool = False  # while the model is trained
 
 
 def find_peak(job: Job) -> tuple[str, dict[str, float]]:
@@ -129,8 +132,10 @@ def moments_of(job: Job, stage: int) -> dict[str, dict[str, float]]:
         "the optimizer steps": (gradients, 0.0, 0.0, 0.0, spare),
         "answers are sampled": (0.0, 0.0, 0.0, everything, 0.0),
     }
-    always = {"weights": weights, "optimizer": optimizer, "vLLM": job.vllm_bytes}
-    return {name: always | dict(zip(names, sizes, strict=True)) for name, sizes in table.items()}
+    always = {"weights": weights, "optimizer": optimizer, "vLLM": 0.0 if job.vllm_sleeps else job.vllm_bytes}
+    found = {name: always | dict(zip(names, sizes, strict=True)) for name, sizes in table.items()}
+    found["answers are sampled"]["vLLM"] = job.vllm_bytes
+    return found
 
 
 def find_rate(job: Job) -> tuple[float, str]:
@@ -163,11 +168,16 @@ def tokens_per_second(job: Job, teraflops: float, length: float) -> float:
     return find_rate(job)[0] * teraflops * 1e12 / flops
 
 
-def answered_per_second(shape: Shape, *, bandwidth: float, answers: int, length: float) -> float:
-    """Sampled tokens of one GPU in a second, `answers` at once with `length` tokens behind each.
+def sampling(job: Job, gpu: Gpu, *, answers: int, length: float) -> tuple[int, float]:
+    """Answers of `length` at once on a GPU, and sampled tokens of the GPU in a second.
 
-    One step of all reads the weights once and every answer's cache, at half of `bandwidth` [TB/s].
-    Source: arXiv:2211.05102, section 2; not measured.
+    They have room beside vLLM's weights, or in what rollout/slots.py takes of what is left. One step of all
+    reads the weights once and every cache, at half of the bandwidth. Source: arXiv:2211.05102, section 2; not
+    measured.
     """
-    cache = 2 * shape.layers * shape.groups * length
-    return answers / ((2 * shape.parameters + answers * cache) / (0.5e12 * bandwidth))
+    cache = job.shape.cache * length
+    left = gpu.memory_gib * GIB - sum(moments_of(job, 0)["answers are sampled"].values())
+    room = job.vllm_bytes - job.vllm_weights if job.vllm_bytes else 0.6 * left
+    count = min(answers, max(int(room / cache), 1))
+    seconds = (2 * job.shape.parameters + count * cache) / (0.5e12 * gpu.bandwidth)
+    return count, count / seconds

@@ -152,16 +152,12 @@ def _skip(text: str, position: int) -> int:
 
 def _row(value: Any, file: str, line: int) -> Row:
     if not isinstance(value, dict):
+        kinds = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
         raise ConfigError(
-            f"{place(file, line)}: not a JSON object but {_kind(value)}",
+            f"{place(file, line)}: not a JSON object but {kinds.get(type(value), 'a number')}",
             hint="a row is {...}; a file that is one list of rows should end in .json",
         )
     return Row(value, file, line)
-
-
-def _kind(value: Any) -> str:
-    names = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
 
 
 def _broken_json(file: str, line: int, error: ValueError) -> ConfigError:

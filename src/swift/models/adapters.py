@@ -133,7 +133,10 @@ def load_adapter(
     misfit = f"--adapters {path} does not fit the model {model.name_or_path}"
     hint = f"it was trained on {adapter_base(path)}"
     try:
-        stored = stored_names(path)
+        stored = None  # of the older pickled format
+        if (path / ADAPTER_WEIGHTS[0]).is_file():
+            with safe_open(path / ADAPTER_WEIGHTS[0], framework="pt") as tensors:
+                stored = set(tensors.keys())
         with quiet(FutureWarning, UserWarning):
             options = {"is_trainable": trainable, "torch_device": str(model.device), "adapter_name": name}
             if isinstance(model, PeftModel):
@@ -152,15 +155,6 @@ def load_adapter(
     if stored is not None and {n for n in stored ^ expected if "lora_" in n}:
         raise ConfigError(misfit, hint=hint)
     return peft_model
-
-
-def stored_names(path: Path) -> set[str] | None:
-    """Names of the tensors in adapter_model.safetensors; None for the older pickled format."""
-    file = path / ADAPTER_WEIGHTS[0]
-    if not file.is_file():
-        return None
-    with safe_open(file, framework="pt") as tensors:
-        return set(tensors.keys())
 
 
 def merge(model: PeftModel) -> PreTrainedModel:
