@@ -13,7 +13,7 @@ from swift.objectives.reward import Reward
 from swift.objectives.types import Objective
 from swift.objectives.value import Value
 
-STEPS, RATE = 3, 3e-3
+STEPS, RATE = 2, 3e-3
 # With AdamW's usual 1e-8, a gradient that is zero but for rounding moves a weight as far as any other.
 OPTIM = OptimConfig(weight_decay=0.1, max_grad_norm=1.0, adam_beta2=0.95, adam_epsilon=1e-4)
 

@@ -18,8 +18,8 @@ from swift.engines.megatron.engine import MegatronEngine, Wrapping
 from swift.engines.megatron.model import build_chunks
 from swift.engines.megatron.settings import model_settings
 from swift.engines.megatron.setup import context_ranks, seed_model_parallel
+from swift.engines.offload import set_aside
 from swift.engines.ranks import Ranks
-from swift.engines.transformers.offload import set_aside
 from swift.utils.files import write_json
 
 

@@ -33,7 +33,6 @@ CASES = [
     case("classes", "apart", CP),
     case("embedding", "apart", SP),
     case("embedding", "tied", PP, overlap=True),
-    case("embedding", "tied", DP),
     case("judged", "apart", SP),
     case("judged", "tied", CP),
     case("values", "apart", PP),
@@ -77,6 +76,7 @@ def train(path: Path, task: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_heads_learn_alike(models, megatron_workers, tmp_path):
     cases = [
         one

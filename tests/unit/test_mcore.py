@@ -239,7 +239,10 @@ def test_flags_that_contradict_each_other(values: dict[str, object], message: st
 
 def test_what_is_not_there_yet() -> None:
     with pytest.raises(ConfigError, match="--rlhf_type grpo is not there yet in parallel"):
-        build(MegatronRlhfRun, {"model": "m", "dataset": ("d",), "rlhf_type": "grpo"}).check()
+        build(
+            MegatronRlhfRun,
+            {"model": "m", "dataset": ("d",), "rlhf_type": "grpo", "reward_funcs": ("format",)},
+        ).check()
     build(MegatronRlhfRun, {"mcore_model": "m", "dataset": ("d",), "rlhf_type": "kto"}).check()
 
 

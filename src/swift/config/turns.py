@@ -9,17 +9,21 @@ from swift.config.option import ConfigError, default_of, option
 class TurnConfig:
     multi_turn_scheduler: str | None = option(
         None,
-        help="what continues conversations: gym_scheduler, math_tip_trick, a name from --external_plugins or "
+        "what continues conversations: gym_scheduler, math_tip_trick, a name from --external_plugins or "
         "file.py:name; none = one answer each",
     )
     max_turns: int | None = option(
-        None, help="answers in a conversation; none = as many as the scheduler wants", range=(1, None)
+        None, "answers in a conversation; none = as many as the scheduler wants", min=1
     )
+    completion_length_limit_scope: str = option(
+        "per_round", "what --max_completion_length is for: each answer, or all of a conversation",
+        choices=("per_round", "total"),
+    )  # fmt: skip
     use_gym_env: bool = option(
-        False, help="let environments continue conversations; what they give is a reward, gym_reward"
+        False, "let environments continue conversations; what they give is a reward, gym_reward"
     )
     gym_env: str | None = option(
-        None, help="environment of rows without a column env_config, from --external_plugins"
+        None, "environment of rows without a column env_config, from --external_plugins"
     )
 
     @property
@@ -33,9 +37,10 @@ class TurnConfig:
         return [f.name for f in fields(self) if getattr(self, f.name) != default_of(f)]
 
     def check(self) -> None:
-        if self.max_turns is not None and self.scheduler is None:
-            raise ConfigError(
-                "--max_turns has no effect without --multi_turn_scheduler or --use_gym_env true"
-            )
+        for name in ("max_turns", "completion_length_limit_scope"):
+            if name in self.changed and self.scheduler is None:
+                raise ConfigError(
+                    f"--{name} has no effect without --multi_turn_scheduler or --use_gym_env true"
+                )
         if self.gym_env is not None and not self.use_gym_env:
             raise ConfigError("--gym_env has no effect without --use_gym_env true")

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from swift.engines.attention import FLAT_ATTENTION
 from swift.engines.ranks import Ranks
-from swift.engines.transformers.attention import FLAT_ATTENTION
 from swift.rollout.decoder import Decoder
 from swift.rollout.protocol import RolloutEngine
 from swift.rollout.slots import spare_bytes

@@ -33,11 +33,11 @@ from swift.engines.megatron.schedule import Form, Schedule, Taught, keep_rows
 from swift.engines.megatron.settings import Settings
 from swift.engines.megatron.teacher import rows_of, withhold
 from swift.engines.megatron.weights import stream_weights
+from swift.engines.offload import set_aside
 from swift.engines.optim import build_scheduler
 from swift.engines.protocol import Snapshot, StepInfo, Sums
 from swift.engines.ranks import Ranks
 from swift.engines.stepping import NOTHING, add_units, collect_sums, gather_rows
-from swift.engines.transformers.offload import set_aside
 from swift.objectives.sft import has_trained
 from swift.objectives.types import LossSum, Objective, TokenStats
 

@@ -28,10 +28,9 @@ from swift.engines.megatron.layers import FlatTokens, flat_tokens
 from swift.engines.megatron.logits import ShardedLogits
 from swift.engines.megatron.settings import Settings
 from swift.engines.megatron.teacher import Rows, ShardedTeacher
-from swift.engines.transformers.forward import HEADS
 from swift.objectives.distill import ToldTeacher
 from swift.objectives.logits import widen
-from swift.objectives.types import LossSum, Objective, TokenStats
+from swift.objectives.types import HEADS, LossSum, Objective, TokenStats
 
 
 @dataclass(frozen=True)
