@@ -23,8 +23,8 @@ from swift.config.optim import OptimConfig
 from swift.config.parallel import ParallelConfig
 from swift.config.tuner import TunerConfig
 from swift.data.collate import collate
+from swift.engines.attention import FLAT_ATTENTION
 from swift.engines.ranks import Ranks, join_ranks, leave_ranks
-from swift.engines.transformers.attention import FLAT_ATTENTION
 from swift.engines.transformers.engine import TransformersEngine
 from swift.engines.transformers.wrap import Wrapper, load_zero, wrap
 from swift.models.adapters import add_lora

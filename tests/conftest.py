@@ -11,8 +11,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import contextlib
+import http.server
+import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +64,7 @@ CORPUS = (
     "How many hours are in a day? A day has 24 hours. What is 7 + 5? 7 + 5 = 12.",
     "你是谁？我是swift-robot，由swift开发的人工智能助手。",
 )
+Answering = Callable[[str, dict[str, Any]], tuple[int, Any]]  # path, body -> status, JSON
 FAMILIES = {
     "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
@@ -157,6 +163,36 @@ def smollm2() -> Path:
     from swift.models.hub import resolve_model
 
     return resolve_model("smollm2-135m")
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Answering], str]]:
+    """`serve(answer)`: the URL of an HTTP server that answers (path, body) with (status, JSON)."""
+    servers = []
+
+    def start(answer: Answering) -> str:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def reply(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                status, value = answer(self.path, json.loads(body or b"{}"))
+                self.send_response(status)
+                self.end_headers()
+                with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
+                    self.wfile.write(json.dumps(value).encode())
+
+            do_GET = do_POST = reply
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
 
 
 @pytest.fixture(scope="session")

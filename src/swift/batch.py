@@ -3,7 +3,9 @@
 Shapes: T = tokens of the micro-batch, S = sequences (segments) in it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -50,3 +52,28 @@ class Batch:
             token={k: v.to(device) for k, v in self.token.items()},
             segment={k: v.to(device) for k, v in self.segment.items()},
         )
+
+    def take(self, chosen: Tensor) -> "Batch":
+        """The segments of these numbers, int64, which rise."""
+        keep_T = torch.isin(self.segment_ids, chosen)
+        return Batch(
+            self.input_ids[keep_T],
+            self.labels[keep_T],
+            torch.searchsorted(chosen, self.segment_ids[keep_T]),
+            len(chosen),
+            {name: values[keep_T] for name, values in self.token.items()},
+            {name: values[chosen] for name, values in self.segment.items()},
+        )
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """The segments of all batches, which have the same columns, one after the other."""
+    firsts = accumulate((batch.num_segments for batch in batches), initial=0)
+    return Batch(
+        torch.cat([batch.input_ids for batch in batches]),
+        torch.cat([batch.labels for batch in batches]),
+        torch.cat([batch.segment_ids + first for batch, first in zip(batches, firsts, strict=False)]),
+        sum(batch.num_segments for batch in batches),
+        {name: torch.cat([batch.token[name] for batch in batches]) for name in batches[0].token},
+        {name: torch.cat([batch.segment[name] for batch in batches]) for name in batches[0].segment},
+    )

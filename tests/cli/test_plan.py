@@ -67,7 +67,7 @@ def test_peaks_are_those_that_were_measured() -> None:
                 continue
             job = (megatron_job if row.get("engine") == "megatron" else sft_job)(row)
             measured = row.get("peak_gib") or row["memory_gib"]
-            wrong.append(find_peak(job).bytes / GIB / measured - 1)
+            wrong.append(sum(find_peak(job)[1].values()) / GIB / measured - 1)
             if "parameters" in row:
                 assert job.shape.parameters == pytest.approx(row["parameters"], rel=1e-5)
     assert len(wrong) == 24
@@ -120,15 +120,15 @@ def test_layouts_cut_up_what_they_should() -> None:
     """Tensor parallelism halves all but what AdamW's copies share; the first stages keep more activations."""
     shape = find_shape("qwen3-8b")
     job = Job(shape, Layout(), "distributed", True, moment_bytes=8, spare_bytes=0, logit_bytes=6, tokens=4096)
-    whole = find_peak(job).parts
-    half = find_peak(replace(job, layout=Layout(world=2, tensor=2, sequence=True))).parts
+    whole = find_peak(job)[1]
+    half = find_peak(replace(job, layout=Layout(world=2, tensor=2, sequence=True)))[1]
     assert {name: size / 2 for name, size in whole.items()} == pytest.approx(half)
-    copies = find_peak(replace(job, layout=Layout(world=2))).parts
+    copies = find_peak(replace(job, layout=Layout(world=2)))[1]
     assert copies["optimizer"] == whole["optimizer"] / 2 and copies["weights"] == whole["weights"]
     two = replace(job, layout=Layout(world=2, pipeline=2, layers=(18, 18)), recomputed=0.0)
     one = replace(two, layout=Layout())
     # Stage 0 has half of the layers of two micro-batches.
-    assert find_peak(two).parts["activations"] == pytest.approx(find_peak(one).parts["activations"])
+    assert find_peak(two)[1]["activations"] == pytest.approx(find_peak(one)[1]["activations"])
     assert find_rate(two)[0] == find_rate(one)[0] / 2  # one micro-batch: each stage waits for the other
     assert find_rate(replace(two, micro_batches=9))[0] == pytest.approx(find_rate(one)[0] * 0.9)
 
@@ -188,7 +188,7 @@ def test_other_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     ]  # fmt: skip
     code, lines = planned(capsys, "--gpu", "H100-80G", "--gpus", "1", "--row_tokens", "100", *grpo)
     assert code == 0 and "guessed   every answer has all 1,000 tokens that it may have" in lines
-    assert any(line.endswith("s for the answers, 8 at a time on a GPU") for line in lines)
+    assert any(line.endswith("s for answers, 8 at once on a GPU: 0.9 GiB of cache") for line in lines)
     # 100 prompts x 8 answers, 8 a step, three epochs; 1,100 tokens an answer with its prompt
     assert "; 300 steps of 8,800 tokens; " in lines[-1]
 

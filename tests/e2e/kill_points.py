@@ -12,7 +12,7 @@ import signal
 import threading
 from pathlib import Path
 
-from swift.engines.transformers import slices
+from swift.engines import slices
 from swift.train import saving
 from swift.train.loop import Loop
 from swift.utils import files

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_sft import only_run, read_log
 
 PLUGIN = '''
@@ -67,6 +68,7 @@ def rows_of(run: Path) -> list[dict]:
 def test_rewards_rise_and_the_log_tells_the_truth(workers, tiny_llama_dir, tmp_path):
     write_prompts(tmp_path)
     flags = ("--max_steps", "16", "--log_completions", "true", "--reward_funcs", "spaces", "judged_rows")
+    flags = (*flags, "--report_to", "tensorboard", "--wandb_log_unique_prompts", "true")
     flags = (*flags, "--reward_weights", "1", "0", "--split_dataset_ratio", "0.1")
     flags = (*flags, "--learning_rate", "2e-2", "--lr_scheduler_type", "constant", "--log_entropy", "true")
     result = workers.run(command(tiny_llama_dir, tmp_path, tmp_path / "out", *flags, "--eval_steps", "8"))
@@ -98,6 +100,15 @@ def test_rewards_rise_and_the_log_tells_the_truth(workers, tiny_llama_dir, tmp_p
     kept = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
     assert [line["step"] for line in kept] == list(range(16)) and len(kept[0]["completion"]) == 16
     assert sum(kept[0]["Spaces"]) / 16 == pytest.approx(first["reward"])
+    events = EventAccumulator(str(run / "runs"), size_guidance={"tensors": 0})
+    events.Reload()
+    tables = events.Tensors("train/completions/text_summary")
+    assert [event.step for event in tables] == list(range(1, 17))
+    shown = tables[0].tensor_proto.string_val[0].decode().splitlines()
+    cells = [cell.strip() for cell in shown[2].strip("| ").split(" | ")]
+    assert len(shown) == 2 + 4 and shown[0].startswith("| prompt | completion | finish_reason | Spaces |")
+    assert cells[0] == "user: " + kept[0]["prompt"][0][-1]["content"].strip()
+    assert float(cells[-1]) == kept[0]["advantages"][0]
     asked = [messages[-1]["content"] for messages in kept[0]["prompt"]]
     judged = [value is not None for value in kept[0]["judged_rows"]]
     assert judged == [int(text.split()[1]) % 2 == 1 for text in asked]  # None for the others

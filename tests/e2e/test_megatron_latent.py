@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from test_megatron_runs import done, train, write_rows
 
 MODEL = {
-    "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "kv_lora_rank": 16, "q_lora_rank": 24,
-    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4,
-    "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32, "n_group": 2,
-    "topk_group": 1, "first_k_dense_replace": 1, "tie_word_embeddings": False,
+    "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8,
+    "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32,
+    "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "tie_word_embeddings": False,
 }  # fmt: skip
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
@@ -25,16 +25,18 @@ def model(make_tiny_model_dir, tmp_path_factory) -> Path:
 def test_biases_of_experts_move_and_are_saved(megatron_workers, workers, model, tmp_path):
     data, save = write_rows(tmp_path / "rows.jsonl", 8), tmp_path / "out"
     words = f"megatron sft --model {model} --dataset {data} --save {save} --max_length 128 --lr 1e-3 "
-    words += "--global_batch_size 4 --moe_router_bias_update_rate 0.01 --train_iters 2 --sequence_parallel "
+    words += "--global_batch_size 4 --moe_router_bias_update_rate 0.01 --train_iters 3 --sequence_parallel "
     words += "--tensor_model_parallel_size 2 --expert_model_parallel_size 2"
     run, log = train(megatron_workers, words.split(), 2, save)
     assert log[1]["loss"] < log[0]["loss"]
-    moved = load_file(run / "checkpoint-2/model.safetensors")[BIAS]
-    assert moved.abs().max() in (torch.tensor(0.01), torch.tensor(0.02))
-    assert set((moved * 100).round().tolist()) <= {-2, -1, 0, 1, 2}
+    moved = load_file(run / "checkpoint-3/model.safetensors")[BIAS]
+    assert {round(abs(value), 6) for value in moved.tolist()} <= {
+        0.01,
+        0.03,
+    }  # three steps of 0.01, up or down
     rows, answers = tmp_path / "ask.jsonl", tmp_path / "answers.jsonl"
     rows.write_text('{"query": "Who are you?"}\n')
-    ask = f"infer --model {run / 'checkpoint-2'} --val_dataset {rows} --result_path {answers}"
+    ask = f"infer --model {run / 'checkpoint-3'} --val_dataset {rows} --result_path {answers}"
     done(workers.run([*ask.split(), "--max_new_tokens", "2"]))
     assert len(answers.read_text().splitlines()) == 1
 
@@ -63,9 +65,10 @@ def test_8_bit_weights_are_converted_to_plain_ones(megatron_workers, model, tmp_
     assert refused.code == 2 and "there is no plain model to compare with" in refused.stderr
     done(megatron_workers.run(to_mcore.split()))
     to_hf = f"export --mcore_model {mcore} --to_hf true --torch_dtype float32 --output_dir {back}"
-    done(megatron_workers.run(to_hf.split()))
+    result = done(megatron_workers.run([*to_hf.split(), "--test_convert_precision", "true"]))
+    assert "token_diff: 0\n" in result.stderr
     assert "quantization_config" not in json.loads((back / "config.json").read_text())
     plain = load_file(back / "model.safetensors")
-    name = "model.layers.1.self_attn.kv_b_proj.weight"
+    name = "model.layers.0.mlp.down_proj.weight"
     assert torch.equal(plain[name], written[name].float() * written[f"{name}_scale_inv"])
     assert not any(key.endswith("_scale_inv") for key in plain)

@@ -1,5 +1,6 @@
 """--report_to, each tracker through its own package and read back with it; skipped where it is missing."""
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_sft import only_run, read_log, sft_command, write_rows
 
 from swift.cli.main import run as run_command
+from swift.config.schedule import OutputConfig
+from swift.plugins.callbacks import EndEvent, StartEvent, StepEvent
+from swift.train.tracking import TrackedRun, Tracking, load_trackers
 
 FLAGS = ("--max_steps", "4", "--save_steps", "2", "--run_name", "first try", "--project", "birds")
 
@@ -78,6 +82,23 @@ def test_wandb_keeps_one_run(tiny_llama_dir, tmp_path, monkeypatch):
                 points.append((int(values["step"]), float(values["train/loss"])))
     assert len(runs) == 1 and next(iter(runs))[1:] == ("first try", "birds")
     assert sorted(points) == sorted([*log, *log[2:]])
+
+
+def test_wandb_shows_answers_in_a_table(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    flags = {"wandb_log_unique_prompts": True}
+    (opener,) = load_trackers(["wandb"])
+    tracking = Tracking(opener, TrackedRun(tmp_path, OutputConfig(project="birds"), flags))
+    tracking.on_start(StartEvent(tmp_path, 0, 1))
+    asked = [[{"role": "user", "content": text}] for text in ("one", "one", "two")]
+    answers = tuple({"prompt": p, "completion": f"a{i}", "right": i / 2} for i, p in enumerate(asked))
+    tracking.on_step(StepEvent(1, 0.5, {"loss": 0.5}, answers=answers))
+    tracking.on_end(EndEvent(1, {}, True))
+    (table,) = tmp_path.rglob("train/completions*.table.json")
+    shown = json.loads(table.read_text())
+    assert shown["columns"] == ["prompt", "completion", "right"]
+    assert shown["data"] == [["user: one", "a0", 0.0], ["user: two", "a2", 1.0]]
 
 
 def test_mlflow_keeps_one_run(tiny_llama_dir, tmp_path, monkeypatch):

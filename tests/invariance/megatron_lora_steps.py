@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 from lora_steps import OPTIM, RATE, STEPS, make_batches, make_objective
-from megatron_jobs import run_each
+from megatron_jobs import Answers, run_each
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from swift.config.layout import Layout
 from swift.config.tuner import TunerConfig
 from swift.engines.megatron.bridge import Bridge
+from swift.engines.megatron.checkpoint import Files
 from swift.engines.megatron.engine import MegatronEngine, Wrapping
 from swift.engines.megatron.lora import AdapterBridge, add_adapters, as_matrix, check_places
 from swift.engines.megatron.model import build_chunks
@@ -41,7 +42,7 @@ def build_engine(ranks: Ranks, layout: Layout, case: dict[str, Any]) -> Megatron
                         overlap_param_gather=case["sliced"])  # fmt: skip
     return MegatronEngine(
         chunks, settings, OPTIM, vocabulary=config.vocab_size, learning_rate=RATE, total_steps=STEPS,
-        ranks=ranks, context=context_ranks(case["context"]), wrapping=wrapping,
+        ranks=ranks, context=context_ranks(case["context"]), wrapping=wrapping, files=Files(config, source),
     )  # fmt: skip
 
 
@@ -49,6 +50,8 @@ def run_case(ranks: Ranks, layout: Layout, case: dict[str, Any]) -> None:
     seed_model_parallel(1)
     engine = build_engine(ranks, layout, case)
     found: dict[str, Any] = {"rows": [], "parameters": list(engine.num_parameters)}
+    answers = Answers(engine, Path(case["model"]), 1.0)
+    before = answers.check()
     for step in range(STEPS):
         batches = make_batches(step)[engine.data_rank :: engine.data_world]
         sums = engine.forward_backward(batches, make_objective())
@@ -59,6 +62,7 @@ def run_case(ranks: Ranks, layout: Layout, case: dict[str, Any]) -> None:
                 save_file(kept, Path(case["result"]).with_suffix(".safetensors"))
         info = engine.optim_step()
         found["rows"].append([sums.means()["loss/tokens"], info.grad_norm])
+    assert answers.check() != before
     unseen = make_batches(STEPS)[engine.data_rank :: engine.data_world]
     with engine.reference():
         found["reference"] = engine.measure(unseen, make_objective()).means()["loss/tokens"]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from megatron_jobs import run_each
+from megatron_jobs import Answers, run_each
 from safetensors.torch import load_file, save_file
 from steps import OPTIM, RATE, STATS, TEMPERATURE, UNSEEN, make_batches, make_objective, take_online_steps
 from transformers import AutoConfig
@@ -18,6 +18,7 @@ from swift.engines.megatron.engine import MegatronEngine, Wrapping
 from swift.engines.megatron.model import build_chunks
 from swift.engines.megatron.settings import model_settings
 from swift.engines.megatron.setup import context_ranks, seed_model_parallel
+from swift.engines.offload import set_aside
 from swift.engines.ranks import Ranks
 from swift.utils.files import write_json
 
@@ -66,12 +67,15 @@ def run_case(ranks: Ranks, layout: Layout, case: dict[str, Any]) -> None:
                 save_file(gradients, result.with_suffix(".safetensors"))
         info = engine.optim_step()
         found["rows"].append([sums.means()["loss/tokens"], info.grad_norm])
+    with set_aside(engine.movable(weights=True, moments=True)):
+        pass  # all comes back
     handed = dict(engine.weights())  # before a forward pass waits for what the step has sent on its way
     unseen = make_batches(UNSEEN)[engine.data_rank :: engine.data_world]
     found["eval"] = engine.measure(unseen, make_objective()).means()["loss/tokens"]
     assert all(torch.equal(tensor, handed[name]) for name, tensor in engine.weights())
     stats = engine.forward(make_batches(UNSEEN)[:1], frozenset(STATS))
     found["stats"] = {name: getattr(stats[0], name).double().sum().item() for name in STATS}
+    Answers(engine, source, TEMPERATURE).check()
     found["online"] = take_online_steps(engine)
     if ranks.rank == ranks.world - 1:  # which is not the one that speaks, in most layouts
         write_json(result, found)

@@ -13,7 +13,7 @@ from test_processes import assert_same_curve, assert_same_weights, batch, read_c
 from swift.cli.main import may_take_all_gpus
 from swift.config.option import ConfigError
 from swift.engines import launch
-from swift.engines.transformers.sequence_parallel import SequenceRanks
+from swift.engines.sequence_parallel import SequenceRanks
 from swift.utils import env
 
 FULL = ("--train_type", "full")

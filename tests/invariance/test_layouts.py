@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
 from swift.data.collate import collate
-from swift.engines.transformers.attention import segmented_sdpa
+from swift.engines.attention import segmented_sdpa
 from swift.engines.transformers.engine import TransformersEngine
 from swift.objectives.sft import Sft
 from swift.template.tokenize import Encoded

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from latent_models import V3
+from latent_models import V2, V3
 from safetensors.torch import load_file
 from steps import OPTIM, RATE, STATS, TEMPERATURE, UNSEEN, make_batches, make_objective, take_online_steps
 from transformers import AutoModelForCausalLM
@@ -15,12 +15,13 @@ from swift.engines.transformers.engine import TransformersEngine
 
 HOOK = f"{Path(__file__).parent}/megatron_steps.py:run_cases"
 MODELS = {
-    "qwen3": ("qwen3", {"num_hidden_layers": 4, "vocab_size": 515}),
+    "qwen3": ("qwen3", {"vocab_size": 515}),
     "tied": ("qwen3", {"num_hidden_layers": 4, "tie_word_embeddings": True}),
-    "llama": ("llama", {"num_hidden_layers": 4, "tie_word_embeddings": False}),
+    "llama": ("llama", {"tie_word_embeddings": False}),
     "moe": ("qwen3_moe", {"num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2,
                           "moe_intermediate_size": 32}),
     "latent": ("deepseek_v3", V3 | {"num_hidden_layers": 4}),
+    "latent2": ("deepseek_v2", V2 | {"num_hidden_layers": 4}),
 }  # fmt: skip
 TP, PP, CP, EP = ({name: 2} for name in ("tensor", "pipeline", "context", "expert"))
 SP = TP | {"sequence": True}
@@ -29,7 +30,7 @@ UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform", "reco
 
 def case(name: str, degrees: dict | None = None, *, sliced: bool = True, **more: Any) -> dict[str, Any]:
     chosen = more.pop("chosen", {})
-    chosen |= {"moe_router_bias_update_rate": 0.0} if name == "latent" else {}  # which only Megatron moves
+    chosen |= {"moe_router_bias_update_rate": 0.0}  # which only Megatron moves
     return {"name": name, "degrees": degrees or {}, "chosen": chosen, "sliced": sliced, "overlap": False,
             "context": "all_gather"} | more  # fmt: skip
 
@@ -57,6 +58,17 @@ LAYOUTS = {
         case("latent", SP | EP, sliced=False),
         case("latent", EP | PP, sliced=False),
     ],
+}
+
+LATENTS = {
+    2: [
+        *(case(name, layout, sliced=False) for name in ("latent", "latent2") for layout in (SP, PP, EP)),
+        case("latent", CP, sliced=False),
+        case("latent2", CP, context="a2a", sliced=False),
+        case("latent", PP | {"virtual": 2}),
+        case("latent2", EP, chosen={"recompute_latents": True}),
+    ],
+    4: [case("latent2", SP | EP, sliced=False), case("latent", SP | PP), case("latent", EP | CP)],
 }
 
 
@@ -99,21 +111,34 @@ def train(path: Path, steps: int) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", LAYOUTS)
 def test_every_layout_takes_the_same_steps(world, models, megatron_workers, tmp_path):
-    compare(world, 4, models, megatron_workers, tmp_path)
+    compare(world, 3, LAYOUTS[world], models, megatron_workers, tmp_path)
 
 
 @pytest.mark.slow_suite
 @pytest.mark.parametrize("world", LAYOUTS)
 def test_every_layout_takes_many_steps(world, models, megatron_workers, tmp_path):
-    compare(world, 20, models, megatron_workers, tmp_path)
+    compare(world, 20, LAYOUTS[world], models, megatron_workers, tmp_path)
 
 
-def compare(world: int, steps: int, models: dict[str, Path], megatron_workers: Any, tmp_path: Path) -> None:
+@pytest.mark.slow_suite
+@pytest.mark.parametrize("world", LATENTS)
+def test_latent_attention_on_every_layout(world, models, megatron_workers, tmp_path):
+    compare(world, 8, LATENTS[world], models, megatron_workers, tmp_path)
+
+
+def compare(
+    world: int,
+    steps: int,
+    layouts: list[dict[str, Any]],
+    models: dict[str, Path],
+    megatron_workers: Any,
+    tmp_path: Path,
+) -> None:
     """Every layout of so many processes against the transformers engine on one."""
-    expected = {name: train(models[name], steps) for name in {one["name"] for one in LAYOUTS[world]}}
+    expected = {name: train(models[name], steps) for name in {one["name"] for one in layouts}}
     cases = [
         one | {"steps": steps, "model": str(models[one["name"]]), "result": str(tmp_path / f"{i}.json")}
-        for i, one in enumerate(LAYOUTS[world])
+        for i, one in enumerate(layouts)
     ]
     done = megatron_workers.run([], world, hook=HOOK, hook_arguments={"world": world, "cases": cases})
     assert done.code == 0, done.stderr[-3000:]

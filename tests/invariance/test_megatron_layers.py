@@ -75,7 +75,14 @@ CASES = {
             case("deepseek_v3", SP2 | EP2),
             case("deepseek_v2", SP2 | {"expert_tensor": 2}, moe_expert_capacity_factor=4.0),
             case("deepseek_v3", {"context": 2}),
-            case("deepseek_v2", {"context": 2}, "a2a", **SELECTIVE, recompute_modules=["core_attn"]),
+            case(
+                "deepseek_v2",
+                {"context": 2},
+                "a2a",
+                recompute_latents=True,
+                **SELECTIVE,
+                recompute_modules=["core_attn"],
+            ),
         ],
     ),
     "balance": (

@@ -46,7 +46,7 @@ LAYOUTS = {  # of so many processes, and which models go through each
     ),
 }
 ROUNDED = "qwen2"  # goes through everything in bfloat16, others as they are
-SAVED = ("qwen3", "mixed")  # also go through checkpoints
+SAVED = ("qwen3", "mixed", "deepseek_v3")  # also go through checkpoints
 FILES = {".metadata", "common.pt", "metadata.json"}
 
 

@@ -7,12 +7,12 @@ import torch
 from test_layouts import assert_equal, build_engine, make_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from swift.batch import Batch
+from swift.batch import IGNORED, Batch
 from swift.config.optim import OptimConfig
 from swift.data.collate import collate
 from swift.engines.transformers.engine import TransformersEngine
 from swift.objectives.distill import Distill, divergence
-from swift.objectives.policy import Policy, PolicyRule
+from swift.objectives.policy import Policy, PolicyRule, drop_idle
 from swift.objectives.types import Objective
 from swift.objectives.value import Value
 
@@ -72,6 +72,40 @@ def test_policies_do_not_depend_on_the_layout(objective, tiny_llama_dir):
     for ours in others:
         assert_equal(ours[:2], reference[:2], 1e-11)
         assert ours[2] == pytest.approx(reference[2], rel=1e-9)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "cispo"])
+def test_rows_without_an_advantage_need_not_be_run(loss_type, tiny_llama_dir):
+    """Three of eight have none, and one nothing to learn: loss and gradient are the same without them."""
+    rule = PolicyRule(loss_type=loss_type, epsilon_high=1.2, beta=0.0, max_completion_length=9)
+    engine, batches = build_engine(tiny_llama_dir, dtype=torch.float64), make_batches(3)
+    batches[0].labels[batches[0].segment_ids == 2] = IGNORED
+    kept = drop_idle(batches, rows_each=3, is_pulled=False)
+    assert [batch.num_segments for batch in batches] == [3, 3, 2]
+    assert [batch.num_segments for batch in kept] == [3, 1]
+    found = []
+    for given in (batches, kept):
+        engine.model.zero_grad()
+        sums = engine.forward_backward(given, Policy(rule))
+        ((loss, count),) = (pair for name, pair in sums.pairs.items() if name.startswith("loss/"))
+        gradients = [p.grad.clone() for p in engine.model.parameters() if p.grad is not None]
+        found.append((loss, count, gradients))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-12) and found[0][0] != 0
+    assert found[0][1] == found[1][1]
+    for ours, theirs in zip(found[0][2], found[1][2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    pulled = drop_idle(batches, rows_each=8, is_pulled=True)  # every row with a token is drawn back
+    assert [batch.num_segments for batch in pulled] == [6]  # of the others one never had a token to learn
+
+
+def test_one_row_stays_where_none_teaches():
+    batches = make_batches(8)
+    token = {name: values * 0 for name, values in batches[0].token.items()}
+    (kept,) = drop_idle([replace(batches[0], token=token)], rows_each=4, is_pulled=False)
+    assert kept.num_segments == 1 and drop_idle([], rows_each=4, is_pulled=False) == []
+    for loss_type, count in (("grpo", 8), ("dapo", int(batches[0].trained.sum())), ("dr_grpo", 72)):
+        rule = PolicyRule(loss_type=loss_type, max_completion_length=9)
+        assert list(Policy(rule).units(kept).values()) == [count]
 
 
 def build_value_engine(directory, **options) -> TransformersEngine:

@@ -2,11 +2,16 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from test_rollout import load
 
 from swift.config.optim import OptimConfig
@@ -136,3 +141,76 @@ def test_answers_that_grpo_learns_from_are_those_of_its_weights(checkpoint, rows
     steps = [row for row in map(json.loads, lines) if "rollout/logp_diff_max" in row]
     assert len(steps) == 3 and max(step["rollout/logp_diff_max"] for step in steps) < 1e-4
     assert all(step["grad_norm"] > 0 for step in steps)
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint, tmp_path_factory) -> Iterator[int]:
+    """The port of `swift rollout`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = (tmp_path_factory.mktemp("server") / "log").open("w")
+    command = ["rollout", "--model", str(checkpoint[0]), "--torch_dtype", "float32", "--port", str(port)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "swift", *command, "--vllm_engine_kwargs", '{"max_logprobs": 30}', *TIGHT],
+        stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    yield port
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def log_of(folder: Path, key: str) -> list[dict]:
+    return [row for row in map(json.loads, (folder / "logging.jsonl").open()) if key in row]
+
+
+def test_a_server_answers_while_the_rollout_before_is_learnt_from(checkpoint, server, rows, tmp_path):
+    """Its weights are one rollout old; a run that goes on has the same answers."""
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "from swift.rewards import orms\n\n"
+        "orms['distinct'] = lambda completions, **columns: [len(set(text)) / 10 for text in completions]\n"
+    )
+    common = (
+        "--rlhf_type", "grpo", "--model", checkpoint[0], "--dataset", rows, "--external_plugins", reward,
+        "--reward_funcs", "distinct", "--train_type", "full", "--num_generations", 4,
+        "--split_dataset_ratio", 0,
+        "--per_device_train_batch_size", 8, "--max_completion_length", 8, "--learning_rate", 1e-3,
+        "--max_steps", 4, "--save_steps", 1, "--logging_steps", 1, "--log_completions", "true",
+        "--use_vllm", "true", "--vllm_server_host", "127.0.0.1", "--vllm_server_port", server,
+        "--vllm_server_timeout", 900, "--torch_dtype", "float32", "--add_version", "false",
+    )  # fmt: skip
+    for name, flags in (("plain", ()), ("ahead", ("--async_generate", "true"))):
+        run("rlhf", *common, "--output_dir", tmp_path / name, *flags)
+    apart = {name: [row["rollout/logp_diff_max"] for row in log_of(tmp_path / name, "reward")]
+             for name in ("plain", "ahead")}  # fmt: skip
+    assert max(apart["plain"]) < 1e-4 and apart["ahead"][0] < 1e-4 < 1e-3 < min(apart["ahead"][1:])
+    checkpoint_2 = tmp_path / "ahead" / "checkpoint-2"
+    given = ("--resume_from_checkpoint", checkpoint_2, "--output_dir", tmp_path / "again")
+    run("rlhf", *given, "--add_version", "false")
+    lines = [[json.loads(line)["completion"] for line in (tmp_path / name / "completions.jsonl").open()]
+             for name in ("ahead", "again")]  # fmt: skip
+    assert lines[1] == lines[0][2:]
+    ours, theirs = (
+        load_file(tmp_path / n / "checkpoint-4" / "model.safetensors") for n in ("again", "ahead")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_server_teaches_what_its_model_would_beside_the_student(checkpoint, server, tmp_path):
+    data = tmp_path / "chats.jsonl"
+    chats = ({"query": question, "response": f"{question} Paris."} for question in QUESTIONS)
+    data.write_text("".join(json.dumps(row) + "\n" for row in chats))
+    found = []
+    url = ("--teacher_model_server", f"http://127.0.0.1:{server}")
+    for name, teacher in (("near", ("--teacher_model", checkpoint[0])), ("far", url)):
+        run(
+            "rlhf", "--rlhf_type", "gkd", "--model", checkpoint[0], "--adapters", checkpoint[1], *teacher,
+            "--dataset", data, "--gkd_logits_topk", 30, "--lmbda", 0, "--max_steps", 3, "--logging_steps", 1,
+            "--torch_dtype", "float32", "--split_dataset_ratio", 0, "--learning_rate", 1e-3,
+            "--output_dir", tmp_path / name, "--add_version", "false", "--lora_dropout", 0,
+        )  # fmt: skip
+        found.append([row["loss"] for row in log_of(tmp_path / name, "loss")])
+    assert (
+        len(found[0]) == 3 and found[0][0] > 1e-4 and found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-6)
+    )

@@ -8,10 +8,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from swift.config.optim import OptimConfig
+from swift.engines.files import INDEX
 from swift.engines.ranks import Ranks
+from swift.engines.slices import Part, Reader, take_parts, write_parts, write_tensors
 from swift.engines.transformers import checkpoint
 from swift.engines.transformers.engine import TransformersEngine
-from swift.engines.transformers.slices import Part, Reader, take_parts, write_parts, write_tensors
 from swift.engines.transformers.wrap import Wrapped
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.bool)
@@ -65,7 +66,7 @@ def test_weights_are_those_that_transformers_writes(tiny_llama_dir, tmp_path, mo
     assert all((written[k] == before[k]).all() for k in written)
     assert snapshot.bytes == sum(t.nbytes for t in written.values())
     assert (ours / "config.json").read_text() == (tmp_path / "theirs" / "config.json").read_text()
-    index = ours / checkpoint.INDEX
+    index = ours / INDEX
     assert index.exists() == (shard_bytes < 2**32)
     if index.exists():
         names = json.loads(index.read_text())["weight_map"]

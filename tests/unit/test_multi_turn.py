@@ -138,6 +138,10 @@ def test_limits(template: ChatTemplate) -> None:
     assert (found.text, found.finish_reason, found.loss_mask[-1]) == ("1", "length", 1)
     assert found.messages[-1] == {"role": "assistant", "content": "1"}
     assert prompt + len(found.token_ids) <= prompt + 40
+    engine = Scripted(template, *answers)  # two tokens each
+    (found,) = run(engine, Asks(), template, start(), sampling=Sampling(5), limits_all=True)
+    assert [asked.sampling.max_tokens for (asked,) in engine.asked] == [5, 3, 1]
+    assert (found.num_turns, found.finish_reason, sum(found.loss_mask)) == (3, "length", 6)
 
 
 def test_ranks_ask_as_often_as_the_one_with_the_longest_conversation(template: ChatTemplate) -> None:
@@ -345,6 +349,7 @@ def test_flags(tmp_path: Path) -> None:
     values = {"model": "m", "dataset": ("d",), "rlhf_type": "grpo"}
     for given, message in (
         ({"max_turns": 2}, "--max_turns has no effect without --multi_turn_scheduler or --use_gym_env true"),
+        ({"completion_length_limit_scope": "total"}, "--completion_length_limit_scope has no effect without"),
         ({"gym_env": "x"}, "--gym_env has no effect without --use_gym_env true"),
         ({"max_turns": 2, "rlhf_type": "dpo"}, "--max_turns has no effect with --rlhf_type dpo"),
     ):

@@ -2,7 +2,7 @@
 
 import torch
 
-from swift.engines.transformers.offload import set_aside
+from swift.engines.offload import set_aside
 
 
 def test_tensors_come_back_to_the_bit():

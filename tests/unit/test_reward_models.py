@@ -14,6 +14,7 @@ from swift.config.rewards import RewardConfig
 from swift.engines.transformers import scorer
 from swift.plugins.hooks import rm_plugins
 from swift.rewards.panel import Answer, Panel, RewardError
+from swift.train.judge import read_verdict
 from swift.train.reward_models import find_reward_models, load_reward_models
 
 CPU = torch.device("cpu")
@@ -104,6 +105,25 @@ def test_plugins_read_any_model(headed: Path, tiny_llama_dir: Path) -> None:
         (member,) = load(path, reward_model_plugin=("bonus",))
         assert member.judge(answers()) == [0.5, 1, 1.5, 2]
         assert member.name == path.name and member.ask.parameters > 10_000
+
+
+def test_a_language_model_can_be_the_judge(tiny_llama_dir: Path, headed: Path) -> None:
+    """It is asked with the conversation, greedily; what it does not judge stays open."""
+    (member,) = load(tiny_llama_dir, reward_model_plugin=("genrm",))
+    judge = member.ask
+    asked = judge.template.tokenizer.decode(judge._ask(answers()[0].messages))
+    assert "User: What is 7 + 5?\nAssistant: 12" in asked and "Reward: x" in asked
+    assert len(member.judge(answers()[:2])) == 2
+    texts = (
+        "It is right.\nReward: 0.85.",
+        "Reward: 1",
+        "Reward: 0.2, no: Reward:  1.0 .",
+        "Reward: 7",
+        "good",
+    )
+    assert [read_verdict(text) for text in texts] == [0.85, 1.0, 1.0, None, None]
+    with pytest.raises(ConfigError, match="genrm needs a model that writes"):
+        load(headed, reward_model_plugin=("genrm",))
 
 
 def test_mistakes(tiny_llama_dir: Path, tmp_path: Path) -> None:

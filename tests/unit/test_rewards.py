@@ -8,7 +8,7 @@ from swift.config import option
 from swift.config.option import ConfigError
 from swift.config.rewards import RewardConfig
 from swift.rewards import evaluate_arithmetic
-from swift.rewards.builtin import Format, ReActFormat, RepetitionPenalty, SoftOverlong
+from swift.rewards.builtin import Format, ReActFormat, RepetitionPenalty, SoftOverlong, ToolCall
 
 TEXTS = {
     "<think>a</think><answer>b</answer>": 1,
@@ -40,6 +40,27 @@ def test_react_format() -> None:
         "Action: x Action Input:",
     ]
     assert ReActFormat()(texts) == [1, 1, 0, 0, 0]
+
+
+def test_a_tool_call_is_right_or_wrong() -> None:
+    right = 'Thought: look\nAction: search\nAction Input: {"q": "cat", "n": 2}'
+    texts = [
+        'Action: none\nAction: search\nAction Input: {"n": 2, "q": "cat"}\nObservation: a cat\nAction: stop',
+        'Action: search\nAction Input: {"q": "dog", "n": 2}',
+        'Action: find\nAction Input: {"q": "cat", "n": 2}',
+        "Action: search\nAction Input: cat",
+        "a cat",
+    ]
+    assert ToolCall()(texts, solution=[right] * 5) == [1, 0, 0, 0, 0]
+    plain = [
+        "Action: end",
+        "Action: end Action Input: {}",
+        "Action: end Action Input:  a b ",
+        "nothing",
+        "Action: x",
+    ]
+    rights = ["Action: end", "Action: end", "Action: end Action Input: a b", "no call", None]
+    assert ToolCall()(plain, solution=rights) == [1, 1, 1, 1, None]
 
 
 def test_repetition() -> None:
@@ -85,6 +106,8 @@ def test_accuracy(accuracy) -> None:
     texts, solutions, expected = map(list, zip(*cases, strict=True))
     assert accuracy.MathAccuracy()(texts, solution=solutions) == expected
     assert accuracy.MathAccuracy()(["3", "3"], solution=[None, "3"]) == [None, 1]
+    texts = ["4\n# Answer\n3", "# Answer 4", r"\boxed{3}", "3"]
+    assert accuracy.MathSection()(texts, solution=["7 - 4 # Answer 3", "3", "3", None]) == [1, 0, 1, None]
 
 
 def test_cosine(accuracy) -> None:
@@ -182,7 +205,7 @@ def test_flags_that_contradict_each_other(values: dict, message: str) -> None:
 def test_flags_of_a_reward_may_be_for_a_users_own() -> None:
     config = RewardConfig(reward_funcs=("mine", "format"), cosine_max_len=7, reward_weights=(1.0, 2.0, 0.5))
     config.check(max_completion_length=512, has_environment=True)
-    assert config.changed == ["reward_funcs", "reward_weights", "cosine_max_len"]
+    assert option.changed(config) == ["reward_funcs", "reward_weights", "cosine_max_len"]
 
 
 def test_accuracy_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

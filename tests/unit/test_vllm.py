@@ -1,7 +1,5 @@
 """Flags of vLLM, and what is said where it cannot answer. What needs the package is in tests/on_vllm."""
 
-import contextlib
-import http.server
 import json
 import signal
 import subprocess
@@ -186,36 +184,6 @@ def test_weights_travel_in_files_of_bounded_size():
 
 
 Answer = Callable[[str, dict[str, Any]], tuple[int, Any]]
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[[Answer], str]]:
-    """`serve(answer)`: the URL of an HTTP server that answers (path, body) with (status, JSON)."""
-    servers = []
-
-    def start(answer: Answer) -> str:
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def reply(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                status, value = answer(self.path, json.loads(body or b"{}"))
-                self.send_response(status)
-                self.end_headers()
-                with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
-                    self.wfile.write(json.dumps(value).encode())
-
-            do_GET = do_POST = reply
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
 
 
 def canned(asked: list[str], **replies: tuple[int, Any]) -> Answer:

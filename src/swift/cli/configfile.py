@@ -13,7 +13,6 @@ from swift.cli.flags import Given, Resolved, knobs_of
 from swift.cli.values import to_plain, to_word, to_words
 from swift.config.option import ConfigError, is_secret
 
-SUFFIXES = (".yaml", ".yml", ".json")
 OF_A_RUN = ("swift_version", "command")  # what args.json of a run holds beside flags
 
 

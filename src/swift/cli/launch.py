@@ -18,6 +18,7 @@ from queue import Queue
 from typing import Any
 
 from swift.cli import main
+from swift.cli.flags import split_arguments
 from swift.cli.launch_checks import Plan, Report, check_nodes, node_variables, settle
 from swift.cli.launch_cluster import enter, find_place
 from swift.cli.launch_link import Link, LinkError, ask_all, close_all, open_links
@@ -56,25 +57,16 @@ def find_wrapped(argv: list[str]) -> int:
 
 def _take_password(own: list[str], behind: list[str]) -> list[str]:
     """Without --ssh_password. It moves to SSHPASS; where it stood among the arguments, they are replaced."""
-    rest: list[str] = []
-    password, asked = None, False
-    words = iter(range(len(own)))
-    for i in words:
-        name, equals, value = own[i].partition("=")
-        if name not in PASSWORD:
-            rest.append(own[i])
-            continue
-        asked = True
-        if equals:
-            password = value
-        elif i + 1 < len(own) and not own[i + 1].startswith("--"):
-            password = own[next(words)]
-    if password is not None:
-        env.put({"SSHPASS": password})
-        os.execv(sys.executable, [sys.executable, "-m", "swift", *rest, *behind])
-    elif asked:
+    first = next((i for i, word in enumerate(own) if word.startswith("--")), len(own))
+    given = split_arguments(own[first:])
+    secret = [item for item in given if item.typed in PASSWORD]
+    rest = [word for item in given if item not in secret for word in (item.typed, *item.words)]
+    if any(item.words for item in secret):
+        env.put({"SSHPASS": " ".join(secret[-1].words)})
+        os.execv(sys.executable, [sys.executable, "-m", "swift", *own[:first], *rest, *behind])
+    elif secret:
         env.put({"SSHPASS": getpass.getpass("password for ssh: ")})
-    return rest
+    return own[:first] + rest if secret else own
 
 
 def run_launch(run: LaunchRun) -> int:

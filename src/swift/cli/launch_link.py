@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -49,13 +50,12 @@ REASONS = (
 )  # fmt: skip
 
 
+@dataclass
 class LinkError(Exception):
     """A node did not answer, or answered that something went wrong: what, and what to do."""
 
-    def __init__(self, message: str, mend: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.mend = mend
+    message: str
+    mend: str = ""
 
 
 class Link:
@@ -107,8 +107,8 @@ class Link:
 
     def tell(self, do: str, **arguments: Any) -> None:
         """A question whose answer nobody waits for."""
-        with suppress(OSError):
-            self._write(json.dumps({"do": do, "id": next(self.numbers), **arguments}).encode() + b"\n")
+        with suppress(LinkError):
+            self.ask(do, seconds=0.0, **arguments)
 
     def reason(self) -> LinkError:
         """Why the connection ended, in words."""

@@ -14,7 +14,7 @@ from swift.cli.commands import find_command
 from swift.cli.launch import find_wrapped
 from swift.cli.launch_node import list_gpus
 from swift.cli.plan_job import find_course, find_job
-from swift.cli.plan_memory import GIB, Job, answered_per_second, find_peak, find_rate, tokens_per_second
+from swift.cli.plan_memory import GIB, Job, find_peak, find_rate, sampling, tokens_per_second
 from swift.config.layout import LayoutConfig, model_sizes, suggest
 from swift.config.megatron_runs import OnMegatron
 from swift.config.option import ConfigError, build
@@ -26,8 +26,8 @@ GPUS_OF_A_NODE = 8
 MICRO = "per_device_train_batch_size"
 WHOLE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 SMALLER: tuple[dict[str, Any], ...] = (  # ways to take less memory, those that cost least speed first
-    {"optim": "adamw_torch_fused"}, {"gradient_checkpointing": True}, {"fsdp": "fsdp2"}, {MICRO: 1},
-    *({"sequence_parallel_size": size} for size in (2, 4, 8)), {"deepspeed": "zero3_offload"},
+    {"optim": "adamw_torch_fused"}, {"gradient_checkpointing": True}, {"sleep_level": 1}, {"fsdp": "fsdp2"},
+    {MICRO: 1}, *({"sequence_parallel_size": size} for size in (2, 4, 8)), {"deepspeed": "zero3_offload"},
 )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ class Planned:
 
     @property
     def needed_gib(self) -> float:
-        return find_peak(self.job).bytes / GIB + RESERVED_GIB
+        return sum(find_peak(self.job)[1].values()) / GIB + RESERVED_GIB
 
     @property
     def fits(self) -> bool:
@@ -110,9 +110,9 @@ def describe_job(planned: Planned) -> Iterator[str]:
     )
     parts = [f"{name} {size}" for name, size in degrees.items() if size > 1]
     yield f"GPUs      {planned.world} x {planned.kind}: {', '.join([*parts, how])}"
-    peak = find_peak(job)
-    yield f"memory    of the fullest GPU in GiB, when {peak.name}"
-    for name, size in {**peak.parts, "CUDA, NCCL, gaps": RESERVED_GIB * GIB}.items():
+    moment, held = find_peak(job)
+    yield f"memory    of the fullest GPU in GiB, when {moment}"
+    for name, size in {**held, "CUDA, NCCL, gaps": RESERVED_GIB * GIB}.items():
         if size >= GIB / 20:
             yield f"          {name:<24}{size / GIB:8.1f}"
     verdict = "fits" if planned.fits else "DOES NOT FIT"
@@ -131,9 +131,9 @@ def describe_course(planned: Planned, plan: PlanRun) -> Iterator[str]:
     seconds = course.tokens / speed / world
     yield f"step      {course.tokens:,.0f} tokens; {speed:,.0f} tokens/s a GPU, {seconds:,.1f} s"
     if course.sampled:
-        at_once = {"answers": course.answers, "length": course.length}
-        more = course.sampled / answered_per_second(job.shape, bandwidth=gpu.bandwidth, **at_once) / world
-        yield f"          and {more:,.1f} s for the answers, {course.answers} at a time on a GPU"
+        at_once, sampled = sampling(job, gpu, answers=course.answers, length=course.length)
+        more, cache = course.sampled / sampled / world, at_once * job.shape.cache * course.length / GIB
+        yield f"          and {more:,.1f} s for answers, {at_once} at once on a GPU: {cache:.1f} GiB of cache"
         seconds += more
     yield f"estimate  MFU {100 * rate:.0f} % of {gpu.teraflops:g} TFLOP/s, from {source}"
     yield from (f"guessed   {guess}" for guess in course.guesses)
@@ -151,7 +151,9 @@ def describe_course(planned: Planned, plan: PlanRun) -> Iterator[str]:
 
 def find_advice(planned: Planned) -> Iterator[str]:
     """Flags with which it fits, the nearest first, then more GPUs."""
-    ways = list(layout_ways(planned) if isinstance(planned.run, OnMegatron) else plain_ways())
+    parallel = isinstance(planned.run, OnMegatron)
+    names = (MICRO, "micro_batch_size" if parallel else MICRO)
+    ways = list(layout_ways(planned) if parallel else plain_ways())
     for times in (1, 2, 4, 8, 16, 32):
         for changes in ways if times == 1 else ({}, *ways[:4]):
             other = planned.alter(changes, times)
@@ -159,7 +161,7 @@ def find_advice(planned: Planned) -> Iterator[str]:
                 new = {name: value for name, value in changes.items() if planned.values.get(name) != value}
                 words = [f"--{name} {str(value).lower()}" for name, value in new.items()]
                 told = " ".join(words if times == 1 else [f"{other.world} GPUs", *words])
-                yield f"{told.replace(MICRO, 'micro_batch_size')}: {other.needed_gib:.1f} GiB"
+                yield f"{told.replace(*names)}: {other.needed_gib:.1f} GiB"
 
 
 def plain_ways() -> Iterator[dict[str, Any]]:

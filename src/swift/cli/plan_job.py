@@ -16,7 +16,7 @@ from swift.config.megatron_runs import OnMegatron
 from swift.config.online import ANSWERS, SAMPLES
 from swift.config.option import ConfigError
 from swift.config.plan import PlanRun
-from swift.config.runs import RlhfRun, SftRun, TrainRun
+from swift.config.runs import RlhfRun, TrainRun
 
 ROWS_PER_STEP = 16  # as train/preparing.py: what accumulation aims at when it is not given
 TOKEN_BYTES = 4.0  # of a local file, names of its columns included
@@ -57,11 +57,7 @@ def find_job(run: Any, world: int, gpu_bytes: float) -> Job:
     job = Job(
         shape=shape,
         layout=layout,
-        slicing=zero_stage(run.parallel.zero)
-        if run.parallel.zero
-        else "fsdp2"
-        if run.parallel.fsdp
-        else "none",
+        slicing=zero_stage(run.parallel.zero or ("fsdp2" if run.parallel.fsdp else "none")),
         adapters=0 if full else run.tuner.lora_rank * shape.layers * shape.lora,
         weight_bytes=width,
         moment_bytes=times * width + fixed,
@@ -92,8 +88,8 @@ def find_job(run: Any, world: int, gpu_bytes: float) -> Job:
 
 def find_layout(run: Any, shape: Shape, world: int) -> Layout:
     if isinstance(run, OnMegatron):
-        layout = choose_layout(run.megatron, world=world, sizes=model_sizes(shape.config))  # type: ignore[attr-defined]
-        run.megatron.check_layers(layout)  # type: ignore[attr-defined]
+        layout = choose_layout(run.megatron, world=world, sizes=model_sizes(shape.config))
+        run.megatron.check_layers(layout)
         return layout
     size = run.parallel.sequence_parallel_size
     if world % size:
@@ -113,8 +109,8 @@ def weight_bytes(run: TrainRun, shape: Shape) -> float:
 
 
 def zero_stage(text: str) -> str:
-    """The preset that --deepspeed is, or the stage of a file or of JSON."""
-    if re.fullmatch(r"zero[123](_offload)?", text):
+    """What slices, as it is; of a file or of JSON for --deepspeed the stage."""
+    if re.fullmatch(r"none|fsdp2|zero[123](_offload)?", text):
         return text
     path = Path(text).expanduser()
     found = re.search(r'"stage"\s*:\s*([123])', path.read_text("utf-8") if path.is_file() else text)
@@ -126,30 +122,30 @@ def beside(run: RlhfRun, shape: Shape, gpu_bytes: float) -> dict[str, Any]:
     kind, vllm, reference = run.rlhf.rlhf_type, run.vllm, run.rlhf.needs_reference
     apart = run.tuner.train_type == "full" or bool(run.rlhf.ref_adapters)
     kept = reference and apart and not run.rlhf.precompute_ref_log_probs
-    teacher = (
-        find_shape(run.rlhf.teacher_model).parameters / shape.parameters if run.rlhf.teacher_model else 0
-    )
-    awake = vllm.use_vllm and vllm.mode == "colocate" and not vllm.sleep_level
+    teacher = find_shape(run.rlhf.teacher_model).parameters if run.rlhf.teacher_model else 0.0
+    teacher /= shape.parameters
+    here = vllm.use_vllm and vllm.mode == "colocate"
+    weights = here * 2 * shape.parameters / vllm.vllm_tensor_parallel_size
+    share = here * gpu_bytes * (vllm.vllm_gpu_memory_utilization or BESIDE_TRAINING)
     return {
         "copies": kept + teacher,
         "trained_copies": 1 + (kind == "ppo"),
         "forwards": reference + teacher,
         "samples": kind in ANSWERS and not vllm.use_vllm,
-        "vllm_bytes": awake * gpu_bytes * (vllm.vllm_gpu_memory_utilization or BESIDE_TRAINING),
+        "vllm_bytes": max(share, weights),
+        "vllm_weights": weights,
+        "vllm_sleeps": vllm.sleep_level > 0,
     }
 
 
-def longest_batch(run: TrainRun, shape: Shape) -> tuple[int, int]:
+def longest_batch(run: Any, shape: Shape) -> tuple[int, int]:
     """Tokens of the longest micro-batch, and those among them that may have logits: all but prompts."""
-    size, longest = run.schedule.per_device_train_batch_size, row_limit(run, shape)
-    if isinstance(run, SftRun):
-        return size * longest, size * longest * (run.task.task_type == "causal_lm")
-    assert isinstance(run, RlhfRun)
-    kind, answer = run.rlhf.rlhf_type, run.online.max_completion_length
+    size, longest, kind = run.schedule.per_device_train_batch_size, row_limit(run, shape), method_of(run)
     if kind in SAMPLES:
+        answer = run.online.max_completion_length
         return size * (longest + answer), size * answer
     tokens = size * longest * (1 + (kind in PAIRED))
-    return tokens, tokens * (kind != "rm")
+    return tokens, tokens * (kind not in ("rm", "seq_cls", "embedding", "reranker"))
 
 
 def row_limit(run: TrainRun, shape: Shape) -> int:
@@ -158,18 +154,16 @@ def row_limit(run: TrainRun, shape: Shape) -> int:
     return (run.data.packing_length or longest) if run.data.packing else longest
 
 
-def samples(run: TrainRun) -> bool:
-    return isinstance(run, RlhfRun) and run.rlhf.rlhf_type in SAMPLES
+def method_of(run: Any) -> str:
+    """--rlhf_type, or --task_type of supervised training."""
+    return run.rlhf.rlhf_type if isinstance(run, RlhfRun) else run.task.task_type
 
 
 def accumulation(run: Any, layout: Layout) -> int:
     size, count = run.schedule.per_device_train_batch_size, run.schedule.gradient_accumulation_steps
-    if samples(run):
-        return count or 1
     if isinstance(run, OnMegatron):
-        rows = run.megatron.global_batch_size  # type: ignore[attr-defined]
-        return micro_batches(layout, global_batch_size=rows, micro_batch_size=size)
-    return count or math.ceil(ROWS_PER_STEP / size / layout.data)
+        return micro_batches(layout, global_batch_size=run.megatron.global_batch_size, micro_batch_size=size)
+    return count or (1 if method_of(run) in SAMPLES else math.ceil(ROWS_PER_STEP / size / layout.data))
 
 
 def find_course(run: Any, plan: PlanRun, job: Job) -> Course:
@@ -178,8 +172,8 @@ def find_course(run: Any, plan: PlanRun, job: Job) -> Course:
     rows, length, guesses = measure_rows(run.data.dataset, plan, limit)
     size, count = run.schedule.per_device_train_batch_size, accumulation(run, job.layout)
     items, updates, sampled, answers = size * count * job.layout.data, 1, 0.0, 0
-    tokens = length * items * (1 + (isinstance(run, RlhfRun) and run.rlhf.rlhf_type in PAIRED))
-    if samples(run):
+    tokens = length * items * (1 + (method_of(run) in PAIRED))
+    if method_of(run) in SAMPLES:
         made, answer = run.online.plan(size, count, job.layout.data), run.online.max_completion_length
         guesses += (f"every answer has all {answer:,} tokens that it may have",)
         items, updates, length = made.prompts, made.updates, length + answer
@@ -206,17 +200,11 @@ def measure_rows(
         seen, size = seen + lines, size + mean * lines
         unknown = unknown or not (lines or amount)
         counted += int(amount) if amount.isdecimal() else lines
-    rows = plan.rows or (None if unknown else counted)
-    if plan.row_tokens:
-        return rows, min(plan.row_tokens, limit), ()
-    if not seen:
-        return (
-            rows,
-            limit,
-            (f"every row has all {limit:,} tokens that it may have; --row_tokens says otherwise",),
-        )
-    length = min(size / seen / TOKEN_BYTES, limit)
-    return rows, length, (f"a row has {length:,.0f} tokens, one for {TOKEN_BYTES:g} bytes of a file",)
+    length = min(plan.row_tokens or (size / seen / TOKEN_BYTES if seen else limit), limit)
+    guess = f"every row has all {limit:,} tokens that it may have; --row_tokens says otherwise"
+    if seen:
+        guess = f"a row has {length:,.0f} tokens, one for {TOKEN_BYTES:g} bytes of a file"
+    return plan.rows or (None if unknown else counted), length, () if plan.row_tokens else (guess,)
 
 
 def sample_file(path: Path) -> tuple[int, float]:

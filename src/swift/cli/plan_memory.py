@@ -1,14 +1,14 @@
 """What a training step holds in the memory of one GPU, in bytes, and how fast it may be.
 
-Owns: the formulas; tests/unit/test_plan.py holds them against the peaks and rates in benchmarks/results. Not
+Owns: the formulas; tests/cli/test_plan.py holds them against the peaks and rates in benchmarks/results. Not
 here: which flags make which job (plan_job.py), words (plan.py).
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from swift.cli.plan_shape import Shape
 from swift.config.layout import Layout
+from swift.config.plan import Gpu
 
 GIB = 2**30
 LIVE_PARAMETERS = 1e9  # that ZeRO-3 gathers at a time (stage3_max_live_parameters)
@@ -54,24 +54,15 @@ class Job:
     trained_copies: int = 1  # 2 = with a value model
     forwards: float = 0  # passes without gradient over each token
     samples: bool = False  # answers come from the model in training
-    vllm_bytes: float = 0  # for vLLM, while training
+    vllm_bytes: float = 0  # for vLLM on the same GPU
+    vllm_weights: float = 0  # of them
+    vllm_sleeps: bool = False  # while the model is trained
 
 
-class Moment(NamedTuple):
-    """What is held at one point of a step, in bytes by part."""
-
-    name: str
-    parts: dict[str, float]
-
-    @property
-    def bytes(self) -> float:
-        return sum(self.parts.values())
-
-
-def find_peak(job: Job) -> Moment:
-    """The fullest moment of a step on the fullest GPU, without CUDA's own memory and gaps."""
-    moments = [moment for stage in range(job.layout.pipeline) for moment in moments_of(job, stage)]
-    return max(moments, key=lambda moment: moment.bytes)
+def find_peak(job: Job) -> tuple[str, dict[str, float]]:
+    """The fullest moment of a step on the fullest GPU, in bytes by part; without CUDA's own and gaps."""
+    moments = [moment for stage in range(job.layout.pipeline) for moment in moments_of(job, stage).items()]
+    return max(moments, key=lambda moment: sum(moment[1].values()))
 
 
 def held(job: Job, stage: int) -> list[float]:
@@ -108,7 +99,7 @@ def layers_on(job: Job, stage: int) -> float:
     return job.layout.layers[stage] if job.layout.layers else job.shape.layers / job.layout.pipeline
 
 
-def moments_of(job: Job, stage: int) -> list[Moment]:
+def moments_of(job: Job, stage: int) -> dict[str, dict[str, float]]:
     """Every moment of a step that may be the fullest.
 
     Of activations, the first of p stages keep those of p micro-batches (1F1B, arXiv:2104.04473).
@@ -141,8 +132,10 @@ def moments_of(job: Job, stage: int) -> list[Moment]:
         "the optimizer steps": (gradients, 0.0, 0.0, 0.0, spare),
         "answers are sampled": (0.0, 0.0, 0.0, everything, 0.0),
     }
-    always = {"weights": weights, "optimizer": optimizer, "vLLM": job.vllm_bytes}
-    return [Moment(name, always | dict(zip(names, sizes, strict=True))) for name, sizes in table.items()]
+    always = {"weights": weights, "optimizer": optimizer, "vLLM": 0.0 if job.vllm_sleeps else job.vllm_bytes}
+    found = {name: always | dict(zip(names, sizes, strict=True)) for name, sizes in table.items()}
+    found["answers are sampled"]["vLLM"] = job.vllm_bytes
+    return found
 
 
 def find_rate(job: Job) -> tuple[float, str]:
@@ -175,11 +168,16 @@ def tokens_per_second(job: Job, teraflops: float, length: float) -> float:
     return find_rate(job)[0] * teraflops * 1e12 / flops
 
 
-def answered_per_second(shape: Shape, *, bandwidth: float, answers: int, length: float) -> float:
-    """Sampled tokens of one GPU in a second, `answers` at once with `length` tokens behind each.
+def sampling(job: Job, gpu: Gpu, *, answers: int, length: float) -> tuple[int, float]:
+    """Answers of `length` at once on a GPU, and sampled tokens of the GPU in a second.
 
-    One step of all reads the weights once and every answer's cache, at half of `bandwidth` [TB/s].
-    Source: arXiv:2211.05102, section 2; not measured.
+    They have room beside vLLM's weights, or in what rollout/slots.py takes of what is left. One step of all
+    reads the weights once and every cache, at half of the bandwidth. Source: arXiv:2211.05102, section 2; not
+    measured.
     """
-    cache = 2 * shape.layers * shape.groups * length
-    return answers / ((2 * shape.parameters + answers * cache) / (0.5e12 * bandwidth))
+    cache = job.shape.cache * length
+    left = gpu.memory_gib * GIB - sum(moments_of(job, 0)["answers are sampled"].values())
+    room = job.vllm_bytes - job.vllm_weights if job.vllm_bytes else 0.6 * left
+    count = min(answers, max(int(room / cache), 1))
+    seconds = (2 * job.shape.parameters + count * cache) / (0.5e12 * gpu.bandwidth)
+    return count, count / seconds

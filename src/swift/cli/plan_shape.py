@@ -40,6 +40,11 @@ class Shape:
         """Those that a token is multiplied with."""
         return self.hidden * self.vocabulary + self.layers * (self.plain + self.chosen)
 
+    @property
+    def cache(self) -> float:
+        """Bytes of keys and values of a token."""
+        return 2 * self.layers * self.groups
+
     def flops(self, length: float, *, full: bool) -> float:
         """Of a trained token in a row of `length`, recomputation not counted.
 

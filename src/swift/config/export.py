@@ -3,38 +3,31 @@
 from dataclasses import dataclass
 
 from swift.config.model import DTYPES
-from swift.config.option import ConfigError, option, require_package
+from swift.config.option import ConfigError, option, refuse, require_package
+from swift.config.quant import BnbOptions
 
 QUANT_METHODS = ("bnb", "fp8", "gptq", "awq")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportOptions:
-    adapters: tuple[str, ...] = option((), help="checkpoint with adapters; its args.json names the model")
-    load_args: bool = option(True, help="take the model from the checkpoint's args.json")
-    merge_lora: bool = option(False, help="fold the adapters into the weights")
-    to_cached_dataset: bool = option(False, help="encode --dataset for --cached_dataset of a training")
-    to_mcore: bool = option(False, help="write --model in Megatron's format, for megatron --mcore_model")
-    to_hf: bool = option(False, help="write --mcore_model as a HuggingFace directory")
-    mcore_model: str | None = option(
-        None, help="weights in Megatron's format: converted, or a run of megatron"
-    )
-    mcore_adapters: str | None = option(
-        None, help="adapters of a run of megatron, folded into the weights by --to_hf"
-    )
+    adapters: tuple[str, ...] = option((), "checkpoint with adapters; its args.json names the model")
+    load_args: bool = option(True, "take the model from the checkpoint's args.json")
+    merge_lora: bool = option(False, "fold the adapters into the weights")
+    to_cached_dataset: bool = option(False, "encode --dataset for --cached_dataset of a training")
+    to_mcore: bool = option(False, "write --model in Megatron's format, for megatron --mcore_model")
+    to_hf: bool = option(False, "write --mcore_model as a HuggingFace directory")
+    mcore_model: str | None = option(None, "weights in Megatron's format: converted, or a run of megatron")
+    mcore_adapters: str | None = option(None, "adapters of a run of megatron, folded in by --to_hf")
     test_convert_precision: bool = option(
-        False, help="compare the logits of both formats; the exit code says whether they agree"
+        False, "compare the logits of both formats; the exit code says whether they agree"
     )
-    test_convert_dtype: str = option("float32", help="precision of that comparison", choices=DTYPES)
-    to_ollama: bool = option(False, help="write a Modelfile with which `ollama create` takes the model")
-    to_peft_format: bool = option(
-        False, help="copy the adapters alone, in the format of PEFT, which they are always saved in"
-    )
-    output_dir: str | None = option(
-        None, help="where the result goes; none = beside the source, with a suffix"
-    )
-    exist_ok: bool = option(False, help="write into an existing directory")
-    max_shard_size: str = option("5GB", help="largest weight file")
+    test_convert_dtype: str = option("float32", "precision of that comparison", choices=DTYPES)
+    to_ollama: bool = option(False, "write a Modelfile with which `ollama create` takes the model")
+    to_peft_format: bool = option(False, "copy the adapters alone, which are in PEFT's format anyway")
+    output_dir: str | None = option(None, "where the result goes; none = beside the source, with a suffix")
+    exist_ok: bool = option(False, "write into an existing directory")
+    max_shard_size: str = option("5GB", "largest weight file")
 
     @property
     def converts(self) -> bool:
@@ -85,26 +78,22 @@ class ExportOptions:
                 "--adapters has no effect on a conversion",
                 hint="fold them in first: swift export --merge_lora true",
             )
-        for name in () if self.converts else ("mcore_model", "mcore_adapters", "test_convert_precision"):
-            if getattr(self, name):
-                raise ConfigError(f"--{name} has no effect without --to_hf or --to_mcore true")
-        if self.test_convert_dtype != "float32" and not self.test_convert_precision:
-            raise ConfigError("--test_convert_dtype has no effect without --test_convert_precision true")
+        if not self.converts:
+            names = ("mcore_model", "mcore_adapters", "test_convert_precision")
+            refuse(self, names, "without --to_hf or --to_mcore true")
+        if not self.test_convert_precision:
+            refuse(self, ("test_convert_dtype",), "without --test_convert_precision true")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class QuantizeOptions:
-    quant_method: str | None = option(
-        None, help="write the weights of linear layers in few bits", choices=QUANT_METHODS
-    )
-    quant_bits: int | None = option(None, help="bits of a weight; none = 4, with fp8 8", choices=(4, 8))
+class QuantizeOptions(BnbOptions):
+    quant_method: str | None = option(None, "write linear layers' weights in few bits", choices=QUANT_METHODS)
+    quant_bits: int | None = option(None, "bits of a weight; none = 4, with fp8 8", choices=(4, 8))
     group_size: int = option(
-        128, help="weights of a row that share a scale in gptq; -1 = the whole row", range=(-1, None)
+        128, "weights of a row that share a scale in gptq and awq; -1 = the whole row", range=(-1, None)
     )
-    quant_n_samples: int = option(
-        256, help="rows of --dataset that gptq looks at", unit="rows", range=(1, None)
-    )
-    quant_batch_size: int = option(1, help="rows that gptq computes together", unit="rows", range=(1, None))
+    quant_n_samples: int = option(256, "rows of --dataset that gptq and awq look at", unit="rows", min=1)
+    quant_batch_size: int = option(1, "of them, rows computed together", unit="rows", min=1)
 
     @property
     def bits(self) -> int:
@@ -118,49 +107,27 @@ class QuantizeOptions:
     def check(self, datasets: tuple[str, ...]) -> None:
         """Raises ConfigError where the weights cannot be written like that; `datasets` is --dataset."""
         method = self.quant_method
-        calibrated = method == "gptq"
-        for name, default in (("group_size", 128), ("quant_n_samples", 256), ("quant_batch_size", 1)):
-            if getattr(self, name) != default and not calibrated:
-                raise ConfigError(f"--{name} has no effect without --quant_method gptq")
+        calibrated = method in ("gptq", "awq")
+        if method != "bnb" or self.bits != 4:
+            self.check_unused()
+        if not calibrated:
+            names = ("group_size", "quant_n_samples", "quant_batch_size")
+            refuse(self, names, "without --quant_method gptq or awq")
         if method is None:
             if self.quant_bits is not None:
                 raise ConfigError(
                     f"--quant_bits {self.quant_bits} has no effect without --quant_method",
-                    hint="add --quant_method bnb, fp8 or gptq",
+                    hint="add --quant_method bnb, fp8, gptq or awq",
                 )
             return
-        if method == "awq":
-            raise ConfigError(
-                "--quant_method awq is not there yet: its library needs a GPU, and was not tested on one",
-                hint="--quant_method gptq writes the same kind of file",
-            )
-        if method == "fp8" and self.bits != 8:
-            raise ConfigError(f"--quant_method fp8 has 8 bits, not {self.bits}")
+        if (method, self.bits) in (("fp8", 4), ("awq", 8)):
+            raise ConfigError(f"--quant_method {method} has {12 - self.bits} bits, not {self.bits}")
         if calibrated and not datasets:
             raise ConfigError(
                 f"--quant_method {method} needs --dataset",
                 hint="rows like those that the model will see; with bnb and fp8 none are needed",
             )
         if calibrated:
-            require_package("llmcompressor", flag="--quant_method gptq", install="swiftune[gptq]")
+            require_package("llmcompressor", flag=f"--quant_method {method}", install="swiftune[gptq]")
         if method == "bnb":
             require_package("bitsandbytes", flag="--quant_method bnb", install="swiftune[quant]")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PublishOptions:
-    push_to_hub: bool = option(
-        False, help="upload the result, or --model or --adapters themselves where nothing else is asked for"
-    )
-    hub_model_id: str | None = option(None, help="where on the hub: OWNER/NAME, or NAME for one of your own")
-    hub_private_repo: bool = option(False, help="a repository that is made anew is private")
-    commit_message: str = option("update files", help="what the hub shows beside the files")
-
-    def check(self) -> None:
-        if self.push_to_hub and not self.hub_model_id:
-            raise ConfigError("--push_to_hub needs --hub_model_id", hint="OWNER/NAME on the hub")
-        if self.push_to_hub:
-            return
-        if self.hub_model_id or self.hub_private_repo:
-            name = "hub_model_id" if self.hub_model_id else "hub_private_repo"
-            raise ConfigError(f"--{name} has no effect without --push_to_hub true")

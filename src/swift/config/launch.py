@@ -12,39 +12,24 @@ LOOPBACK = ("localhost", "127.", "::1", "0.0.0.0")
 class LaunchRun:
     """Nodes and the way to them; the command that follows has flags of its own."""
 
-    ips: tuple[str, ...] = option(
-        (), help="addresses or names of the nodes, with commas between; the first is node 0"
-    )
-    hostfile: str | None = option(
-        None, help="file with a node a line instead: `address` or `address slots=8` (processes there)"
-    )
-    ssh_user: str | None = option(None, help="who to log in as; none = as ssh does by itself")
-    ssh_port: int | None = option(None, help="port of sshd; none = as ssh does by itself", range=(1, 65535))
-    ssh_config: str | None = option(None, help="file of settings for ssh (ssh -F), such as keys and names")
+    ips: tuple[str, ...] = option((), "addresses or names of the nodes, with commas; the first is node 0")
+    hostfile: str | None = option(None, "file with a node a line: `address` or `address slots=8` (processes)")
+    ssh_user: str | None = option(None, "who to log in as; none = as ssh does by itself")
+    ssh_port: int | None = option(None, "port of sshd; none = as ssh does by itself", range=(1, 65535))
+    ssh_config: str | None = option(None, "file of settings for ssh (ssh -F), such as keys and names")
     ssh_password: str | None = option(
-        None, help="password for nodes without keys; without a value it is asked for. SSHPASS=... is better"
+        None, "password for nodes without keys; without a value it is asked for. SSHPASS=... is better"
     )
-    env: tuple[str, ...] = option((), help="NAME=VALUE for the processes of every node; one or several")
-    workdir: str | None = option(None, help="directory to run in on every node; none = this one")
-    python: str | None = option(None, help="interpreter on every node; none = the path of this one")
-    port: int = option(29500, help="port of node 0 where the processes meet", range=(1024, 65535))
-    nproc_per_node: int | None = option(
-        None, help="processes on each node; none = NPROC_PER_NODE, else one for each GPU", range=(1, None)
-    )
-    check_only: bool = option(False, help="look at the nodes, show what was found, and end")
-    max_restarts: int = option(
-        0, help="times that a run that failed goes on from its last checkpoint", range=(0, None)
-    )
-    hang_timeout: float = option(
-        1800,
-        help="longest time without progress in a run's steps; 0 = forever",
-        unit="seconds",
-        range=(0, None),
-    )
-    log_dir: str | None = option(None, help="directory of the nodes' output; none = launch_logs/<date>")
-    command: tuple[str, ...] = option(
-        (), help="what to run, such as megatron sft ...; on the command line it just follows"
-    )
+    env: tuple[str, ...] = option((), "NAME=VALUE for the processes of every node; one or several")
+    workdir: str | None = option(None, "directory to run in on every node; none = this one")
+    python: str | None = option(None, "interpreter on every node; none = the path of this one")
+    port: int = option(29500, "port of node 0 where the processes meet", range=(1024, 65535))
+    nproc_per_node: int | None = option(None, "processes a node; none = NPROC_PER_NODE, or one a GPU", min=1)
+    check_only: bool = option(False, "look at the nodes, show what was found, and end")
+    max_restarts: int = option(0, "times that a run that failed goes on from its last checkpoint", min=0)
+    hang_timeout: float = option(1800, "longest time without a step; 0 = forever", unit="seconds", min=0)
+    log_dir: str | None = option(None, "directory of the nodes' output; none = launch_logs/<date>")
+    command: tuple[str, ...] = option((), "what to run, such as megatron sft ...; typed, it just follows")
 
     def check(self) -> None:
         """Raises ConfigError where flags contradict each other or one is missing."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
-from swift.config.option import ConfigError, option
+from swift.config.option import ConfigError, changed, option
 
 SUGGESTIONS = 2  # layouts that a hint names
 DEGREES = (
@@ -27,43 +27,29 @@ UNEVEN = (
 class LayoutConfig:
     """How processes share the model: tensor x pipeline x context x data parallel sizes are all of them."""
 
-    tensor_model_parallel_size: int = option(
-        1, help="processes that share every layer's matrices; keep within one node", range=(1, None)
-    )
-    sequence_parallel: bool = option(
-        False, help="share what is between the layers over the tensor parallel processes too: less memory"
-    )
-    pipeline_model_parallel_size: int = option(
-        1, help="processes in a row, each with some layers", range=(1, None)
-    )
+    tensor_model_parallel_size: int = option(1, "processes that share a layer's matrices, in one node", min=1)
+    sequence_parallel: bool = option(False, "share what is between layers over them too: less memory")
+    pipeline_model_parallel_size: int = option(1, "processes in a row, each with some layers", min=1)
     virtual_pipeline_model_parallel_size: int | None = option(
-        None,
-        help="pieces of layers on each pipeline process, for shorter idle times; none = 1",
-        range=(1, None),
+        None, "pieces of layers on each pipeline process, for shorter idle times; none = 1", min=1
     )
     num_layers_per_virtual_pipeline_stage: int | None = option(
-        None, help="layers in such a piece, another way to say how many there are", range=(1, None)
+        None, "layers in such a piece, instead of their number", min=1
     )
     decoder_first_pipeline_num_layers: int | None = option(
-        None, help="layers of the first pipeline process; none = as the others", range=(1, None)
+        None, "layers of the first pipeline process; none = as the others", min=1
     )
     decoder_last_pipeline_num_layers: int | None = option(
-        None, help="layers of the last pipeline process; none = as the others", range=(1, None)
+        None, "layers of the last pipeline process; none = as the others", min=1
     )
-    context_parallel_size: int = option(
-        1, help="processes that share the tokens of a batch: for long rows", range=(1, None)
-    )
+    context_parallel_size: int = option(1, "processes that share the tokens of a batch: for long rows", min=1)
     cp_comm_type: str = option(
         "all_gather",
-        help="what they exchange: keys and values of all tokens, or heads for tokens (a2a)",
+        "what they exchange: keys and values of all tokens, or heads for tokens (a2a)",
         choices=("all_gather", "a2a"),
     )
-    expert_model_parallel_size: int = option(
-        1, help="processes that share out the experts of a mixture", range=(1, None)
-    )
-    expert_tensor_parallel_size: int = option(
-        1, help="processes that share every expert's matrices", range=(1, None)
-    )
+    expert_model_parallel_size: int = option(1, "processes that share out the experts of a mixture", min=1)
+    expert_tensor_parallel_size: int = option(1, "processes that share every expert's matrices", min=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,12 +271,8 @@ def _distance(config: LayoutConfig, other: LayoutConfig) -> float:
 
 def describe(config: LayoutConfig) -> str:
     """Its flags as they would be typed."""
-    given = [
-        (f.name, getattr(config, f.name))
-        for f in fields(LayoutConfig)
-        if getattr(config, f.name) != f.default
-    ]
-    words = [f"--{name} {str(value).lower()}" for name, value in given]
+    own = {field.name for field in fields(LayoutConfig)}
+    words = [f"--{name} {str(getattr(config, name)).lower()}" for name in changed(config) if name in own]
     return " ".join(words) or "every process with the whole model (leave these flags out)"
 
 
@@ -312,8 +294,3 @@ def micro_batches(layout: Layout, *, global_batch_size: int, micro_batch_size: i
             hint=f"--global_batch_size {rows * layout.pipeline * math.ceil(count / layout.pipeline)}",
         )
     return count
-
-
-def padded_vocab(vocab: int, layout: Layout) -> int:
-    """Rows of the embedding, so that each tensor parallel process has as many."""
-    return math.ceil(vocab / layout.tensor) * layout.tensor

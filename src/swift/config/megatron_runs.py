@@ -3,8 +3,13 @@
 from dataclasses import dataclass, field, replace
 
 from swift.config.export import ExportOptions
-from swift.config.layout import LayoutConfig
-from swift.config.megatron import MegatronConfig, MegatronScheduleConfig, MegatronTunerConfig
+from swift.config.layout import DEGREES, LayoutConfig
+from swift.config.megatron import (
+    MegatronConfig,
+    MegatronOnlineConfig,
+    MegatronScheduleConfig,
+    MegatronTunerConfig,
+)
 from swift.config.model import ModelConfig
 from swift.config.option import ConfigError
 from swift.config.runs import RlhfRun, SftRun
@@ -55,13 +60,21 @@ class MegatronRlhfRun(OnMegatron, RlhfRun):
     tuner: MegatronTunerConfig = field(default_factory=MegatronTunerConfig)
     schedule: MegatronScheduleConfig = field(default_factory=MegatronScheduleConfig)
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
+    online: MegatronOnlineConfig = field(default_factory=MegatronOnlineConfig)
+
+    @property
+    def answers_itself(self) -> bool:
+        """No process has all of the weights that are trained."""
+        return False
 
     def check_complete(self) -> None:
         """`check` for a run whose values are all known."""
         OnMegatron.check_complete(self)
-        if self.rlhf.rlhf_type in ("grpo", "gkd", "ppo"):
+        shared = next((n for n in DEGREES[:3] if getattr(self.megatron, n) > 1), None)
+        if self.turns.scheduler and shared:
             raise ConfigError(
-                f"--rlhf_type {self.rlhf.rlhf_type} is not there yet in parallel", hint="use swift rlhf"
+                f"--{shared} does not go with conversations of several turns yet",
+                hint=f"leave out --multi_turn_scheduler and --use_gym_env, or --{shared}",
             )
 
 

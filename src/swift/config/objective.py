@@ -29,6 +29,7 @@ RLHF_TYPES = tuple(LOSSES)
 METHODS_OF: dict[str, tuple[str, ...]] = {
     "beta": ("dpo", "cpo", "simpo", "kto", "orpo", "grpo", "gkd"),
     "teacher_model": ("gkd",),
+    "teacher_model_server": ("gkd",),
     "lmbda": ("gkd",),
     "gkd_logits_topk": ("gkd",),
     "sft_alpha": ("gkd",),
@@ -108,8 +109,13 @@ class RlhfConfig:
         None, "rm: pull of the two rewards' sum towards 0; none = off (0.01 is usual)", min=0
     )
     teacher_model: str | None = option(None, "gkd: model whose distribution is learnt")
+    teacher_model_server: str | None = option(
+        None, "gkd: http://HOST:PORT of a server of vLLM that has the teacher, with --gkd_logits_topk"
+    )
     lmbda: float = option(0.5, "gkd: share of steps that learn from the student's own answers", range=(0, 1))
-    gkd_logits_topk: int | None = option(None, "gkd: most likely tokens that are compared; none = all", min=1)
+    gkd_logits_topk: int | None = option(
+        None, "gkd: the teacher's most likely tokens that are compared; none = all", min=1
+    )
     sft_alpha: float = option(0.0, "gkd: weight of the likelihood of the data's own answers", min=0)
     ref_model: str | None = option(
         None, "reference model; none = the model as it is before training (without its new adapters)"
@@ -187,9 +193,19 @@ class RlhfConfig:
             )
 
     def _check_teacher(self) -> None:
-        if not self.teacher_model:
+        url = self.teacher_model_server
+        if not (self.teacher_model or url):
             raise ConfigError(
                 "--rlhf_type gkd needs --teacher_model", hint="a larger model of the same tokenizer"
+            )
+        if self.teacher_model and url:
+            raise ConfigError("--teacher_model and --teacher_model_server name two", hint="leave one out")
+        if url and not url.startswith("http://"):
+            raise ConfigError(f"--teacher_model_server {url} is no http://HOST:PORT", hint="one server alone")
+        if url and not self.gkd_logits_topk:
+            raise ConfigError(
+                "--teacher_model_server needs --gkd_logits_topk: a server tells its most likely tokens alone",
+                hint="20 is what vLLM allows unless it is started with more",
             )
         if self.beta is not None and self.beta > 1:
             raise ConfigError(f"--beta must be from 0 to 1 with --rlhf_type gkd, got {self.beta:g}")

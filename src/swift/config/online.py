@@ -5,12 +5,15 @@ Owns: the knobs, and the arithmetic of prompts, answers and optimizer steps. Not
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from swift.config.option import ConfigError, option
+from swift.config.option import ConfigError, changed, option
 
 SAMPLES = ("grpo", "ppo")  # methods that learn from rewards of such answers
-PPO_TOO = ("log_completions", "log_entropy", "overlong_filter", "offload_model", "offload_optimizer")
+PPO_TOO = (
+    "log_completions", "log_entropy", "overlong_filter", "offload_model", "offload_optimizer",
+    "wandb_log_unique_prompts",
+)  # fmt: skip
 ANSWERS = (*SAMPLES, "gkd")  # all that sample
 SHARED = ("max_completion_length", "temperature", "top_p", "top_k", "repetition_penalty")
 SCALES = {"true": "group", "false": "none"}  # the spelling of earlier versions
@@ -37,79 +40,75 @@ class RolloutPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnlineConfig:
-    num_generations: int = option(8, help="answers to each prompt, which are compared", range=(1, None))
-    num_generations_eval: int | None = option(
-        None, help="answers to each held-out prompt; none = --num_generations", range=(1, None)
-    )
-    max_completion_length: int = option(512, help="longest answer", unit="tokens", range=(1, None))
-    temperature: float = option(0.9, help="of sampling; training sees the same distribution", range=(0, None))
-    top_p: float = option(1.0, help="nucleus of sampling", range=(0, 1))
-    top_k: int = option(-1, help="most likely tokens that are sampled from; -1 = all")
-    repetition_penalty: float = option(1.0, help="of sampling; 1 = none", range=(0, None))
+    num_generations: int = option(8, "answers to each prompt, which are compared", min=1)
+    num_generations_eval: int | None = option(None, "answers to held-out prompts; none = as many", min=1)
+    max_completion_length: int = option(512, "longest answer", unit="tokens", min=1)
+    temperature: float = option(0.9, "of sampling; training sees the same distribution", min=0)
+    top_p: float = option(1.0, "nucleus of sampling", range=(0, 1))
+    top_k: int = option(-1, "most likely tokens that are sampled from; -1 = all")
+    repetition_penalty: float = option(1.0, "of sampling; 1 = none", min=0)
     generation_batch_size: int | None = option(
-        None, help="answers of one rollout on all processes; none = --steps_per_generation micro-batches",
-        unit="answers", range=(1, None),
+        None, "answers of one rollout on all processes; none = as --steps_per_generation says",
+        unit="answers", min=1,
     )  # fmt: skip
     steps_per_generation: int | None = option(
-        None, help="micro-batches that one rollout fills; none = --gradient_accumulation_steps, so that "
-        "every optimizer step has answers of its own", range=(1, None),
+        None, "micro-batches that one rollout fills; none = --gradient_accumulation_steps, so that "
+        "every optimizer step has answers of its own", min=1,
     )  # fmt: skip
-    num_iterations: int = option(1, help="times that each answer is learnt from", range=(1, None))
-    epsilon: float = option(0.2, help="how far the ratio to the old policy may fall below 1", range=(0, None))
-    epsilon_high: float | None = option(
-        None, help="how far it may rise above 1; none = --epsilon (DAPO: 0.28)", range=(0, None)
-    )
+    num_iterations: int = option(1, "times that each answer is learnt from", min=1)
+    epsilon: float = option(0.2, "how far the ratio to the old policy may fall below 1", min=0)
+    epsilon_high: float | None = option(None, "how far above 1; none = --epsilon (DAPO: 0.28)", min=0)
     delta: float | None = option(
-        None, help="upper limit of the ratio where the advantage is negative; none = no limit",
-        range=(0, None),
+        None, "upper limit of the ratio where the advantage is negative; none = no limit",
+        min=0,
     )  # fmt: skip
     importance_sampling_level: str = option(
         "token",
-        help="what the ratio is taken of; sequence = GSPO",
+        "what the ratio is taken of; sequence = GSPO",
         choices=("token", "sequence", "sequence_token"),
     )
-    tau_pos: float = option(1.0, help="sapo: temperature of the gate for good answers", range=(0, None))
-    tau_neg: float = option(1.05, help="sapo: temperature of the gate for bad ones", range=(0, None))
+    tau_pos: float = option(1.0, "sapo: temperature of the gate for good answers", min=0)
+    tau_neg: float = option(1.05, "sapo: temperature of the gate for bad ones", min=0)
     advantage_estimator: str = option(
         "grpo",
-        help="what an answer is compared with: its group's mean, the others' mean (rloo), or the mean with "
+        "what an answer is compared with: its group's mean, the others' mean (rloo), or the mean with "
         "the scale of the whole batch (reinforce_plus_plus)",
         choices=("grpo", "rloo", "reinforce_plus_plus"),
     )
     scale_rewards: str = option(
         "group",
-        help="what advantages are divided by: deviation of the group or of the batch, nothing, or each "
+        "what advantages are divided by: deviation of the group or of the batch, nothing, or each "
         "reward by its own (gdpo)",
         choices=("group", "batch", "none", "gdpo", *SCALES),
     )
-    kl_in_reward: bool = option(False, help="take the distance from the reference off the reward")
-    dynamic_sample: bool = option(
-        False, help="sample again in place of groups whose rewards are all the same (DAPO)"
+    kl_in_reward: bool = option(False, "take the distance from the reference off the reward")
+    dynamic_sample: bool = option(False, "sample again in place of groups whose rewards are all one (DAPO)")
+    max_resample_times: int = option(3, "rounds of that", min=1)
+    async_generate: bool = option(
+        False,
+        "servers of vLLM answer for the next rollout while this one is learnt from, with weights that "
+        "are one rollout older",
     )
-    max_resample_times: int = option(3, help="rounds of that", range=(1, None))
-    overlong_filter: bool = option(False, help="learn nothing from answers that were cut at their longest")
+    overlong_filter: bool = option(False, "learn nothing from answers that were cut at their longest")
     top_entropy_quantile: float = option(
-        1.0, help="share of the tokens that are learnt from, the most uncertain ones", range=(0, 1)
+        1.0, "share of the tokens that are learnt from, the most uncertain ones", range=(0, 1)
     )
-    offload_model: bool = option(
-        False, help="move the weights in training to the CPU's memory while vLLM answers beside them"
+    offload_model: bool = option(False, "keep trained weights on the CPU while vLLM answers beside them")
+    offload_optimizer: bool = option(False, "keep optimizer moments on the CPU while answers are sampled")
+    log_entropy: bool = option(False, "log how uncertain the model is")
+    log_completions: bool = option(
+        False, "keep every answer with its rewards in completions.jsonl, and show some to --report_to"
     )
-    offload_optimizer: bool = option(
-        False, help="move the optimizer's moments to the CPU's memory while answers are sampled"
-    )
-    log_entropy: bool = option(False, help="log how uncertain the model is")
-    log_completions: bool = option(False, help="keep every answer with its rewards in completions.jsonl")
+    wandb_log_unique_prompts: bool = option(False, "--log_completions: show trackers one answer a prompt")
     rollout_importance_sampling_mode: str | None = option(
         None,
-        help="correction where the sampler's probabilities differ from the trainer's; none = logged alone",
+        "correction where the sampler's probabilities differ from the trainer's; none = logged alone",
         choices=("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
     )
-    rollout_importance_sampling_threshold: float = option(
-        2.0, help="largest weight of that correction", range=(0, None)
-    )
+    rollout_importance_sampling_threshold: float = option(2.0, "largest weight of that correction", min=0)
     off_policy_sequence_mask_delta: float | None = option(
-        None, help="bad answers further than this from the policy teach nothing; none = all teach",
-        range=(0, None),
+        None, "bad answers further than this from the policy teach nothing; none = all teach",
+        min=0,
     )  # fmt: skip
 
     @property
@@ -119,14 +118,16 @@ class OnlineConfig:
 
     def check(self, rlhf_type: str) -> None:
         """Raises ConfigError where a flag has no effect or contradicts another."""
-        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
-        for name in changed:
+        given = changed(self)
+        for name in given:
             methods = ANSWERS if name in SHARED else SAMPLES if name in PPO_TOO else ("grpo",)
             if rlhf_type not in methods:
                 raise ConfigError(
                     f"--{name} has no effect with --rlhf_type {rlhf_type}",
                     hint=f"it belongs to {', '.join(methods)}; leave it out",
                 )
+        if self.wandb_log_unique_prompts and not self.log_completions:
+            raise ConfigError("--wandb_log_unique_prompts has no effect without --log_completions true")
         if self.temperature == 0:
             raise ConfigError(
                 "--temperature 0 gives every prompt the same answer again and again",
@@ -149,7 +150,7 @@ class OnlineConfig:
                 "--generation_batch_size and --steps_per_generation say the same thing twice",
                 hint="leave one of them out",
             )
-        if "max_resample_times" in changed and not self.dynamic_sample:
+        if "max_resample_times" in given and not self.dynamic_sample:
             raise ConfigError("--max_resample_times has no effect without --dynamic_sample true")
         if self.top_entropy_quantile == 0:
             raise ConfigError("--top_entropy_quantile 0 leaves no token to learn from", hint="0.2 is usual")

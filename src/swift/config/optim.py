@@ -17,17 +17,29 @@ SCHEDULES = (
     "cosine_warmup_with_min_lr",
     "warmup_stable_decay",
 )
-# Optimizers, and the package each comes from.
-OPTIMIZERS = {
-    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "muon"), "torch"),
-    **dict.fromkeys(
-        (
-            "adamw_8bit", "adamw_bnb_8bit", "paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit",
-            "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit",
-        ),
-        "bitsandbytes",
+ADAM = ("betas", "eps")
+# Optimizer -> its class, which of Adam's settings it takes, and settings of its own.
+OPTIMIZERS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    "adamw_torch": ("torch.optim:AdamW", ADAM, {}),
+    "adamw_torch_fused": ("torch.optim:AdamW", ADAM, {"fused": True}),
+    "sgd": ("torch.optim:SGD", (), {}),
+    # The rate is the schedule's, not its own relative one.
+    "adafactor": (
+        "transformers.optimization:Adafactor", (), {"scale_parameter": False, "relative_step": False},
     ),
-    **dict.fromkeys(("schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd"), "schedulefree"),
+    "muon": ("torch.optim:Muon", (), {"adjust_lr_fn": "match_rms_adamw"}),
+    "adamw_8bit": ("bitsandbytes.optim:AdamW8bit", ADAM, {}),
+    "adamw_bnb_8bit": ("bitsandbytes.optim:AdamW8bit", ADAM, {}),
+    "paged_adamw": ("bitsandbytes.optim:PagedAdamW32bit", ADAM, {}),
+    "paged_adamw_32bit": ("bitsandbytes.optim:PagedAdamW32bit", ADAM, {}),
+    "paged_adamw_8bit": ("bitsandbytes.optim:PagedAdamW8bit", ADAM, {}),
+    "lion_32bit": ("bitsandbytes.optim:Lion", ("betas",), {}),
+    "lion_8bit": ("bitsandbytes.optim:Lion8bit", ("betas",), {}),
+    "paged_lion_32bit": ("bitsandbytes.optim:PagedLion32bit", ("betas",), {}),
+    "paged_lion_8bit": ("bitsandbytes.optim:PagedLion8bit", ("betas",), {}),
+    "schedule_free_adamw": ("schedulefree:AdamWScheduleFree", ADAM, {}),
+    "schedule_free_radam": ("schedulefree:RAdamScheduleFree", ADAM, {}),
+    "schedule_free_sgd": ("schedulefree:SGDScheduleFree", (), {}),
 }  # fmt: skip
 INSTALL = {"bitsandbytes": "bitsandbytes>=0.46", "schedulefree": "schedulefree>=1.4"}
 LEVEL = ("constant", "constant_with_warmup")
@@ -62,6 +74,11 @@ class OptimConfig:
         """The optimizer that counts: one of OPTIMIZERS, or a plugin's."""
         return self.optim if self.optimizer in (None, "lorap") else str(self.optimizer)
 
+    @property
+    def package(self) -> str:
+        """Where it comes from; that of a plugin's is torch."""
+        return OPTIMIZERS.get(self.name, ("torch",))[0].partition(":")[0].partition(".")[0]
+
     def peak(self, train_type: str) -> float:
         """--learning_rate, or the default of the kind of training."""
         if self.learning_rate is not None:
@@ -70,9 +87,9 @@ class OptimConfig:
 
     def check(self, *, train_type: str, slicer: str | None) -> None:
         """Raises ConfigError where an optimizer cannot work as asked."""
-        package = OPTIMIZERS.get(self.name, "torch")
+        package = self.package
         flag = f"--{'optim' if self.name == self.optim else 'optimizer'} {self.name}"
-        if package != "torch":
+        if package in INSTALL:
             require_package(package, flag=flag, install=INSTALL[package])
         whole = package == "bitsandbytes" or self.name == "adafactor"
         if slicer and slicer.startswith("--deepspeed"):  # which sees flat slices of many weights at once

@@ -29,21 +29,13 @@ GPUS = {
 class PlanRun:
     """What the command is planned for; its own flags follow it."""
 
-    gpu: str | None = option(None, help="kind of GPU; none = those of this machine", choices=tuple(GPUS))
+    gpu: str | None = option(None, "kind of GPU; none = those of this machine", choices=tuple(GPUS))
     gpus: int | None = option(
-        None, help="GPUs in all; none = NPROC_PER_NODE x NNODES, 8 a node of --ips, else this machine's",
-        range=(1, None),
-    )  # fmt: skip
-    rows: int | None = option(
-        None, help="training rows; none = those of local files and of #N", range=(1, None)
+        None, "GPUs in all; none = NPROC_PER_NODE x NNODES, 8 a node of --ips, else this machine's", min=1
     )
-    row_tokens: int | None = option(
-        None, help="mean tokens of a row (grpo: of a prompt); none = by the size of local files",
-        range=(1, None),
-    )  # fmt: skip
-    command: tuple[str, ...] = option(
-        (), help="what to plan, such as megatron sft ...; on the command line it just follows"
-    )
+    rows: int | None = option(None, "training rows; none = those of local files and of #N", min=1)
+    row_tokens: int | None = option(None, "mean tokens of a row (grpo: prompt); none = by file size", min=1)
+    command: tuple[str, ...] = option((), "what to plan, such as megatron sft ...; typed, it just follows")
 
     def check(self) -> None:
         """Raises ConfigError where there is nothing to plan."""

@@ -1,70 +1,52 @@
 """What answers are worth: reward functions, reward models, and their settings."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from swift.config.option import ConfigError, default_of, option, require_package
+from swift.config.option import ConfigError, changed, option, require_package
 
 # flags that only these shipped rewards read
 SETTINGS_OF = {"cosine": "cosine", "repetition": "repetition", "soft": "soft_overlong"}
 REWARDED = ("grpo", "ppo")  # methods
-SHIPPED = ("accuracy", "format", "react_format", "cosine", "repetition", "soft_overlong")
-
-
-def check_rewarded(rlhf_type: str, changed: list[str]) -> None:
-    """Raises ConfigError when a flag of this file, or of turns.py, is given for a method without rewards."""
-    if changed and rlhf_type not in REWARDED:
-        raise ConfigError(
-            f"--{changed[0]} has no effect with --rlhf_type {rlhf_type}",
-            hint=f"it belongs to {', '.join(REWARDED)}; leave it out",
-        )
+SHIPPED = ("accuracy", "format", "react_format", "cosine", "repetition", "soft_overlong", "toolbench", "math")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardConfig:
     reward_funcs: tuple[str, ...] = option(
-        (), help=f"rewards, summed: {', '.join(SHIPPED)}, names from --external_plugins, or file.py:name"
+        (), f"rewards, summed: {', '.join(SHIPPED)}, names from --external_plugins, or file.py:name"
     )
     reward_weights: tuple[float, ...] | None = option(
-        None, help="weight of each of --reward_funcs, then of each --reward_model; none = 1 each"
+        None, "weight of each of --reward_funcs, then of each --reward_model; none = 1 each"
     )
-    reward_model: tuple[str, ...] = option(
-        (), help="models with a score head, which judge whole conversations"
-    )
+    reward_model: tuple[str, ...] = option((), "models with a score head, which judge whole conversations")
     reward_model_plugin: tuple[str, ...] = option(
-        (), help="what turns each --reward_model into a number, from --external_plugins; none = its score"
+        (), "what turns each --reward_model into a number, from --external_plugins; none = its score"
     )
-    reward_timeout: float = option(
-        300.0, help="longest time for one reward to judge one batch", unit="seconds", range=(0.01, None)
-    )
+    reward_timeout: float = option(300.0, "longest time for one reward and batch", unit="seconds", min=0.01)
     cosine_max_len: int | None = option(
-        None, help="cosine: length with the last value; none = --max_completion_length", unit="tokens",
-        range=(1, None),
+        None, "cosine: length with the last value; none = --max_completion_length", unit="tokens",
+        min=1,
     )  # fmt: skip
-    cosine_min_len_value_correct: float = option(1.0, help="cosine: value of a short correct answer")
-    cosine_max_len_value_correct: float = option(0.5, help="cosine: value of a long correct answer")
-    cosine_min_len_value_wrong: float = option(-0.5, help="cosine: value of a short wrong answer")
-    cosine_max_len_value_wrong: float = option(0.0, help="cosine: value of a long wrong answer")
-    repetition_n_grams: int = option(3, help="repetition: words that are compared together", range=(1, None))
+    cosine_min_len_value_correct: float = option(1.0, "cosine: value of a short correct answer")
+    cosine_max_len_value_correct: float = option(0.5, "cosine: value of a long correct answer")
+    cosine_min_len_value_wrong: float = option(-0.5, "cosine: value of a short wrong answer")
+    cosine_max_len_value_wrong: float = option(0.0, "cosine: value of a long wrong answer")
+    repetition_n_grams: int = option(3, "repetition: words that are compared together", min=1)
     repetition_max_penalty: float = option(
-        -1.0, help="repetition: value of an answer that only repeats itself", range=(None, 0)
+        -1.0, "repetition: value of an answer that only repeats itself", range=(None, 0)
     )
     soft_max_length: int | None = option(
-        None, help="soft_overlong: length with value -1; none = --max_completion_length", unit="tokens",
-        range=(1, None),
+        None, "soft_overlong: length with value -1; none = --max_completion_length", unit="tokens",
+        min=1,
     )  # fmt: skip
     soft_cache_length: int | None = option(
-        None, help="soft_overlong: tokens before that over which it falls from 0", unit="tokens",
-        range=(1, None),
+        None, "soft_overlong: tokens before that over which it falls from 0", unit="tokens",
+        min=1,
     )  # fmt: skip
-
-    @property
-    def changed(self) -> list[str]:
-        """Flags that are not at their defaults."""
-        return [f.name for f in fields(self) if getattr(self, f.name) != default_of(f)]
 
     def check(self, *, max_completion_length: int, has_environment: bool = False) -> None:
         """Raises ConfigError. For methods that have rewards; names of plugins are looked up by the panel."""
-        for name in self.changed:
+        for name in changed(self):
             reader = SETTINGS_OF.get(name.split("_")[0])
             if reader and set(self.reward_funcs) <= {*SHIPPED} - {reader}:
                 raise ConfigError(f"--{name} has no effect without --reward_funcs {reader}")
@@ -86,7 +68,7 @@ class RewardConfig:
                 f"{len(self.reward_model)} in --reward_model",
                 hint="give one for all, or one for each",
             )
-        for name in ("accuracy", "cosine"):
+        for name in ("accuracy", "cosine", "math"):
             if name in self.reward_funcs:
                 require_package("math_verify", flag=f"--reward_funcs {name}", install="swiftune[rewards]")
         if "soft_overlong" in self.reward_funcs:

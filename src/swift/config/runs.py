@@ -4,19 +4,20 @@ from dataclasses import dataclass, field
 
 from swift.config.data import DataConfig
 from swift.config.dataset import DatasetOptions
-from swift.config.export import ExportOptions, PublishOptions, QuantizeOptions
+from swift.config.export import ExportOptions, QuantizeOptions
 from swift.config.generation import GenerationConfig, InferOptions
 from swift.config.layout import LayoutConfig
 from swift.config.model import ModelConfig
 from swift.config.objective import RlhfConfig
 from swift.config.online import ANSWERS, SAMPLES, OnlineConfig
 from swift.config.optim import OptimConfig
-from swift.config.option import ConfigError
+from swift.config.option import ConfigError, changed, refuse
 from swift.config.parallel import ParallelConfig
 from swift.config.plugins import PluginConfig
 from swift.config.ppo import PpoConfig
+from swift.config.publish import CheckpointPublishing, ResultPublishing
 from swift.config.quant import QuantConfig
-from swift.config.rewards import RewardConfig, check_rewarded
+from swift.config.rewards import REWARDED, RewardConfig
 from swift.config.schedule import OutputConfig, ScheduleConfig
 from swift.config.serve import ServeOptions
 from swift.config.sft import SftConfig
@@ -41,6 +42,7 @@ class TrainRun:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    publish: CheckpointPublishing = field(default_factory=CheckpointPublishing)
     given: frozenset[str] = frozenset()  # the flags that somebody typed, also where they are as ever
 
     @property
@@ -73,6 +75,9 @@ class TrainRun:
         self.data.check()
         self.template.check()
         self.output.profiled  # noqa: B018 - raises ConfigError
+        self.publish.check()
+        if self.publish.push_to_hub and self.schedule.save_strategy == "no":
+            raise ConfigError("--push_to_hub needs checkpoints", hint="leave --save_strategy no out")
         self._check_evaluation()
         self.tuner.check()
         slicer, train_type = self.parallel.slicer, self.tuner.train_type
@@ -165,13 +170,21 @@ class RlhfRun(TrainRun):
     ppo: PpoConfig = field(default_factory=PpoConfig)
     vllm: VllmRolloutConfig = field(default_factory=VllmRolloutConfig)
 
+    @property
+    def answers_itself(self) -> bool:
+        """Whether answers come from the very weights that are trained."""
+        return not self.vllm.use_vllm
+
     def check_complete(self) -> None:
         """`check` for a run whose values are all known."""
         TrainRun.check_complete(self)
         self.rlhf.check()
         self.online.check(self.rlhf.rlhf_type)
         self.ppo.check(self.rlhf.rlhf_type)
-        check_rewarded(self.rlhf.rlhf_type, [*self.rewards.changed, *self.turns.changed])
+        if self.rlhf.rlhf_type not in REWARDED:
+            hint = f"it belongs to {', '.join(REWARDED)}; leave it out"
+            for group in (self.rewards, self.turns):
+                refuse(group, changed(group), f"with --rlhf_type {self.rlhf.rlhf_type}", hint=hint)
         self.turns.check()
         if self.turns.scheduler and self.parallel.sequence_parallel_size > 1:
             raise ConfigError(
@@ -191,6 +204,8 @@ class RlhfRun(TrainRun):
             self.vllm.check_rollout()
         else:
             self.vllm.check_unused(f"--rlhf_type {' or '.join(ANSWERS)}")
+        if self.online.async_generate:
+            self.vllm.check_ahead(has_turns=self.turns.scheduler is not None)
         if self.data.cached_dataset:
             raise ConfigError("--cached_dataset holds conversations for swift sft", hint="give --dataset")
         if self.rlhf.needs_reference and self.tuner.init_weights.startswith(("pissa", "olora")):
@@ -237,6 +252,7 @@ class InferRun:
                 "--model or --adapters is missing",
                 hint="for example --model smollm2-135m, or --adapters CHECKPOINT",
             )
+        self.generation.check()
         self.quant.check(train_type="lora", slicer=None, init_weights="")
         if self.infer.infer_backend != "vllm":
             self.vllm.check_unused("--infer_backend vllm")
@@ -315,7 +331,7 @@ class ExportRun:
     model: ModelConfig = field(default_factory=ModelConfig)
     export: ExportOptions = field(default_factory=ExportOptions)
     quant: QuantizeOptions = field(default_factory=QuantizeOptions)
-    publish: PublishOptions = field(default_factory=PublishOptions)
+    publish: ResultPublishing = field(default_factory=ResultPublishing)
     data: DataConfig = field(default_factory=DataConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     plugins: PluginConfig = field(default_factory=PluginConfig)

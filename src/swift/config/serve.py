@@ -11,43 +11,31 @@ NAMED = re.compile(r"([\w.-]+)=(.+)")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeOptions:
     adapters: tuple[str, ...] = option(
-        (), help="checkpoints with adapters: NAME=DIR is a model of its own, DIR alone changes the one served"
+        (), "checkpoints with adapters: NAME=DIR is a model of its own, DIR alone changes the one served"
     )
-    load_args: bool = option(
-        True, help="take model, system prompt and template from the checkpoints' args.json"
-    )
-    merge_lora: bool = option(False, help="fold --adapters DIR into the weights in memory: faster answers")
-    infer_backend: str = option("transformers", help="engine", choices=("transformers", "pt", "vllm"))
-    vllm_data_parallel_size: int = option(1, help="engines of vLLM behind the port", range=(1, None))
-    max_batch_size: int = option(
-        64, help="answers of one model that are computed together", unit="answers", range=(1, None)
-    )
-    host: str = option("127.0.0.1", help="address to listen at; 0.0.0.0 = reachable from other machines")
-    port: int = option(8000, help="0 = any that is free", range=(0, 65535))
-    api_key: str | None = option(None, help="key that requests must bring; none = everyone may ask")
-    ssl_keyfile: str | None = option(None, help="private key of --ssl_certfile")
-    ssl_certfile: str | None = option(None, help="certificate to serve https with; none = http")
-    served_model_name: str | None = option(
-        None, help="what requests call the model; none = the last part of --model"
-    )
-    owned_by: str = option("swift", help="owner that the list of models tells")
-    max_logprobs: int = option(
-        20, help="most likely tokens that a request may ask for at a position", range=(0, None)
-    )
-    max_queue_size: int = option(
-        256, help="answers that may wait; a request beyond that is refused", unit="answers", range=(0, None)
-    )
-    max_body_size: int = option(
-        16_000_000, help="largest request that is read", unit="bytes", range=(1, None)
-    )
-    shutdown_timeout: float = option(
-        30.0, help="how long answers may go on after Ctrl-C or SIGTERM", unit="seconds", range=(0, None)
-    )
-    log_interval: float = option(
-        20.0, help="time between lines on requests and tokens; 0 or less = none", unit="seconds"
-    )
-    result_path: str | None = option(None, help="JSONL of what was asked and answered; none = not kept")
-    verbose: bool = option(False, help="a line for each request")
+    load_args: bool = option(True, "take model, system prompt and template from the checkpoints' args.json")
+    merge_lora: bool = option(False, "fold --adapters DIR into the weights in memory: faster answers")
+    infer_backend: str = option("transformers", "engine", choices=("transformers", "pt", "vllm"))
+    vllm_data_parallel_size: int = option(1, "engines of vLLM behind the port", min=1)
+    max_batch_size: int = option(64, "answers of one model that are computed together", unit="answers", min=1)
+    host: str = option("127.0.0.1", "address to listen at; 0.0.0.0 = reachable from other machines")
+    port: int = option(8000, "0 = any that is free", range=(0, 65535))
+    api_key: str | None = option(None, "key that requests must bring; none = everyone may ask")
+    ssl_keyfile: str | None = option(None, "private key of --ssl_certfile")
+    ssl_certfile: str | None = option(None, "certificate to serve https with; none = http")
+    served_model_name: str | None = option(None, "what requests call the model; none = the end of --model")
+    owned_by: str = option("swift", "owner that the list of models tells")
+    max_logprobs: int = option(20, "most likely tokens that a request may ask for at a position", min=0)
+    max_queue_size: int = option(256, "answers that may wait; no more are taken", unit="answers", min=0)
+    max_body_size: int = option(16_000_000, "largest request that is read", unit="bytes", min=1)
+    shutdown_timeout: float = option(30.0, "how long answers may go on after SIGTERM", unit="seconds", min=0)
+    log_interval: float = option(20.0, "time between lines on the load; 0 or less = none", unit="seconds")
+    result_path: str | None = option(None, "JSONL of what was asked and answered; none = not kept")
+    verbose: bool = option(False, "a line for each request")
+    log_level: str = option(
+        "info", "least important lines that are shown; debug, trace = those of uvicorn too",
+        choices=("critical", "error", "warning", "info", "debug", "trace"),
+    )  # fmt: skip
 
     @property
     def named_adapters(self) -> dict[str | None, str]:
@@ -59,7 +47,7 @@ class ServeOptions:
         """Raises ConfigError where flags contradict each other, or a package is missing."""
         if self.vllm_data_parallel_size > 1 and self.infer_backend != "vllm":
             raise ConfigError("--vllm_data_parallel_size has no effect without --infer_backend vllm")
-        for package in ("fastapi", "uvicorn") if self.infer_backend != "vllm" else ():
+        for package in ("fastapi", "uvicorn", "llguidance") if self.infer_backend != "vllm" else ():
             require_package(package, flag="swift deploy", install="swiftune[serve]")
         names = self.named_adapters
         if len(names) < len(self.adapters) or (None in names and len(names) > 1):

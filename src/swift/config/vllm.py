@@ -7,8 +7,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from swift.config.model import ModelConfig
-from swift.config.option import ConfigError, default_of, option
+from swift.config.option import ConfigError, changed, default_of, option, refuse
 
+OURS = ("vllm_engine_kwargs", "vllm_gpu_memory_utilization")
+DIFFERS = ("vllm_disable_custom_all_reduce",)  # whose default is not vLLM's
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -17,54 +19,43 @@ class VllmConfig:
     """One engine of vLLM, wherever it runs."""
 
     vllm_gpu_memory_utilization: float | None = option(
-        None, help="share of a GPU's memory; none = 0.9, beside a training 0.4", range=(0.01, 1)
+        None, "share of a GPU's memory; none = 0.9, beside a training 0.4", range=(0.01, 1)
     )
-    vllm_tensor_parallel_size: int = option(1, help="GPUs that share every layer", range=(1, None))
-    vllm_pipeline_parallel_size: int = option(1, help="GPUs that each hold some layers", range=(1, None))
-    vllm_enable_expert_parallel: bool = option(False, help="spread experts instead of cutting each")
-    vllm_max_num_seqs: int | None = option(
-        None, help="answers under way at once; none = vLLM's choice", range=(1, None)
-    )
+    vllm_tensor_parallel_size: int = option(1, "GPUs that share every layer", min=1)
+    vllm_pipeline_parallel_size: int = option(1, "GPUs that each hold some layers", min=1)
+    vllm_enable_expert_parallel: bool = option(False, "spread experts instead of cutting each")
+    vllm_max_num_seqs: int | None = option(None, "answers under way at once; none = vLLM's choice", min=1)
     vllm_max_model_len: int | None = option(
         None,
-        help="longest prompt with its answer; none = the model's context",
+        "longest prompt with its answer; none = the model's context",
         unit="tokens",
-        range=(1, None),
+        min=1,
     )
-    vllm_disable_custom_all_reduce: bool = option(True, help="exchange between GPUs through NCCL alone")
-    vllm_enforce_eager: bool = option(False, help="no compiled graphs: starts faster, answers slower")
-    vllm_enable_prefix_caching: bool = option(True, help="compute what prompts have in common once")
-    vllm_disable_cascade_attn: bool = option(False, help="no shared attention over a common prefix")
-    vllm_quantization: str | None = option(None, help="how weights are quantised; none = as config.json says")
-    vllm_speculative_config: dict[str, Any] = option({}, help="speculative decoding, as JSON")
-    vllm_limit_mm_per_prompt: dict[str, Any] = option({}, help="images, videos ... of a prompt, as JSON")
+    vllm_disable_custom_all_reduce: bool = option(True, "exchange between GPUs through NCCL alone")
+    vllm_enforce_eager: bool = option(False, "no compiled graphs: starts faster, answers slower")
+    vllm_enable_prefix_caching: bool = option(True, "compute what prompts have in common once")
+    vllm_disable_cascade_attn: bool = option(False, "no shared attention over a common prefix")
+    vllm_quantization: str | None = option(None, "how weights are quantised; none = as config.json says")
+    vllm_speculative_config: dict[str, Any] = option({}, "speculative decoding, as JSON")
+    vllm_limit_mm_per_prompt: dict[str, Any] = option({}, "images, videos ... of a prompt, as JSON")
     vllm_mm_processor_cache_gb: float | None = option(
-        None, help="cache of processed images; none = vLLM's choice", unit="GiB", range=(0, None)
+        None, "cache of processed images; none = vLLM's choice", unit="GiB", min=0
     )
-    vllm_engine_kwargs: dict[str, Any] = option({}, help="any other argument of vLLM's engine, as JSON")
+    vllm_engine_kwargs: dict[str, Any] = option({}, "any other argument of vLLM's engine, as JSON")
 
     def engine_arguments(self) -> dict[str, Any]:
         """What differs from vLLM's defaults, under its own names; `vllm_engine_kwargs` wins."""
-        ours = ("vllm_engine_kwargs", "vllm_gpu_memory_utilization")
         chosen = {
             field.name.removeprefix("vllm_"): getattr(self, field.name)
             for field in fields(VllmConfig)
-            if field.name not in ours and getattr(self, field.name) not in (None, {})
+            if field.name not in OURS
+            and (field.name in DIFFERS or getattr(self, field.name) != default_of(field))
         }
-        same = {
-            "enable_expert_parallel": False, "enforce_eager": False, "disable_cascade_attn": False,
-            "tensor_parallel_size": 1, "pipeline_parallel_size": 1, "enable_prefix_caching": True,
-        }  # fmt: skip
-        differing = {name: value for name, value in chosen.items() if same.get(name) != value}
-        return differing | self.vllm_engine_kwargs
+        return chosen | self.vllm_engine_kwargs
 
     def check_unused(self, needed: str) -> None:
         """Raises ConfigError for a flag of vLLM's without `needed`, which asks for it."""
-        for field in fields(self):
-            if getattr(self, field.name) != default_of(field):
-                raise ConfigError(
-                    f"--{field.name} has no effect without {needed}", hint="add it, or leave it out"
-                )
+        refuse(self, changed(self), f"without {needed}", hint="add it, or leave it out")
 
 
 def check_chosen_by_vllm(model: ModelConfig, where: str) -> None:
@@ -78,29 +69,27 @@ def check_chosen_by_vllm(model: ModelConfig, where: str) -> None:
 class VllmRolloutConfig(VllmConfig):
     """vLLM as what answers while a model is trained."""
 
-    use_vllm: bool = option(False, help="vLLM gives the answers instead of the trained model's own decoder")
+    use_vllm: bool = option(False, "vLLM gives the answers instead of the trained model's own decoder")
     vllm_mode: str | None = option(
         None,
-        help="colocate: in the training processes; server: `swift rollout` elsewhere; "
+        "colocate: in the training processes; server: `swift rollout` elsewhere; "
         "none = server where one is named",
         choices=("colocate", "server"),
     )
     vllm_device: str | None = option(
-        None, help="auto: a server on the GPUs beyond NPROC_PER_NODE, where there are any", choices=("auto",)
+        None, "auto: a server on the GPUs beyond NPROC_PER_NODE, where there are any", choices=("auto",)
     )
-    vllm_server_base_url: tuple[str, ...] = option(
-        (), help="servers as http://HOST:PORT, instead of two flags"
-    )
-    vllm_server_host: tuple[str, ...] = option((), help="hosts of `swift rollout`")
-    vllm_server_port: tuple[int, ...] = option((8000,), help="port of each server")
+    vllm_server_base_url: tuple[str, ...] = option((), "servers as http://HOST:PORT, instead of two flags")
+    vllm_server_host: tuple[str, ...] = option((), "hosts of `swift rollout`")
+    vllm_server_port: tuple[int, ...] = option((8000,), "port of each server")
     vllm_server_timeout: float = option(
         240.0,
-        help="longest wait for a server to start, and for a sign of life from it",
+        "longest wait for a server to start, and for a sign of life from it",
         unit="s",
-        range=(1, None),
+        min=1,
     )
     sleep_level: int = option(
-        0, help="colocated vLLM frees while training: 0 nothing, 1 its cache (weights go to the host), 2 all",
+        0, "colocated vLLM frees while training: 0 nothing, 1 its cache (weights go to the host), 2 all",
         choices=(0, 1, 2),
     )  # fmt: skip
 
@@ -127,19 +116,27 @@ class VllmRolloutConfig(VllmConfig):
             self.check_unused("--use_vllm true")
             return
         if self.mode == "colocate":
-            for name in ("vllm_server_base_url", "vllm_server_host"):
-                if getattr(self, name):
-                    raise ConfigError(
-                        f"--{name} has no effect with --vllm_mode colocate", hint="leave one out"
-                    )
+            named = ("vllm_server_base_url", "vllm_server_host")
+            refuse(self, named, "with --vllm_mode colocate", hint="leave one out")
             return
         self._check_servers()
 
-    def _check_servers(self) -> None:
-        if self.sleep_level:
+    def check_ahead(self, *, has_turns: bool) -> None:
+        """Raises ConfigError where nobody can answer beside the training (--async_generate)."""
+        if not (self.use_vllm and self.mode == "server"):
             raise ConfigError(
-                "--sleep_level has no effect on a server: it has GPUs of its own", hint="leave it out"
+                "--async_generate true needs --vllm_mode server: others answer with the weights in training",
+                hint="start swift rollout, then --use_vllm true --vllm_server_host 127.0.0.1",
             )
+        if has_turns:
+            raise ConfigError(
+                "--async_generate true does not go with conversations of several turns",
+                hint="leave out --multi_turn_scheduler and --use_gym_env, or --async_generate",
+            )
+
+    def _check_servers(self) -> None:
+        own = "on a server: it has GPUs of its own"
+        refuse(self, ("sleep_level",), own, hint="leave it out")
         if self.vllm_device:
             raise ConfigError("--vllm_device auto starts its own server", hint="leave --vllm_mode out")
         if self.vllm_server_base_url and self.vllm_server_host:
@@ -163,8 +160,6 @@ class VllmRolloutConfig(VllmConfig):
 class RolloutOptions:
     """`swift rollout`: where it listens."""
 
-    host: str = option(
-        "127.0.0.1", help="address to listen on; beyond loopback everyone who can reach it is let in"
-    )
-    port: int = option(8000, help="port to listen on", range=(1, 65535))
-    vllm_data_parallel_size: int = option(1, help="engines behind the port", range=(1, None))
+    host: str = option("127.0.0.1", "address to listen on; beyond loopback whoever can reach it is let in")
+    port: int = option(8000, "port to listen on", range=(1, 65535))
+    vllm_data_parallel_size: int = option(1, "engines behind the port", min=1)

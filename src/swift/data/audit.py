@@ -86,55 +86,36 @@ def is_plain_text(dataset: EncodedDataset, answers: Answers) -> bool:
 
 def audit(dataset: EncodedDataset, stop_token_ids: Sequence[int]) -> list[str]:
     """One line for each thing that is probably not meant."""
-    answers = find_answers(dataset, stop_token_ids)
-    checks = [_check_copies(dataset)]
-    if not is_plain_text(dataset, answers):
-        checks += [
-            _check_short(answers),
-            _check_thoughts(count_thoughts(dataset.samples)),
-            _check_ends(dataset, answers),
-        ]
-    return [line for line in checks if line]
-
-
-def _check_copies(dataset: EncodedDataset) -> str | None:
+    lines, count = [], len(dataset)
     copies = find_copies(dataset)
-    if len(copies) < max(1, MANY_COPIES * len(dataset)):
-        return None
-    later, first = next(iter(copies.items()))
-    where = f"{place(*dataset.places[later])} is {place(*dataset.places[first])}"
-    return f"{len(copies):,} of {len(dataset):,} rows are exact copies of another row (first: {where})"
-
-
-def _check_short(answers: Answers) -> str | None:
+    if len(copies) >= max(1, MANY_COPIES * count):
+        later, first = (place(*dataset.places[i]) for i in next(iter(copies.items())))
+        lines.append(
+            f"{len(copies):,} of {count:,} rows are exact copies of another row (first: {later} is {first})"
+        )
+    answers = find_answers(dataset, stop_token_ids)
+    if is_plain_text(dataset, answers):
+        return lines
     median = np.median(answers.lengths)
-    if median >= SHORT_ANSWER:
-        return None
-    return (
-        f"answers are very short: half of them have at most {median:g} token(s) "
-        f"(warned below {SHORT_ANSWER}); the model will learn to answer everything that shortly"
-    )
-
-
-def _check_thoughts(counts: Counter[str]) -> str | None:
-    if len(counts) < 2:
-        return None
-    found = ", ".join(f"{counts[kind]:,} {kind}" for kind in THOUGHTS if counts[kind])
-    return (
-        f"answers that think (<think>) and others are mixed ({found}); unless the question says which is "
-        "wanted (/think, /no_think), the model cannot know"
-    )
-
-
-def _check_ends(dataset: EncodedDataset, answers: Answers) -> str | None:
+    if median < SHORT_ANSWER:
+        lines.append(
+            f"answers are very short: half of them have at most {median:g} token(s) "
+            f"(warned below {SHORT_ANSWER}); the model will learn to answer everything that shortly"
+        )
+    thoughts = count_thoughts(dataset.samples)
+    if len(thoughts) > 1:
+        found = ", ".join(f"{thoughts[kind]:,} {kind}" for kind in THOUGHTS if thoughts[kind])
+        lines.append(
+            f"answers that think (<think>) and others are mixed ({found}); unless the question says which is "
+            "wanted (/think, /no_think), the model cannot know"
+        )
     unended = find_unended(answers)
-    if not len(unended):
-        return None
-    where = place(*dataset.places[int(unended[0])])
-    return (
-        f"{len(unended):,} of {len(dataset):,} rows do not end with a trained end-of-turn token "
-        f"(first: {where}); the model does not learn to stop there"
-    )
+    if len(unended):
+        lines.append(
+            f"{len(unended):,} of {count:,} rows do not end with a trained end-of-turn token "
+            f"(first: {place(*dataset.places[int(unended[0])])}); the model does not learn to stop there"
+        )
+    return lines
 
 
 def find_unended(answers: Answers) -> np.ndarray:

@@ -300,12 +300,9 @@ def open_exported(
     datasets = []
     for directory in directories:
         path = Path(directory).expanduser()
-        is_one = (path / ENTRY).exists()
-        if training:
-            entry = path if is_one else path / "train"
+        entry = path if (path / ENTRY).exists() else path / ("train" if training else "val")
+        if training or (entry != path and entry.exists()):
             datasets.append(_open_checked(directory, entry, encoder, model))
-        elif not is_one and (path / "val").exists():
-            datasets.append(_open_checked(directory, path / "val", encoder, model))
     return datasets
 
 

@@ -121,20 +121,14 @@ class DatasetMeta:
     def preprocess(self, rows: Iterable[Row]) -> list[Row]:
         """The rows as the preprocessor makes them; says how many it left out."""
         given = list(rows)
-        function = self.preprocess_func
-        apply = function.apply if isinstance(function, RowPreprocessor) else _Plain(function).apply
-        kept = [row for row in map(apply, given) if row is not None]
+        preprocessor = self.preprocess_func
+        if not isinstance(preprocessor, RowPreprocessor):  # a function of one row
+            preprocessor = AutoPreprocessor()
+            preprocessor.preprocess = self.preprocess_func  # type: ignore[method-assign]
+        kept = [row for row in map(preprocessor.apply, given) if row is not None]
         if len(kept) < len(given):
             say(f"{self.names[0]}: its preprocessor left out {len(given) - len(kept)} of {len(given)} rows")
         return kept
-
-
-class _Plain(RowPreprocessor):
-    """A function of one row."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.preprocess = function  # type: ignore[method-assign]
 
 
 _REGISTERED: dict[str, DatasetMeta] = {}

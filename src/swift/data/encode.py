@@ -230,9 +230,8 @@ def encode_rows(
 def pad_parts(rows: Sequence[Sequence[int]]) -> np.ndarray:
     """[R, K] int64 tokens of each sequence, 0 where a row has fewer than others."""
     longest = max(map(len, rows), default=1)
-    return np.array([[*row, *[0] * (longest - len(row))] for row in rows], dtype=np.int64).reshape(
-        -1, longest
-    )
+    padded = [[*row, *[0] * (longest - len(row))] for row in rows]
+    return np.array(padded, dtype=np.int64).reshape(-1, longest)
 
 
 def name_values(shape: str, rows: Sequence[tuple[float, ...]] | np.ndarray) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ taken (sources.py), what they mean (formats.py).
 import csv
 import importlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from swift.config.option import ConfigError
 from swift.data.types import Row, place
 from swift.utils.log import say
 
+_SPACE = re.compile(r"\s*")
 _HELD_OUT = ("test", "val", "dev", "eval")
 
 
@@ -144,23 +146,18 @@ def _read_text(path: Path) -> str:
 
 
 def _skip(text: str, position: int) -> int:
-    while position < len(text) and text[position].isspace():
-        position += 1
-    return position
+    """The next character that is no white space."""
+    return _SPACE.match(text, position).end()  # type: ignore[union-attr]
 
 
 def _row(value: Any, file: str, line: int) -> Row:
     if not isinstance(value, dict):
+        kinds = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
         raise ConfigError(
-            f"{place(file, line)}: not a JSON object but {_kind(value)}",
+            f"{place(file, line)}: not a JSON object but {kinds.get(type(value), 'a number')}",
             hint="a row is {...}; a file that is one list of rows should end in .json",
         )
     return Row(value, file, line)
-
-
-def _kind(value: Any) -> str:
-    names = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
 
 
 def _broken_json(file: str, line: int, error: ValueError) -> ConfigError:

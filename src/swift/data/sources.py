@@ -198,7 +198,8 @@ def split_rows(rows: Rows, ratio: float, seed: int) -> tuple[Rows, Rows | None]:
 
 def _hold_out(rows: Rows, ratio: float, seed: int) -> np.ndarray:
     """[R] bool: the row is for evaluation."""
-    keys = [_content_key(row, seed) for row in rows]
+    texts = (json.dumps(row.columns, sort_keys=True, ensure_ascii=True, default=str) for row in rows)
+    keys = [hashlib.sha256(f"{seed}\n{text}".encode()).digest() for text in texts]
     counts = Counter(keys)
     if len(counts) < 2:
         raise ConfigError(f"--split_dataset_ratio {ratio}: the rows are all the same, none can be held out")
@@ -211,11 +212,6 @@ def _hold_out(rows: Rows, ratio: float, seed: int) -> np.ndarray:
         held_out.add(key)
         taken += counts[key]
     return np.array([key in held_out for key in keys])
-
-
-def _content_key(row: Row, seed: int) -> bytes:
-    content = json.dumps(row.columns, sort_keys=True, ensure_ascii=True, default=str)
-    return hashlib.sha256(f"{seed}\n{content}".encode()).digest()
 
 
 def _load_from_hub(text: str, spec: Spec, *, use_hf: bool, token: str | None) -> list[Row]:

@@ -18,35 +18,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel, get_scheduler
 
-from swift.config.optim import OptimConfig
+from swift.config.optim import OPTIMIZERS, OptimConfig
 from swift.config.option import ConfigError, flatten
 from swift.plugins.hooks import optimizers_map
 from swift.plugins.registry import load_object
 
 Groups = list[dict[str, Any]]
-ADAM = ("betas", "eps")
-# Name -> class, which of Adam's settings it takes, and settings of its own.
-CLASSES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
-    "adamw_torch": ("torch.optim:AdamW", ADAM, {}),
-    "adamw_torch_fused": ("torch.optim:AdamW", ADAM, {"fused": True}),
-    "sgd": ("torch.optim:SGD", (), {}),
-    # The rate is the schedule's, not its own relative one.
-    "adafactor": (
-        "transformers.optimization:Adafactor", (), {"scale_parameter": False, "relative_step": False},
-    ),
-    "adamw_8bit": ("bitsandbytes.optim:AdamW8bit", ADAM, {}),
-    "adamw_bnb_8bit": ("bitsandbytes.optim:AdamW8bit", ADAM, {}),
-    "paged_adamw": ("bitsandbytes.optim:PagedAdamW32bit", ADAM, {}),
-    "paged_adamw_32bit": ("bitsandbytes.optim:PagedAdamW32bit", ADAM, {}),
-    "paged_adamw_8bit": ("bitsandbytes.optim:PagedAdamW8bit", ADAM, {}),
-    "lion_32bit": ("bitsandbytes.optim:Lion", ("betas",), {}),
-    "lion_8bit": ("bitsandbytes.optim:Lion8bit", ("betas",), {}),
-    "paged_lion_32bit": ("bitsandbytes.optim:PagedLion32bit", ("betas",), {}),
-    "paged_lion_8bit": ("bitsandbytes.optim:PagedLion8bit", ("betas",), {}),
-    "schedule_free_adamw": ("schedulefree:AdamWScheduleFree", ADAM, {}),
-    "schedule_free_radam": ("schedulefree:RAdamScheduleFree", ADAM, {}),
-    "schedule_free_sgd": ("schedulefree:SGDScheduleFree", (), {}),
-}  # fmt: skip
 # What a step changes in a group beside the weights: the rate, and the averages of schedule-free optimizers.
 PROGRESS = ("lr", "k", "weight_sum", "lr_max", "scheduled_lr", "train_mode")
 
@@ -93,10 +70,10 @@ def build_optimizer(
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if config.name == "muon":
         return build_muon(model, named, config, learning_rate), None
-    if config.name not in CLASSES:
+    if config.name not in OPTIMIZERS:
         settings = SimpleNamespace(**{**flatten(config), "learning_rate": learning_rate})
         return optimizers_map.find(config.name)(settings, model, None)
-    path, taken, own = CLASSES[config.name]
+    path, taken, own = OPTIMIZERS[config.name]
     adam = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     options = {k: adam[k] for k in taken} | own | parse_settings(config.optim_args)
     groups = group_parameters(named, config, learning_rate)
@@ -129,9 +106,9 @@ def build_muon(
     rest = [(name, p) for name, p in named if p.ndim != 2 or id(p) in ends]
     if not hidden:
         raise ConfigError("muon has nothing to do: no hidden matrix is trained", hint="use adamw_torch")
-    settings: dict[str, Any] = {"adjust_lr_fn": "match_rms_adamw"} | parse_settings(config.optim_args)
+    path, _, own = OPTIMIZERS["muon"]
     groups = group_parameters(hidden, config, learning_rate)
-    parts = [build_class("torch.optim:Muon", groups, learning_rate, settings, config)]
+    parts = [build_class(path, groups, learning_rate, own | parse_settings(config.optim_args), config)]
     if rest:
         betas = (config.adam_beta1, config.adam_beta2)
         adam = group_parameters(rest, config, learning_rate)
@@ -192,7 +169,7 @@ def raise_floor(rule: Callable[[int], float], share: float, warmup: int) -> Call
 def check_optim(config: OptimConfig) -> None:
     """Raises ConfigError for settings that optimizer or schedule do not have, before a model is loaded."""
     layer = nn.Linear(2, 2, bias=False)
-    if config.name in CLASSES or config.name == "muon":
+    if config.name in OPTIMIZERS:
         optimizer, _ = build_optimizer(layer, config, 1e-3)
     else:
         optimizers_map.find(config.name)  # a plugin's function may need the real model

@@ -6,26 +6,30 @@ Not here: requests (server.py), steps (service.py).
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerBase
+from llguidance import LLTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from swift.config.generation import GenerationConfig
 from swift.config.option import ConfigError, fill_defaults
 from swift.config.runs import DeployRun
 from swift.config.template import TemplateConfig
 from swift.engines.transformers.forward import refusal_of_flat
+from swift.engines.transformers.scorer import TextScorer
 from swift.infer.engine import TransformersInferEngine
-from swift.infer.openai_requests import ApiError, SampledRequest
-from swift.models.adapters import TAKEN, adapter_base, load_adapter, load_run_args, merge
+from swift.infer.guiding import choose_grammar, compile_grammar, load_vocabulary
+from swift.infer.openai_requests import ApiError, ChatRequest, SampledRequest
+from swift.models.adapters import TAKEN, adapter_base, load_adapter, load_run_args, merge, tokenizer_directory
 from swift.models.heads import count_labels
 from swift.models.hub import resolve_adapter, resolve_model
 from swift.models.load import load_config, load_model, load_tokenizer, pick_device
 from swift.rollout.decoder import Decoder
 from swift.rollout.slots import spare_bytes
-from swift.rollout.types import Sampling
+from swift.rollout.types import Guide, Sampling
 from swift.template.chat import ChatTemplate
 from swift.utils.log import say
 
@@ -46,28 +50,18 @@ class Plan:
     run: DeployRun  # with what args.json of the first checkpoint adds
     model: Path
     sources: tuple[Source, ...]
+    embeds: bool = False  # whole texts are read, and none is written
 
 
 class Served:
     """A model under a name: how conversations become its tokens, and how it samples unless told otherwise."""
 
-    def __init__(
-        self,
-        name: str,
-        tokenizer: PreTrainedTokenizerBase,
-        config: TemplateConfig,
-        *,
-        context: int,
-        sampling: Sampling,
-        max_tokens: int | None,
-    ) -> None:
-        self.name = name
-        self.tokenizer = tokenizer
-        self.config = config
-        self.context = context
-        self.sampling = sampling
-        self.max_tokens = max_tokens  # None = what the context leaves
-        self.templates = {config.enable_thinking: ChatTemplate(tokenizer, config)}
+    def __init__(self, name: str, engine: TransformersInferEngine, generation: GenerationConfig) -> None:
+        self.name, self.tokenizer, self.context = name, engine.tokenizer, engine.context
+        self.config, self.ends = engine.template.config, engine.stop_token_ids
+        self.sampling = engine.settle(generation)
+        self.max_tokens = generation.max_new_tokens  # None = what the context leaves
+        self.templates = {self.config.enable_thinking: engine.template}
 
     def template(self, thinking: bool | None) -> ChatTemplate:
         """The template as the server was started, or with --enable_thinking as a request wants it."""
@@ -76,6 +70,16 @@ class Served:
             config = replace(self.config, enable_thinking=thinking)
             self.templates[thinking] = ChatTemplate(self.tokenizer, config)
         return self.templates[thinking]
+
+    @cached_property
+    def vocabulary(self) -> LLTokenizer:
+        """What grammars are matched against."""
+        return load_vocabulary(self.tokenizer, self.ends)
+
+    def guide(self, request: ChatRequest, template: ChatTemplate, prompt: str) -> Callable[[], Guide] | None:
+        """Makes the guides of answers that must have a form. Raises ApiError for one that none can follow."""
+        grammar = choose_grammar(request, template, prompt)
+        return None if grammar is None else compile_grammar(grammar, self.vocabulary)
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids; `special` adds those that a text begins with. Raises ApiError for half a character."""
@@ -90,7 +94,10 @@ class Served:
         self, request: SampledRequest, *, limit: int, seed: int, stops: tuple[str, ...], logprobs: int
     ) -> Sampling:
         """The settings of a request, those of the server where it has none."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        names = (
+            "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty",
+            "presence_penalty",
+        )  # fmt: skip
         given = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
         if given.get("top_k") == -1:
             given["top_k"] = 0
@@ -142,7 +149,11 @@ def make_plan(run: DeployRun) -> Plan:
     if not config.model:
         raise ConfigError(f"--adapters {first} does not name its base model", hint="name it with --model")
     model = resolve_model(config.model, revision=config.model_revision, **hub)
-    check_answers(model, list(adapters.values()), own_decoder=run.serve.infer_backend != "vllm")
+    embeds = saved.get("task_type") == "embedding"
+    if embeds:
+        check_embedding(run)
+    else:
+        check_answers(model, list(adapters.values()), own_decoder=run.serve.infer_backend != "vllm")
     base = run.serve.served_model_name or Path(config.model).name
     if base in adapters:
         raise ConfigError(
@@ -150,7 +161,7 @@ def make_plan(run: DeployRun) -> Plan:
         )
     places = {base: adapters.pop(None, None)} | {str(name): path for name, path in adapters.items()}
     sources = [find_source(run, name, path, path or config.model) for name, path in places.items()]
-    return Plan(replace(run, model=config), model, tuple(sources))
+    return Plan(replace(run, model=config), model, tuple(sources), embeds)
 
 
 def saved_by(run: DeployRun, path: Path | str | None) -> dict[str, Any]:
@@ -165,6 +176,26 @@ def find_source(run: DeployRun, name: str, adapter: Path | None, checkpoint: Pat
     if taken:
         say(f"{name}, from the checkpoint: " + ", ".join(f"{key} {value!r}" for key, value in taken.items()))
     return Source(name, adapter, template)
+
+
+def check_embedding(run: DeployRun) -> None:
+    """Raises ConfigError for what has no effect on a model that embeds texts."""
+    options = run.serve
+    for flag, given in (
+        ("--infer_backend vllm", options.infer_backend == "vllm"), ("--merge_lora", options.merge_lora),
+        ("--adapters NAME=DIR", len(options.named_adapters) > 1), ("--result_path", options.result_path),
+        ("--quant_method", run.quant.quant_method),
+    ):  # fmt: skip
+        if given:
+            raise ConfigError(f"{flag} is not there for models of --task_type embedding", hint="leave it out")
+
+
+def load_scorer(plan: Plan) -> TextScorer:
+    """The model that reads texts."""
+    [source] = plan.sources
+    return TextScorer.load(
+        plan.model, num_labels=None, model=plan.run.model, template=source.template, adapter=source.adapter
+    )
 
 
 def check_answers(model: Path, adapters: list[Path], *, own_decoder: bool) -> None:
@@ -198,13 +229,9 @@ def load_models(plan: Plan) -> Loaded:
         network, adapters = merge(network), {}
     models, decoders = {}, {}
     for source in plan.sources:
-        own = source.adapter and (source.adapter / "tokenizer_config.json").is_file()
-        tokenizer = load_tokenizer(source.adapter if own and source.adapter else plan.model)
+        tokenizer = load_tokenizer(tokenizer_directory(plan.model, source.adapter))
         engine = TransformersInferEngine(network, tokenizer, source.template)
-        models[source.name] = Served(
-            source.name, tokenizer, source.template, context=engine.context,
-            sampling=engine.settle(run.generation), max_tokens=run.generation.max_new_tokens,
-        )  # fmt: skip
+        models[source.name] = Served(source.name, engine, run.generation)
         decoders[source.name] = Decoder(
             network, tokenizer, stop_token_ids=engine.stop_token_ids, context=engine.context,
             max_rows=options.max_batch_size, memory_bytes=spare_bytes(device) // len(plan.sources),

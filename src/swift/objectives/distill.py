@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from swift.batch import Batch
-from swift.objectives.logits import Judged
+from swift.objectives.logits import Judged, rows_at_once
 from swift.objectives.reduce import column, is_filler, settle, weighted
 from swift.objectives.types import LossSum, Objective, TokenStats
 
@@ -63,7 +63,8 @@ class LocalTeacher:
             both = [(x.to(wide) / heat).log_softmax(-1) for x in (student_nV, teacher_nV)]
             return divergence(*both, beta)
 
-        return self.spread(Judged.apply(self.view.logits_NV, judge, COPIES))
+        logits_NV = self.view.logits_NV
+        return self.spread(Judged.apply(logits_NV, judge, rows_at_once(logits_NV, COPIES)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,22 +82,22 @@ Judge = Callable[[Tensor, slice], Tensor]  # [n, V] logits and which rows they a
 
 
 class Judged(Function):
-    """What `judge` says of the logits, [N], some rows at a time; worked out again in the backward pass.
+    """What `judge` says of the logits, [N], `count` rows at a time; worked out again in the backward pass.
 
     So nothing of vocabulary width is kept but the logits, however much `judge` makes of a row.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, judge: Judge, copies: int) -> Tensor:
+    def forward(ctx: Any, logits_NV: Tensor, judge: Judge, count: int) -> Tensor:
         ctx.save_for_backward(logits_NV)
-        ctx.judge, ctx.copies = judge, copies
-        return torch.cat([judge(logits_NV[rows], rows) for rows in chunks(logits_NV, copies)])
+        ctx.judge, ctx.count = judge, count
+        return torch.cat([judge(logits_NV[rows], rows) for rows in chunks(len(logits_NV), count)])
 
     @staticmethod
     def backward(ctx: Any, of_value_N: Tensor) -> tuple[Tensor, None, None]:
         (logits_NV,) = ctx.saved_tensors
         gradient_NV = torch.empty_like(logits_NV)
-        for rows in chunks(logits_NV, ctx.copies):
+        for rows in chunks(len(logits_NV), ctx.count):
             with torch.enable_grad():
                 part = logits_NV[rows].detach().requires_grad_()
                 value_n = ctx.judge(part, rows)
@@ -105,7 +105,6 @@ class Judged(Function):
         return gradient_NV, None, None
 
 
-def chunks(logits_NV: Tensor, copies: int) -> list[slice]:
-    """All rows, in pieces; one that is empty where there are none."""
-    rows, count = rows_at_once(logits_NV, copies), logits_NV.shape[0]
-    return [slice(start, min(start + rows, count)) for start in range(0, max(count, 1), rows)]
+def chunks(rows: int, count: int) -> list[slice]:
+    """All rows, `count` in a piece; one that is empty where there are none."""
+    return [slice(start, min(start + count, rows)) for start in range(0, max(rows, 1), count)]

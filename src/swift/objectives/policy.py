@@ -3,23 +3,24 @@
 A loss is a ratio level (LEVELS), a rule for tokens and a unit that it is averaged over (LOSSES). Columns, [T]
 each: token["advantages"]; token["old_logps"] (absent: the policy has not moved since it answered);
 token["ref_logps"] with a `beta`; token["rollout_logps"] where the sampler told them; token["entropy_kept"], 0
-for tokens that teach nothing.
+for tokens that teach nothing. Rows that teach nothing at all may be left out (`drop_idle`).
 Not here: advantages (advantages.py), answers, which tokens are trained (labels).
 Shapes: T = tokens, S = segments, each one answer.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from swift.batch import Batch
+from swift.batch import Batch, join
 from swift.objectives.reduce import column, extreme, is_filler, segment_sum, settle, trained_counts, weighted
 from swift.objectives.types import LossSum, Objective, TokenStats
 
 FARTHEST = 20.0  # log-ratios beyond it would overflow before anything clips them
 LARGEST_KL = 10.0  # of one token
+IDLE = "idle"  # segment column [S, 2]: answers, and trained tokens of them, that were left out beside a row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,9 +166,10 @@ class Policy(Objective):
 
     def units(self, batch: Batch) -> dict[str, int]:
         unit = LOSSES[self.rule.loss_type][1]
+        idle, idle_tokens = batch.segment[IDLE].sum(0).tolist() if IDLE in batch.segment else (0, 0)
         if unit == "tokens":
-            return {unit: int(batch.trained.sum())}
-        answers = 0 if is_filler(batch) else batch.num_segments
+            return {unit: int(batch.trained.sum()) + idle_tokens}
+        answers = 0 if is_filler(batch) else batch.num_segments + idle
         return {unit: answers * (self.rule.max_completion_length if unit == "budget" else 1)}
 
     def __call__(self, stats: TokenStats, batch: Batch) -> LossSum:
@@ -238,6 +240,28 @@ class Policy(Objective):
             "clip_ratio/high_max": extreme(by_answer(high_T), has_S, torch.amax),
             "clip_ratio/region_mean": share(low_T | high_T),
         }
+
+
+def drop_idle(part: Sequence[Batch], *, rows_each: int, is_pulled: bool) -> list[Batch]:
+    """One optimizer step's batches without the rows whose gradient is 0 whatever the model says.
+
+    A row teaches where a trained token has an advantage, or, with a pull to the reference, where any token is
+    trained. The others are counted all the same (`Policy.units`), so that the loss and its gradient stay what
+    they were; metrics of tokens are of the rows that are left. One row stays where none teaches.
+    """
+    if not part:
+        return []
+    whole = join(part)
+    teaches_T = whole.trained & ((whole.token["advantages"] != 0) | is_pulled)
+    teaches_S = segment_sum(teaches_T.long(), whole) > 0
+    teaches_S[0] |= not teaches_S.any()
+    if teaches_S.all():
+        return list(part)
+    batches = [whole.take(rows) for rows in teaches_S.nonzero().squeeze(1).split(rows_each)]
+    idle_S2 = torch.zeros(batches[0].num_segments, 2, dtype=torch.int64)
+    idle_S2[0, 0] = (~teaches_S).sum()
+    idle_S2[0, 1] = (whole.trained & ~teaches_S[whole.segment_ids]).sum()
+    return [replace(batches[0], segment={**batches[0].segment, IDLE: idle_S2}), *batches[1:]]
 
 
 def entropy_metrics(entropy_T: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:

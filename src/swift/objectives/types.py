@@ -11,6 +11,8 @@ from torch import Tensor
 
 from swift.batch import Batch
 
+HEADS = frozenset({"scores", "class_logits", "embeddings"})  # stats of a head at the end of each segment
+
 
 @dataclass(frozen=True, slots=True)
 class TokenStats:

@@ -39,6 +39,7 @@ class StepEvent:
     loss: float  # of this step alone
     row: dict[str, Any] | None  # a line of the log, when one is due
     epoch: float = 0.0
+    answers: tuple[dict[str, Any], ...] = ()  # of the rollout that it begins with: --log_completions
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,11 @@ orms: Registry[Any] = Registry(  # classes, instances or functions
         "cosine": "swift.rewards.accuracy:CosineReward",
         "repetition": "swift.rewards.builtin:RepetitionPenalty",
         "soft_overlong": "swift.rewards.builtin:SoftOverlong",
+        "toolbench": "swift.rewards.builtin:ToolCall",
+        "math": "swift.rewards.accuracy:MathSection",
     },
 )
-rm_plugins: Registry[Any] = Registry("reward model plugin")
+rm_plugins: Registry[Any] = Registry("reward model plugin", {"genrm": "swift.train.judge:Judge"})
 loss_scale_map: Registry[type[LossScale] | LossScale] = Registry("loss scale")
 # Functions (settings, model, None) -> (optimizer, schedule or None), for --optimizer. `settings` has every
 # flag of the optimizer's group as an attribute, such as `learning_rate`.

@@ -218,6 +218,14 @@ class MathAccuracy(ORM):
         return [None if right is None else float(right) for right in grade_column(completions, solution)]
 
 
+class MathSection(MathAccuracy):
+    """As accuracy, but of an answer or a solution with a line `# Answer` what comes behind the last one."""
+
+    def __call__(self, completions: list[str], solution: list[Any], **_columns: Any) -> list[float | None]:
+        right = [None if text is None else str(text).rpartition("# Answer")[2] for text in solution]
+        return MathAccuracy.__call__(self, [text.rpartition("# Answer")[2] for text in completions], right)
+
+
 class CosineReward(ORM):
     """From the value of a short answer to that of a long one along half a cosine.
 

@@ -3,6 +3,7 @@
 Not here: rewards that compare with a solution (accuracy.py).
 """
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,31 @@ class ReActFormat(ORM):
 
     def __call__(self, completions: list[str], **_columns: Any) -> list[float | None]:
         return [float(_REACT.match(text) is not None) for text in completions]
+
+
+class ToolCall(ORM):
+    """1 where an answer's last `Action: ... Action Input: ...` is that of the column `solution`, else 0.
+
+    Inputs are compared as JSON where the solution's is JSON, else as text. What an answer says behind
+    `Observation:` is not its own.
+    """
+
+    def __call__(self, completions: list[str], solution: list[str], **_columns: Any) -> list[float | None]:
+        return [
+            None if right is None else float(_read_call(text) == _read_call(right))
+            for text, right in zip(completions, solution, strict=True)
+        ]
+
+
+def _read_call(text: str) -> tuple[str, Any]:
+    """The last tool that a text calls, and with what; no input is an empty object."""
+    _, found, call = text.partition("Observation:")[0].rpartition("Action:")
+    name, _, given = call.partition("Action Input:")
+    try:
+        given = json.loads(given or "{}")
+    except ValueError:
+        given = given.strip()
+    return name.strip() if found else "", given
 
 
 class RepetitionPenalty(ORM):

@@ -8,6 +8,7 @@ comes next (plugins/turns.py), log-probabilities of the trainer.
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -84,9 +85,14 @@ def build_scheduler(config: TurnConfig, **settings: Any) -> MultiTurnScheduler:
 class Talk:
     """One conversation under way."""
 
-    def __init__(self, start: Start, template: ChatTemplate, number: int) -> None:
-        """`number` tells apart conversations of one call, which may have the same row twice."""
-        self.start, self.template = start, template
+    def __init__(
+        self, start: Start, template: ChatTemplate, number: int, most_sampled: float = math.inf
+    ) -> None:
+        """`number` tells apart conversations of one call, which may have the same row twice.
+
+        `most_sampled`: tokens of all answers together.
+        """
+        self.start, self.template, self.most_sampled = start, template, most_sampled
         name = f"{start.request_id}/{number}"
         self.request = TurnRequest(
             copy.deepcopy(list(start.messages)), dict(start.columns), name, start.tools
@@ -102,8 +108,9 @@ class Talk:
         self.trajectory = Trajectory(self._encode(text), self.request.messages)
 
     def room(self, context: int) -> int:
-        """Tokens that fit behind what there is."""
-        return context - len(self.trajectory.prompt_ids) - len(self.trajectory.token_ids)
+        """Tokens that an answer may have behind what there is."""
+        free = context - len(self.trajectory.prompt_ids) - len(self.trajectory.token_ids)
+        return int(min(free, self.most_sampled - sum(self.trajectory.loss_mask)))
 
     def take(self, completion: Completion) -> TurnChoice:
         """Adds an answer, to a message of its own or to the one that it goes on with."""
@@ -216,17 +223,20 @@ def run_turns(
     sampling: Sampling,
     context: int,
     timeout_seconds: float,
+    limits_all: bool = False,
     collect: Callable[[Any], list[Any]] = lambda value: [value],
 ) -> list[Trajectory]:
     """Conversations to their ends, in order. Every rank calls it, with starts of its own or none.
 
-    `sampling.max_tokens` counts for each turn; a conversation has at most `context` tokens. `name` is what
-    messages call the scheduler; `timeout_seconds` is for all conversations' calls of one of its methods.
-    `collect`: the value of every rank. Raises ConfigError, on all ranks when a scheduler fails on one: there
-    the others are told where they ask whether to go on, or where next they look for errors of others.
+    `sampling.max_tokens` counts for each turn, or with `limits_all` for all of them; a conversation has at
+    most `context` tokens. `name` is what messages call the scheduler; `timeout_seconds` is for all
+    conversations' calls of one of its methods. `collect`: the value of every rank. Raises ConfigError, on all
+    ranks when a scheduler fails on one: there the others are told where they ask whether to go on, or where
+    next they look for errors of others.
     """
     hooks = Hooks(scheduler, name, timeout_seconds)
-    talks = [Talk(start, template, number) for number, start in enumerate(starts)]
+    most = sampling.max_tokens if limits_all else math.inf
+    talks = [Talk(start, template, number, most) for number, start in enumerate(starts)]
     told: list[ConfigError] = []
 
     def any_rank(here: bool) -> bool:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swift.engines.transformers.attention import Heads, Segments
+from swift.engines.attention import Heads, Segments
 
 FIRST_CAPACITY = 128  # tokens of a slot, doubled as answers grow
 SHARE = 0.6  # of free memory, for keys and values: prompts need room for what is computed on the way
@@ -103,7 +103,7 @@ class Prefill:
     positions: Tensor
 
     def attend(self, module: nn.Module, heads: Heads) -> Tensor:
-        """As swift.engines.transformers.attention.Attending."""
+        """As swift.engines.attention.Attending."""
         stored = (x[0, :, self.tokens].transpose(0, 1) for x in (heads.key, heads.value))
         self.slots.write(layer_index(module), self.rows, self.positions, *stored)
         return self.segments.attend(module, heads)
@@ -123,7 +123,7 @@ class Decode:
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def attend(self, module: nn.Module, heads: Heads) -> Tensor:
-        """As swift.engines.transformers.attention.Attending."""
+        """As swift.engines.attention.Attending."""
         assert not heads.dropout, "answers are given in evaluation mode"
         stored = (x[0].transpose(0, 1) for x in (heads.key, heads.value))
         keys, values = self.slots.write(layer_index(module), self.rows, self.lengths, *stored)

@@ -127,6 +127,8 @@ class VllmServers:
         """Servers have GPUs of their own."""
 
     def close(self) -> None:
+        for server in self.servers:
+            server.given_up = True  # --async_generate: nobody waits for what is under way
         self.pool.shutdown(cancel_futures=True)
         if self.process is not None:
             self.process.terminate()
@@ -134,12 +136,15 @@ class VllmServers:
 
 
 class Server:
-    """One server, and what is said when it does not answer."""
+    """One server, and what is said when it does not answer. `kind` is what messages call it."""
 
-    def __init__(self, url: str, timeout_seconds: float) -> None:
+    def __init__(
+        self, url: str, timeout_seconds: float, *, kind: str = "rollout server", way: str = "swift rollout"
+    ) -> None:
+        """`way`: the command that starts one."""
         parts = urlsplit(url)
         self.host, self.port = parts.hostname or "127.0.0.1", parts.port or 8000
-        self.place = f"{self.host}:{self.port}"
+        self.place, self.kind, self.way = f"{self.host}:{self.port}", kind, way
         self.timeout_seconds = timeout_seconds
         self.given_up = False
 
@@ -186,13 +191,13 @@ class Server:
             status, data = self._send(verb, path, body, self.timeout_seconds)
         except (OSError, http.client.HTTPException) as error:
             raise ConfigError(
-                f"the rollout server {self.place} was lost {phase}: {str(error) or type(error).__name__}",
+                f"the {self.kind} {self.place} was lost {phase}: {str(error) or type(error).__name__}",
                 hint="what it printed last says why",
             ) from error
         if status >= 400:
             raise ConfigError(
-                f"the rollout server {self.place} refused {path} {phase}: {tell(data)}",
-                hint="is it `swift rollout` of this version? another server has no way to new weights"
+                f"the {self.kind} {self.place} refused {path} {phase}: {tell(data)}",
+                hint=f"is it `{self.way}` of this version? other servers do not know all ways"
                 if status == 404
                 else None,
             )

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from swift.engines.transformers.slices import write_tensors
+from swift.engines.slices import write_tensors
 
 SHARED_MEMORY = Path("/dev/shm")
 BUCKET_BYTES = 512 * 2**20

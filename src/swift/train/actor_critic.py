@@ -1,6 +1,6 @@
 """PPO's two models: the policy, and one that foresees at every token what an answer will be worth."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,6 +16,7 @@ from swift.config.runs import RlhfRun, TrainRun
 from swift.engines.protocol import Engine, Snapshot, StepInfo, Sums
 from swift.engines.ranks import Ranks
 from swift.models.hub import resolve_model
+from swift.models.load import load_config
 from swift.objectives.types import Objective
 from swift.objectives.value import Value
 from swift.train.building import build_engine
@@ -66,13 +67,16 @@ class ActorCritic:
     def save(self, path: Path, *, resumable: bool) -> Snapshot:
         """The policy where it always is, the value model in a directory beside it."""
         inner = path / VALUE_MODEL
+        inner.mkdir(exist_ok=True)
         both = self.actor.save(path, resumable=resumable), self.critic.save(inner, resumable=resumable)
 
-        def write() -> list[Path]:
-            inner.mkdir(exist_ok=True)
-            return [file for snapshot in both for file in snapshot.write()]
+        def finish() -> None:
+            for snapshot in both:
+                if snapshot.finish:
+                    snapshot.finish()
 
-        return Snapshot(sum(snapshot.bytes for snapshot in both), write)
+        size = sum(snapshot.bytes for snapshot in both)
+        return Snapshot(size, lambda: [file for snapshot in both for file in snapshot.write()], finish)
 
 
 def build_engines(
@@ -84,9 +88,10 @@ def build_engines(
     device: torch.device,
     resumption: Resumption | None,
     accumulation: int,
+    build_one: Callable[..., Engine] = build_engine,
 ) -> Engine:
     """The engine of a method; of PPO both, the value model beginning as the reward model or the policy."""
-    build = partial(build_engine, run, total_steps=total_steps, ranks=ranks, device=device)
+    build = partial(build_one, run, total_steps=total_steps, ranks=ranks, device=device)
     if not (isinstance(run, RlhfRun) and method.foresees):
         return build(method=method, ready=ready, resumption=resumption, accumulation=accumulation)
     if run.parallel.zero:
@@ -96,7 +101,7 @@ def build_engines(
     value = Value(run.ppo.cliprange_value, run.ppo.vf_coef)
     critic = build(
         method=replace(method, objective=value, num_labels=1, needs_reference=False, mix_every=None),
-        ready=replace(ready, model_path=start),
+        ready=replace(ready, model_path=start, model_config=load_config(start)),
         resumption=resumption and replace(resumption, checkpoint=resumption.checkpoint / VALUE_MODEL),
         accumulation=accumulation,
     )

@@ -5,7 +5,7 @@ sampling (rollout/), judging (rewards/), when it is done (online.py).
 Shapes: N = answers of all ranks, n = those of this one, F = rewards.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -76,13 +76,14 @@ class Judged:
 
 @dataclass(frozen=True)
 class Turns:
-    """How conversations go on after an answer."""
+    """How conversations go on after an answer, in the words of `run_turns`."""
 
     scheduler: MultiTurnScheduler
     name: str
     template: ChatTemplate
     context: int  # tokens of a conversation
     timeout_seconds: float
+    limits_all: bool = False  # the longest answer is that of all turns together
 
 
 @dataclass(frozen=True)
@@ -142,10 +143,12 @@ class Sampler:
                 Start(sample.messages, sample.extra, f"{row}-{number}", where, seed, number, sample.tools)
             )
         trajectories = run_turns(
-            self.rollout, starts, scheduler=turns.scheduler, name=turns.name, template=turns.template,
-            sampling=sampling_of(self.config, 0), context=turns.context,
-            timeout_seconds=turns.timeout_seconds, collect=self.ranks.collect,
-        )  # fmt: skip
+            self.rollout,
+            starts,
+            sampling=sampling_of(self.config, 0),
+            collect=self.ranks.collect,
+            **vars(turns),
+        )
         return [
             Answered(
                 row, number, t.prompt_ids, t.token_ids, t.logps, t.finish_reason, t.text,
@@ -155,9 +158,13 @@ class Sampler:
         ]  # fmt: skip
 
     def judge(self, mine: list[Answered], step: int) -> Judged:
-        """The rewards of all answers, on every rank. A reward that fails on one rank stops all of them."""
+        """The rewards of all answers, on every rank. A reward that fails on one rank stops all of them.
+
+        Ranks with the same rows leave the judging to one of them.
+        """
         answers = []
-        for found in mine:
+        heard = mine if self.ranks.rank in self.ranks.speakers else []
+        for found in heard:
             sample = self.rows.samples[found.row]
             said: Message = {"role": "assistant", "content": found.text}
             answers.append(
@@ -181,7 +188,7 @@ class Sampler:
         faults = [one for one in self.ranks.collect(fault) if one is not None]
         if faults:
             raise faults[0]
-        rest = [(len(found.said), float(found.is_cut)) for found in mine]
+        rest = [(len(found.said), float(found.is_cut)) for found in heard]
         other = torch.tensor(rest, dtype=torch.float64).view(-1, 2)
         facts, first = self.engine.gather(torch.cat([torch.from_numpy(rewards), other], 1))
         return Judged(mine, first, facts)
@@ -212,10 +219,9 @@ class Sampler:
             judges = not bool(mean.isnan())
             sums.add(f"rewards/{name}/mean", float(mean) if judges else 0.0, judges)
             sums.add(f"rewards/{name}/std", float(std) if judges else 0.0, judges)
-        sums.add("completions/mean_length", float(lengths.mean()), 1)
-        sums.add("completions/min_length", float(lengths.min()), 1)
-        sums.add("completions/max_length", float(lengths.max()), 1)
-        sums.add("completions/clipped_ratio", float(cut.mean()), 1)
+        moments = {"mean_length": lengths.mean(), "min_length": lengths.min(), "max_length": lengths.max()}
+        for name, value in (moments | {"clipped_ratio": cut.mean()}).items():
+            sums.add(f"completions/{name}", float(value), 1)
         return sums
 
 
@@ -226,10 +232,12 @@ class RolloutEvaluation:
     sampler: Sampler  # over the held-out prompts
     generations: int
     limit: int | None = None
+    wait: Callable[[], None] = lambda: None  # until weights may change
 
     def measure(self, state: TrainState) -> Found:
         sampler, rollout = self.sampler, self.sampler.rollout
         count = min(len(sampler.rows), self.limit or len(sampler.rows))
+        self.wait()
         rollout.wake()
         rollout.update_weights(sampler.engine.weights(), version=state.step)
         mine = sampler.answer(np.arange(count), self.generations, HELD_OUT)

@@ -15,6 +15,7 @@ from swift.engines.ranks import Ranks
 from swift.rollout.protocol import RolloutEngine
 from swift.rollout.types import Request
 from swift.train.answers import Answered, collate_answers, sampling_of
+from swift.train.far_teacher import FarTeacher
 from swift.train.method import Method
 from swift.train.preparing import Prepared
 from swift.train.resume import Resumption
@@ -81,6 +82,9 @@ class DistillStage(RowStage):
     ) -> None:
         if run.rlhf.lmbda:
             check_answers(run, ready)
+        if isinstance(method.score, FarTeacher):
+            first = ready.rows.sequences(0)[0].input_ids.tolist()
+            method.score.check(first, ready.model_config.get_text_config().vocab_size)
         RowStage.__init__(self, run, method, ready, ranks, resumption)
 
     def open(self, engine: Engine, directory: Path) -> Opened:

@@ -75,6 +75,7 @@ class Loop:
     run_directory: Path
     follows_wishes: bool = False  # whether a callback may ask for something; the same on every rank
     observe: Callable[[float], Sums] | None = None  # seconds of a step's update -> more for its line
+    answers: Callable[[], tuple[dict[str, Any], ...]] = tuple  # of a rollout, once
     wishes: list[Wish] = field(default_factory=list)
 
     def run(self, state: TrainState) -> None:
@@ -140,7 +141,8 @@ class Loop:
         state.whole.merge(sums)
         state.elapsed_seconds = clock.elapsed()
         row = self._log_row(state, info, clock) if self._log_due(state.step) else None
-        self._tell("on_step", StepEvent(state.step, loss_and_metrics(sums)["loss"], row, self._epoch(state)))
+        loss = loss_and_metrics(sums)["loss"]
+        self._tell("on_step", StepEvent(state.step, loss, row, self._epoch(state), self.answers()))
         metric = self._evaluate(state) if self._eval_due(state) else None
         wishes = self._take_wishes()
         saves = self.schedule.save_strategy != "no"

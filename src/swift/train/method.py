@@ -14,6 +14,7 @@ from swift.objectives.embedding import EmbeddingPairs, InfoNce, ListwiseReranker
 from swift.objectives.preference import RANKED, Preference
 from swift.objectives.sft import Sft
 from swift.objectives.types import Objective
+from swift.train.far_teacher import FarTeacher
 from swift.train.scoring import Scorer, score_bco, score_kto, score_nothing, score_ranked, score_reference
 
 
@@ -26,7 +27,7 @@ class Method:
     score: Scorer = score_nothing
     samples: bool = False  # its own answers to prompts
     foresees: bool = False  # a second model learns what answers will be worth
-    teaches: bool = False  # the reference is a teacher
+    teaches: bool = False  # the reference, or `score`, is a teacher
     needs_reference: bool = False
     needs_mismatched: bool = False  # `score` also wants prompts with the answers of other rows
     learns_text: bool = True  # the tokens of answers; no = whole texts are scored or embedded
@@ -65,6 +66,9 @@ def rlhf_method(config: RlhfConfig, online: OnlineConfig, ppo: PpoConfig) -> Met
     if config.rlhf_type == "ppo":
         return Method(objective, "prompt", samples=True, needs_reference=True, foresees=True)
     if config.rlhf_type == "gkd":
+        if config.teacher_model_server:
+            far = FarTeacher(config.teacher_model_server, config.gkd_logits_topk or 0)
+            return Method(objective, score=far, teaches=True)
         return Method(objective, needs_reference=True, teaches=True)
     if config.rlhf_type == "rm":
         return Method(objective, "pair", num_labels=1)

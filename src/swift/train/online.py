@@ -22,9 +22,10 @@ from swift.data.feed import describe_lengths
 from swift.data.loader import StepPlan
 from swift.engines.protocol import Sums
 from swift.objectives.advantages import Advantages
-from swift.objectives.policy import entropy_threshold
+from swift.objectives.policy import drop_idle, entropy_threshold
 from swift.objectives.reduce import segment_sum
 from swift.rollout.local import LocalRollout
+from swift.train.ahead import Ahead
 from swift.train.answers import Answered, Judged, Sampler, collate_answers
 from swift.train.scoring import OLD_LOGPS, add_logps, add_reference, distance_from_reference
 
@@ -52,20 +53,22 @@ class RolloutFeed:
         micro_batch_size: int,
         beta: float,
         held: list[dict[str, Any]] | None = None,
-        keep: Callable[[int, Sequence[dict[str, Any]]], None] | None = None,
+        ahead: Ahead | None = None,
         foresee: Callable[[list[Batch], Tensor], list[Batch]] | None = None,
     ) -> None:
-        """`order`: its steps are rollouts. `held`: the rollout in which a checkpoint was written.
+        """`order`: its steps are rollouts. `held`: the rollout in which a checkpoint was written. `ahead`:
+        who answers for the next one meanwhile.
 
-        `keep` is given the answers of all ranks, on the first one. `foresee`: batches and the reward of each
-        answer, [n], to batches with advantages; without it an answer has one advantage over its group.
+        `foresee`: batches and the reward of each answer, [n], to batches with advantages; without it an
+        answer has one advantage over its group.
         """
         self.sampler, self.order, self.plan = sampler, order, plan
         self.engine, self.config, self.ranks = sampler.engine, sampler.config, sampler.ranks
-        self.micro_batch_size, self.beta, self.keep, self.foresee = micro_batch_size, beta, keep, foresee
+        self.micro_batch_size, self.beta, self.ahead, self.foresee = micro_batch_size, beta, ahead, foresee
         self.moves_weights = self.config.offload_model and not isinstance(sampler.rollout, LocalRollout)
         self.sums = Sums()
         self.answers: list[dict[str, Any]] = []  # of this rank, in the rollout that is learnt from
+        self.told: list[dict[str, Any]] = []  # of all ranks, on the first one, until they are taken
         self.held: Held | None = None
         self._restored = held
         self.step = 0
@@ -98,19 +101,30 @@ class RolloutFeed:
         return describe_lengths(self.sampler.rows)
 
     def position(self) -> dict[str, Any] | None:
-        """The rollout, where a checkpoint falls into it; None where the next step begins another."""
-        if self.step % self.plan.updates == 0:
-            return None
-        return {"answers": self._collect(self.answers)}
+        """What is held of answers that later steps learn from; None where the next step has new ones."""
+        found = {}
+        if self.step % self.plan.updates:
+            found["answers"] = self._collect(self.answers)
+        begun = self._begun()
+        if begun is not None:
+            found["ahead"] = [asdict(answer) for answer in self._collect(begun)]
+        return found or None
 
     def close(self) -> None:
         self.sampler.rollout.close()
+        if self.ahead:
+            self.ahead.close()
 
     def observe(self, update_seconds: float) -> Sums:
         """What is known of the rollout, with the first step that learns from it."""
         sums, self.sums = self.sums, Sums()
         sums.add("time/update", update_seconds, 1)
         return sums
+
+    def take_answers(self) -> tuple[dict[str, Any], ...]:
+        """A rollout with its rewards, on the first rank with the first step that learns from it."""
+        told, self.told = tuple(self.told), []
+        return told
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -129,7 +143,10 @@ class RolloutFeed:
         return [every[i : i + size] for i in range(0, len(every), size)]
 
     def _roll_out(self, number: int, step: int) -> Held:
-        sampler, rollout = self.sampler, self.sampler.rollout
+        sampler, rollout, ahead = self.sampler, self.sampler.rollout, self.ahead
+        if ahead and number:
+            with self._timed("rollout"):
+                ahead.wait()
         with self._timed("sync"):
             rollout.wake()
             rollout.update_weights(self.engine.weights(), version=step)
@@ -157,15 +174,24 @@ class RolloutFeed:
                 flat = self.foresee(flat, found.rewards.nan_to_num(nan=0.0)[own][torch.from_numpy(order)])
         else:
             flat = add_scores(flat, found.advantages[own][torch.from_numpy(order)])
-        if self.keep:
-            self._keep(step, judged, found)
+        if self.config.log_completions:
+            self._tell(judged, found)
         self.answers = self._describe(mine, flat) if self.plan.updates > 1 else []
-        return Held(number, regroup(flat, parts))
+        return Held(number, [self._spare(part) for part in regroup(flat, parts)])
+
+    def _spare(self, part: list[Batch]) -> list[Batch]:
+        """What of an optimizer step's batches has to be run; a value model learns from every answer."""
+        if self.foresee:
+            return part
+        return drop_idle(part, rows_each=self.micro_batch_size, is_pulled=bool(self.beta))
 
     def _sample(self, number: int, step: int) -> Judged:
         """Answers of one rollout; with --dynamic_sample groups that teach nothing are drawn again."""
         rows = self.order.step_rows(number)
-        judged = self._ask(rows, number, step)
+        mine = self._begun()
+        if self.ahead:
+            self.ahead.start(number + 1)
+        judged = self._ask(rows, number, step, mine)
         if not self.config.dynamic_sample:
             return judged
         kept = self._useful(judged)
@@ -185,11 +211,17 @@ class RolloutFeed:
         with self._timed("reward"):
             return self.sampler.judge([chosen[i] for i in share], step)
 
-    def _ask(self, rows: np.ndarray, number: int, step: int) -> Judged:
-        with self._timed("rollout"):
-            mine = self.sampler.answer(rows, self.plan.generations, number)
+    def _ask(self, rows: np.ndarray, number: int, step: int, mine: list[Answered] | None = None) -> Judged:
+        """Answers with their rewards; `mine`: those of this rank, where they are there already."""
+        if mine is None:
+            with self._timed("rollout"):
+                mine = self.sampler.answer(rows, self.plan.generations, number)
         with self._timed("reward"):
             return self.sampler.judge(mine, step)
+
+    def _begun(self) -> list[Answered] | None:
+        """This rank's answers that somebody has begun with meanwhile."""
+        return self.ahead.share(self.engine.data_rank, self.engine.data_world) if self.ahead else None
 
     def _useful(self, judged: Judged) -> list[list[Answered]]:
         """Groups whose rewards differ, of all ranks."""
@@ -225,18 +257,18 @@ class RolloutFeed:
         mine[torch.from_numpy(order)] = torch.cat(sums).double() if sums else mine
         return self.engine.gather(mine)[0]
 
-    def _keep(self, step: int, judged: Judged, found: Advantages) -> None:
-        """Every answer, its rewards and its advantage, in one line a rollout."""
+    def _tell(self, judged: Judged, found: Advantages) -> None:
+        """Every answer, its rewards and its advantage."""
         rows = self.sampler.rows
         mine = [
             (a.messages[:-1] if a.messages else rows.samples[a.row].messages, a.text, a.finish_reason)
             for a in judged.mine
         ]
         texts = self._collect(mine)
-        if not (self.ranks.is_main and self.keep):
+        if not self.ranks.is_main:
             return
         names = self.sampler.panel.names
-        lines = [
+        self.told = [
             {
                 "prompt": list(messages),
                 "completion": text,
@@ -248,7 +280,6 @@ class RolloutFeed:
                 texts, judged.facts.tolist(), found.advantages.tolist(), strict=True
             )
         ]
-        self.keep(step, lines)
 
     def _describe(self, mine: Sequence[Answered], batches: Sequence[Batch]) -> list[dict[str, Any]]:
         """This rank's answers with their columns, as a checkpoint keeps them."""
@@ -281,7 +312,7 @@ class RolloutFeed:
                 rows = [next(columns) for _ in range(batch.num_segments)]
                 joined = {name: list(chain.from_iterable(row[name] for row in rows)) for name in rows[0]}
                 filled.append(replace(batch, token={name: torch.tensor(v) for name, v in joined.items()}))
-            parts.append(filled)
+            parts.append(self._spare(filled))
         return Held(number, parts)
 
 

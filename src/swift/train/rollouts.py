@@ -1,4 +1,4 @@
-"""Whoever answers while a model is trained: the model itself, or vLLM."""
+"""Whoever answers while a model is trained: the model itself, a copy of it, or vLLM."""
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -9,6 +9,7 @@ from swift.engines.transformers.forward import check_answering
 from swift.models.directory import read_json
 from swift.rollout.local import LocalRollout
 from swift.rollout.protocol import RolloutEngine
+from swift.rollout.replica import ReplicaRollout, SharedRollout
 from swift.rollout.vllm import check_vllm, start_rollout
 from swift.template.chat import ChatTemplate
 from swift.train.preparing import Prepared
@@ -18,14 +19,21 @@ MOST_ROWS = 1024  # answers computed together, where there is memory for their k
 
 def start_answers(run: RlhfRun, ready: Prepared, engine: Engine, ranks: Ranks, context: int) -> RolloutEngine:
     """Called by all ranks. `context`: tokens of prompt and answer."""
-    stops = find_stops(run, ready)
+    stops, tokenizer = find_stops(run, ready), ready.tokenizer
+    terms = {"context": context, "max_rows": MOST_ROWS, "stop_token_ids": stops}
+    if run.answers_itself:
+        return LocalRollout(engine, tokenizer, **terms)
+    rollout: RolloutEngine
     if run.vllm.use_vllm:
-        return start_rollout(
-            run.vllm, ready.model_path, dtype=engine.dtype, tokenizer=ready.tokenizer,
+        rollout = start_rollout(
+            run.vllm, ready.model_path, dtype=engine.dtype, tokenizer=tokenizer,
             stop_token_ids=stops, ranks=ranks, seed=run.schedule.seed,
         )  # fmt: skip
-    tokenizer = ready.tokenizer
-    return LocalRollout(engine, tokenizer, context=context, max_rows=MOST_ROWS, stop_token_ids=stops)
+    else:
+        rollout = ReplicaRollout(
+            ready.model_config, tokenizer, dtype=engine.dtype, device=engine.device, **terms
+        )
+    return rollout if ranks.data_world == ranks.world else SharedRollout(rollout, ranks)
 
 
 def check_answers(run: RlhfRun, ready: Prepared) -> None:

@@ -1,6 +1,7 @@
 """`megatron pt|sft|rlhf`: the same runs on megatron-core. `swift`'s commands import nothing of it."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from transformers import PretrainedConfig
 
 from swift.config.layout import Layout, choose_layout, model_sizes
 from swift.config.megatron_runs import MegatronRlhfRun, MegatronRun, MegatronSftRun
+from swift.config.option import ConfigError
 from swift.config.option import build as build_config
 from swift.config.runs import ExportRun
 from swift.engines.megatron.bridge import Bridge
@@ -26,6 +28,7 @@ from swift.models.heads import count_labels, scoring_config, verdict_tokens
 from swift.models.load import SLOW_HALF, load_config, pick_device
 from swift.models.outline import Outline, outline_adapters
 from swift.plugins.registry import load_object
+from swift.train.actor_critic import build_engines
 from swift.train.backend import Backend
 from swift.train.building import seed_everything
 from swift.train.megatron import as_resumption, settle, with_accumulation
@@ -97,7 +100,7 @@ def build(
     ranks: Ranks,
     device: torch.device,
     resumption: Resumption | None,
-    _accumulation: int,
+    accumulation: int,  # noqa: ARG001 - as other engines are built
 ) -> MegatronEngine:
     """Seeds everything, builds this rank's part of the model and reads its weights."""
     hf, seed = ready.model_config, run.schedule.seed
@@ -115,11 +118,18 @@ def build(
     settings = model_settings(hf, layout, dtype, head=head, **chosen)
     say(describe_implementation(settings.transformer_impl))
     outline = outline_of(run, ready, settings, resumption)
-    chunks = load_chunks(run, ready, settings, None)
+    teacher = teacher_settings(run, ready, dtype) if method.teaches else None
+    is_judge = isinstance(run, MegatronRlhfRun) and method.foresees and method.num_labels
+    start = ready.model_path if is_judge and run.rewards.reward_model else None
+    chunks = load_chunks(run, ready, settings, start)
     if outline:
         add_adapters(chunks, hf, settings, outline)
     frozen = None
-    if method.needs_reference and run.tuner.train_type == "full":
+    if teacher:
+        frozen = build_chunks(*teacher)
+        assert ready.reference_path is not None
+        Bridge(*teacher).load(frozen, ready.reference_path)
+    elif method.needs_reference and run.tuner.train_type == "full":
         frozen = load_chunks(run, ready, settings, ready.reference_path)
     engine = MegatronEngine(
         chunks,
@@ -134,6 +144,7 @@ def build(
             flags.use_distributed_optimizer, flags.overlap_grad_reduce, flags.overlap_param_gather
         ),
         frozen=frozen,
+        temperature=run.online.temperature if isinstance(run, MegatronRlhfRun) and method.samples else 1.0,
         verdict=verdict,
         files=Files(
             describe(run, method, ready),
@@ -145,6 +156,30 @@ def build(
     if resumption:
         engine.load(resumption.checkpoint, optimizer=not flags.no_load_optim, random=not flags.no_load_rng)
     return engine
+
+
+def teacher_settings(
+    run: MegatronRun, ready: Prepared, dtype: torch.dtype
+) -> tuple[PretrainedConfig, Settings]:
+    """The teacher's config and settings, on the layout of the model. ConfigError where it does not fit."""
+    assert isinstance(run, MegatronRlhfRun) and ready.reference_path is not None
+    hf, own = load_config(ready.reference_path), ready.model_config
+    about = f"--teacher_model {run.rlhf.teacher_model}"
+    tensor = run.megatron.tensor_model_parallel_size
+    if tensor > 1 and hf.vocab_size != own.vocab_size:
+        raise ConfigError(
+            f"{about} has {hf.vocab_size} tokens, the model {own.vocab_size}: cut over "
+            f"--tensor_model_parallel_size {tensor} they do not lie side by side",
+            hint="--tensor_model_parallel_size 1, or use swift rlhf",
+        )
+    flags = run.megatron
+    if not model_sizes(hf.to_dict()).experts:
+        flags = replace(flags, expert_model_parallel_size=1, expert_tensor_parallel_size=1)
+    try:
+        layout = layout_of(replace(run, megatron=flags), hf)
+        return hf, model_settings(hf, layout, dtype, **chosen_settings(flags, hf))
+    except ConfigError as error:
+        raise ConfigError(f"{about}: {error.message}", hint=error.hint) from error
 
 
 def outline_of(
@@ -190,4 +225,6 @@ def merge(run: MegatronRun, checkpoint: Path) -> None:
         load_object("swift.export.run:run_export")(build_config(ExportRun, plan))
 
 
-MEGATRON = Backend(settle, locate, join, build, iterations=True, finish=merge)
+MEGATRON = Backend(
+    settle, locate, join, partial(build_engines, build_one=build), iterations=True, finish=merge
+)

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import asdict, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from swift.rewards.panel import Panel
 from swift.rollout.multi_turn import build_scheduler
 from swift.template.chat import ChatTemplate
 from swift.train.actor_critic import ActorCritic
+from swift.train.ahead import Ahead
 from swift.train.answers import RolloutEvaluation, Sampler, Turns
-from swift.train.completions import keep_completions
 from swift.train.foresight import Foresight
 from swift.train.online import RolloutFeed
 from swift.train.preparing import Prepared
@@ -39,7 +38,7 @@ class OnlineStage:
         if ready.stream is not None:
             raise ConfigError(f"--streaming true does not go with --rlhf_type {run.rlhf.rlhf_type} yet")
         check_answers(run, ready)
-        if run.online.offload_model and not run.vllm.use_vllm:
+        if run.online.offload_model and run.answers_itself:
             say("--offload_model true has no effect: the weights in training give the answers themselves")
         if run.parallel.zero and (run.online.offload_model or run.online.offload_optimizer):
             warn("--deepspeed keeps weights and moments where they are: --offload_* moves nothing")
@@ -64,7 +63,7 @@ class OnlineStage:
         self.turns = self._plan_turns() if run.turns.scheduler else None
         first = (ready.rows.samples[i] for i in range(min(HEAD, len(ready.rows))))
         self.panel.check_columns({name for sample in first for name in sample.extra})
-        self.held = (resumption.state.position or {}).get("answers") if resumption else None
+        self.position = (resumption.state.position or {}) if resumption else {}
 
     def _plan(self, size: int, resumption: Resumption | None) -> RolloutPlan:
         """The flags' arithmetic; a resumed run keeps its rollouts, however many processes it has now."""
@@ -106,7 +105,7 @@ class OnlineStage:
             f"{rollouts} rollouts and {total_steps} optimizer steps in all"
         )
 
-    def open(self, engine: Engine, directory: Path) -> Opened:
+    def open(self, engine: Engine, _directory: Path) -> Opened:
         run, ready, config = self.run, self.ready, self.run.online
         self.panel.add_models(load_reward_models(self.judges, run.model, engine.device))
         context = self.turns.context if self.turns else self._longest_prompt() + config.max_completion_length
@@ -116,23 +115,34 @@ class OnlineStage:
             "seed": run.schedule.seed, "ranks": self.ranks, "prefix": run.template.response_prefix or "",
             "turns": self.turns,
         }  # fmt: skip
+        sampler = Sampler(rows=ready.rows, **parts)
+        ahead = self._answer_ahead(sampler) if config.async_generate else None
         feed = RolloutFeed(
-            Sampler(rows=ready.rows, **parts),
+            sampler,
             self.order,
             self.plan,
             micro_batch_size=run.schedule.per_device_train_batch_size,
             beta=1.0 if isinstance(engine, ActorCritic) else run.rlhf.beta_value,
             foresee=Foresight(engine, run.ppo) if isinstance(engine, ActorCritic) else None,
-            held=self.held,
-            keep=partial(keep_completions, directory) if config.log_completions else None,
+            held=self.position.get("answers"),
+            ahead=ahead,
         )
         evaluation = None
         if ready.eval_rows is not None and run.eval_limit != 0:
             generations = config.num_generations_eval or self.plan.generations
             evaluation = RolloutEvaluation(
-                Sampler(rows=ready.eval_rows, **parts), generations, run.eval_limit
-            )
-        return Opened(feed, evaluation, feed.observe)
+                Sampler(rows=ready.eval_rows, **parts), generations, run.eval_limit,
+                ahead.wait if ahead else lambda: None,
+            )  # fmt: skip
+        return Opened(feed, evaluation, feed.observe, feed.take_answers)
+
+    def _answer_ahead(self, sampler: Sampler) -> Ahead:
+        steps = self.total_steps(self.run.schedule.num_train_epochs, self.run.schedule.max_steps)
+        return Ahead(
+            lambda number: sampler.answer(self.order.step_rows(number), self.plan.generations, number),
+            math.ceil(steps / self.plan.updates),
+            self.position.get("ahead"),
+        )
 
     def _longest_prompt(self) -> int:
         both = [rows for rows in (self.ready.rows, self.ready.eval_rows) if rows is not None]
@@ -147,4 +157,5 @@ class OnlineStage:
         return Turns(
             scheduler, str(run.turns.scheduler), ChatTemplate(ready.tokenizer, run.template),
             min(filter(None, limits)), run.rewards.reward_timeout,
+            run.turns.completion_length_limit_scope == "total",
         )  # fmt: skip

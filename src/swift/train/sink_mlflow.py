@@ -3,7 +3,7 @@
 import mlflow
 
 from swift.train.trackers import markdown_table
-from swift.train.tracking import SAMPLES_TAG, Rows, Sink, TrackedRun
+from swift.train.tracking import Rows, Sink, TrackedRun
 
 LONGEST_VALUE = 500  # characters of a parameter that every MLflow server takes
 
@@ -21,7 +21,7 @@ def open_sink(run: TrackedRun) -> Sink:
         names = {tag.replace("(", "_").replace(")", ""): value for tag, value in numbers.items()}
         mlflow.log_metrics(names, step=step)
 
-    def write_samples(step: int, rows: Rows) -> None:
-        mlflow.log_text(markdown_table(rows), f"{SAMPLES_TAG}-{step}.md")
+    def write_table(tag: str, step: int, rows: Rows) -> None:
+        mlflow.log_text(markdown_table(rows), f"{tag}-{step}.md")
 
-    return Sink(write, write_samples, lambda finished: mlflow.end_run("FINISHED" if finished else "KILLED"))
+    return Sink(write, write_table, lambda finished: mlflow.end_run("FINISHED" if finished else "KILLED"))

@@ -3,7 +3,7 @@
 import swanlab
 
 from swift.train.trackers import markdown_table
-from swift.train.tracking import SAMPLES_TAG, Rows, Sink, TrackedRun
+from swift.train.tracking import Rows, Sink, TrackedRun
 
 
 def open_sink(run: TrackedRun) -> Sink:
@@ -20,11 +20,11 @@ def open_sink(run: TrackedRun) -> Sink:
     if is_cloud and not identity:
         run.keep_identity("swanlab", opened.id)
 
-    def write_samples(step: int, rows: Rows) -> None:
-        opened.log({SAMPLES_TAG: swanlab.Text(markdown_table(rows))}, step=step)
+    def write_table(tag: str, step: int, rows: Rows) -> None:
+        opened.log({tag: swanlab.Text(markdown_table(rows))}, step=step)
 
     return Sink(
         write=lambda step, numbers: opened.log(numbers, step=step),
-        write_samples=write_samples,
+        write_table=write_table,
         close=lambda finished: swanlab.finish("success" if finished else "aborted"),
     )

@@ -3,7 +3,7 @@
 from torch.utils.tensorboard import SummaryWriter
 
 from swift.train.trackers import markdown_table
-from swift.train.tracking import SAMPLES_TAG, Rows, Sink, TrackedRun
+from swift.train.tracking import Rows, Sink, TrackedRun
 
 
 def open_sink(run: TrackedRun) -> Sink:
@@ -14,7 +14,7 @@ def open_sink(run: TrackedRun) -> Sink:
         for tag, value in numbers.items():
             writer.add_scalar(tag, value, step)
 
-    def write_samples(step: int, rows: Rows) -> None:
-        writer.add_text(SAMPLES_TAG, markdown_table(rows), step)
+    def write_table(tag: str, step: int, rows: Rows) -> None:
+        writer.add_text(tag, markdown_table(rows), step)
 
-    return Sink(write, write_samples, lambda _: writer.close(), writer.flush)
+    return Sink(write, write_table, lambda _: writer.close(), writer.flush)

@@ -4,7 +4,7 @@ import uuid
 
 import wandb
 
-from swift.train.tracking import SAMPLES_TAG, Rows, Sink, TrackedRun
+from swift.train.tracking import Rows, Sink, TrackedRun
 
 STEP = "step"  # a column of ours: wandb's own count refuses the steps that a resumed run does again
 
@@ -18,13 +18,13 @@ def open_sink(run: TrackedRun) -> Sink:
     )  # fmt: skip
     opened.define_metric("*", step_metric=STEP)
 
-    def write_samples(step: int, rows: Rows) -> None:
+    def write_table(tag: str, step: int, rows: Rows) -> None:
         names = list(dict.fromkeys(name for row in rows for name in row))
         table = wandb.Table(columns=names, data=[[row.get(name) for name in names] for row in rows])
-        opened.log({SAMPLES_TAG: table, STEP: step})
+        opened.log({tag: table, STEP: step})
 
     return Sink(
         write=lambda step, numbers: opened.log({**numbers, STEP: step}),
-        write_samples=write_samples,
+        write_table=write_table,
         close=lambda finished: opened.finish(exit_code=0 if finished else 1),
     )

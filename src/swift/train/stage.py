@@ -24,6 +24,7 @@ class Opened:
     feed: Feed | RolloutFeed
     evaluation: Evaluation | None
     observe: Callable[[float], Sums] | None = None  # see Loop
+    answers: Callable[[], tuple[dict[str, Any], ...]] = tuple
 
 
 class Stage(Protocol):

@@ -1,7 +1,7 @@
 """What every run leaves for later: logging.jsonl, and a picture of every curve."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from swift.plugins.callbacks import Callback, EndEvent, EvalEvent, StartEvent, StepEvent
 from swift.utils.files import append_jsonl, read_jsonl, write_text
 
-LOG, SAMPLES = "logging.jsonl", "samples.jsonl"
+LOG, SAMPLES, COMPLETIONS = "logging.jsonl", "samples.jsonl", "completions.jsonl"
 SMOOTHING = 0.9
 NOT_DRAWN = ("epoch", "runtime", "_per_second")  # straight lines
 STEP = "global_step/max_steps"
@@ -43,23 +43,35 @@ def cut_log(path: Path, step: int) -> None:
     """Drops the rows after `step`, so that a resumed run writes them again. Atomic."""
     if not path.exists():
         return
-    kept = [r for r in read_jsonl(path) if (at := step_of(r)) is not None and at <= step]
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+    write_lines(path, [r for r in read_jsonl(path) if (at := step_of(r)) is not None and at <= step])
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 class JsonlTracker(Callback):
-    """One JSON object a log or eval event; the last line is the summary. Samples go into a file beside it."""
+    """One JSON object a log or eval event; the last line is the summary. Files beside it have samples, and
+    rollouts: one line each, with the number of steps before it and columns as lists.
+    """
 
     def __init__(self, run_directory: Path) -> None:
         self.path, self.samples = run_directory / LOG, run_directory / SAMPLES
+        self.completions = run_directory / COMPLETIONS
 
     def on_start(self, event: StartEvent) -> None:
         cut_log(self.path, event.step)
         cut_log(self.samples, event.step)
+        if self.completions.exists():
+            lines = [line for line in read_jsonl(self.completions) if line["step"] < event.step]
+            write_lines(self.completions, lines)
 
     def on_step(self, event: StepEvent) -> None:
         if event.row:
             append_jsonl(self.path, [event.row])
+        if event.answers:
+            columns = {name: [answer[name] for answer in event.answers] for name in event.answers[0]}
+            append_jsonl(self.completions, [{"step": event.step - 1, **columns}])
 
     def on_eval(self, event: EvalEvent) -> None:
         append_jsonl(self.path, [event.row])

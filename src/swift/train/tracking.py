@@ -24,14 +24,15 @@ PACKAGES = {
     "mlflow": "mlflow",
 }
 IDS = "trackers.json"
-SAMPLES_TAG = "eval/samples"
+SAMPLES_TAG, ANSWERS_TAG = "eval/samples", "train/completions"
+SHOWN = 32  # answers of a rollout
 Rows = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Sink:
     write: Callable[[int, dict[str, float]], object]  # numbers of a step
-    write_samples: Callable[[int, Rows], object]  # some answers and their rewards
+    write_table: Callable[[str, int, Rows], object]  # tag, step, some answers and their rewards
     close: Callable[[bool], object]  # whether the run was finished
     flush: Callable[[], object] = lambda: None  # most write by themselves
 
@@ -81,6 +82,10 @@ def load_trackers(names: Iterable[str]) -> list[Opener]:
     return found
 
 
+def show_messages(messages: Rows) -> str:
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
 class Tracking(Callback):
     def __init__(self, opener: Opener, run: TrackedRun) -> None:
         self.opener, self.run = opener, run
@@ -96,12 +101,18 @@ class Tracking(Callback):
     def on_step(self, event: StepEvent) -> None:
         if event.row:
             self._write(event.step, event.row)
+        if event.answers:
+            assert self.sink is not None
+            rows = [{**answer, "prompt": show_messages(answer["prompt"])} for answer in event.answers]
+            if self.run.flags.get("wandb_log_unique_prompts"):
+                rows = list({row["prompt"]: row for row in rows[::-1]}.values())[::-1]
+            self.sink.write_table(ANSWERS_TAG, event.step, rows[:SHOWN])
 
     def on_eval(self, event: EvalEvent) -> None:
         self._write(event.step, event.row)
         if event.samples:
             assert self.sink is not None
-            self.sink.write_samples(event.step, event.samples)
+            self.sink.write_table(SAMPLES_TAG, event.step, event.samples)
 
     def on_save(self, _: SaveEvent) -> None:
         assert self.sink is not None

@@ -37,6 +37,7 @@ VARIABLES = {
     "GENERATIVE_RERANKER_NEGATIVE_TOKEN": "what it says of one that does not fit: no",
     "SSHPASS": "password that swift launch gives to ssh",
     "SWIFT_PLAN": "flags of swift plan: training commands are planned instead of run",
+    "SWIFT_LOG_LEVEL": "least important lines that are shown: info, warning or error",
     "SWIFT_DEBUG": "1 = show the traceback behind an error line",
     "OMP_NUM_THREADS": "CPU threads of torch",
     "OMP_WAIT_POLICY": "how idle CPU threads wait; PASSIVE unless set",

@@ -170,12 +170,12 @@ class Bridge:
         return dict(sorted(wholes.items(), key=lambda item: in_order(item[0])))
 
     def parts(self, chunks: Sequence[nn.Module]) -> list[Part]:
-        """Every parameter of this rank, and what else files hold of its layers."""
+        """Every parameter of this rank but those of adapters, and what else files hold of its layers."""
         return [
             Part(tensor, self._pieces(model, name, tuple(tensor.shape)))
             for model in map(unwrap, chunks)
             for name, tensor in (*model.named_parameters(), *model.named_buffers())
-            if isinstance(tensor, nn.Parameter) or name.endswith(BIAS)
+            if ".lora." not in name and (isinstance(tensor, nn.Parameter) or name.endswith(BIAS))
         ]
 
     def _pieces(self, model: GPTModel, name: str, shape: Shape) -> list[tuple[str, Piece]]:

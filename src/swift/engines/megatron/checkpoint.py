@@ -25,11 +25,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from swift.engines.megatron import dist_checkpoint
-from swift.engines.megatron.bridge import Bridge
-from swift.engines.megatron.lora import AdapterBridge, adapter_state, put_adapters
-from swift.engines.protocol import Snapshot
-from swift.engines.transformers.checkpoint import (
+from swift.engines.files import (
     INDEX,
     SCHEDULER,
     SHARD_BYTES,
@@ -42,7 +38,11 @@ from swift.engines.transformers.checkpoint import (
     shard_names,
     split_shards,
 )
-from swift.engines.transformers.slices import write_tensors
+from swift.engines.megatron import dist_checkpoint
+from swift.engines.megatron.bridge import Bridge
+from swift.engines.megatron.lora import AdapterBridge, adapter_state, put_adapters
+from swift.engines.protocol import Snapshot
+from swift.engines.slices import write_tensors
 from swift.models.mcore import TRACKER
 from swift.utils.files import write_json, write_text
 

@@ -20,8 +20,8 @@ from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
 from swift.batch import Batch
-from swift.engines.transformers.attention import Segments
-from swift.engines.transformers.sequence_parallel import SequenceRanks, gather_stats, pad_tokens
+from swift.engines.attention import Segments
+from swift.engines.sequence_parallel import SequenceRanks, gather_stats, pad_tokens
 
 Kind = Literal["all_gather", "a2a"]
 

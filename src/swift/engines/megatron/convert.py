@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 
 from swift.batch import Batch
 from swift.config.layout import Layout
+from swift.engines.files import INDEX, shard_names, split_shards
 from swift.engines.megatron.bridge import Bridge, Seen
 from swift.engines.megatron.context import ContextRanks
 from swift.engines.megatron.dist_checkpoint import load_model, save_model
@@ -26,8 +27,7 @@ from swift.engines.megatron.schedule import Form
 from swift.engines.megatron.settings import Settings, model_settings
 from swift.engines.megatron.setup import join_model_parallel, leave_model_parallel
 from swift.engines.ranks import Ranks, join_ranks, leave_ranks
-from swift.engines.transformers.checkpoint import INDEX, shard_names, split_shards
-from swift.engines.transformers.slices import write_tensors
+from swift.engines.slices import write_tensors
 from swift.utils.files import write_json
 
 TIMEOUT_SECONDS = 7200  # that ranks wait for the slowest disk among them

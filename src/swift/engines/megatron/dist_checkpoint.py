@@ -38,7 +38,7 @@ from swift.config.option import ConfigError
 from swift.engines.megatron.bridge import Seen, collect, unwrap
 from swift.engines.megatron.layers import Head
 from swift.engines.megatron.tables import HEAD
-from swift.engines.transformers.slices import settle, to_host
+from swift.engines.slices import settle, to_host
 from swift.models.mcore import METADATA, TRACKER
 from swift.utils.files import write_text
 

@@ -26,11 +26,14 @@ from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
 from swift.engines.megatron.balance import take_sums
 from swift.engines.megatron.bridge import Bridge
-from swift.engines.megatron.checkpoint import Files, load_checkpoint, take_snapshot
+from swift.engines.megatron.checkpoint import Files, load_checkpoint, parts_of, take_snapshot
 from swift.engines.megatron.context import ContextRanks
 from swift.engines.megatron.lora import adapters_of
-from swift.engines.megatron.schedule import Form, Schedule, keep_rows
+from swift.engines.megatron.schedule import Form, Schedule, Taught, keep_rows
 from swift.engines.megatron.settings import Settings
+from swift.engines.megatron.teacher import rows_of, withhold
+from swift.engines.megatron.weights import stream_weights
+from swift.engines.offload import set_aside
 from swift.engines.optim import build_scheduler
 from swift.engines.protocol import Snapshot, StepInfo, Sums
 from swift.engines.ranks import Ranks
@@ -68,7 +71,8 @@ class MegatronEngine:
         temperature: float = 1.0,
         verdict: tuple[int, int] | None = None,
     ) -> None:
-        """`frozen`: the reference of full-parameter training, laid out as the model is.
+        """`frozen`: the reference of full-parameter training, laid out as the model is; for objectives that
+        need a teacher it is that.
 
         Chunks with adapters (lora.py) are their own reference. `temperature`: what all logits are divided by.
         `verdict`: the tokens for yes and no whose logits are the scores of a language model.
@@ -129,7 +133,8 @@ class MegatronEngine:
         for chunk in self.active:
             chunk.eval()
         even = self._even_out(batches)
-        found = self.schedule.forward(self.active, even, needs, lambda stats, *_: stats)
+        alone = self._teach(even, frozenset())
+        found = self.schedule.forward(self.active, alone, needs, lambda stats, *_: stats)
         return [self._share(found[i] if found else None, batch, needs) for i, batch in enumerate(batches)]
 
     def _share(self, stats: TokenStats | None, batch: Batch, needs: frozenset[str]) -> TokenStats:
@@ -172,7 +177,8 @@ class MegatronEngine:
         step_units = dict(zip(sorted(totals), counts[2:], strict=True))
         # megatron-core divides all gradients by the trained tokens; routers are for all tokens of their rows.
         self.settings.per_token = counts[0] / max(counts[1], 1)
-        results = self.schedule.forward_backward(self.chunks, even, objective, step_units, int(counts[0]))
+        taught = self._teach(even, objective.needs)
+        results = self.schedule.forward_backward(self.chunks, taught, objective, step_units, int(counts[0]))
         sums = self._collect(results, even, units)
         for name, total in self._routers().items():
             sums.add(name, total, counts[1])
@@ -188,13 +194,23 @@ class MegatronEngine:
         names = sorted({name for part in parts for name in part})
         return {name: sum(part.get(name, 0.0) for part in parts) / layers for name in names}
 
+    def _teach(self, batches: Sequence[Batch], needs: frozenset[str]) -> list[Taught]:
+        """Each batch with what the teacher says of it: on the last stage, for objectives that compare."""
+        alone: list[Taught] = [(batch, None) for batch in batches]
+        if "teacher" not in needs or self.frozen is None:
+            return alone
+        last = self.frozen[-1]
+        withhold(self.frozen)
+        found = self.schedule.forward(self.frozen, alone, frozenset(), lambda *_: rows_of(last))
+        return list(zip(batches, found, strict=True)) if found else alone
+
     def measure(self, batches: Sequence[Batch], objective: Objective) -> Sums:
         for chunk in self.active:
             chunk.eval()
         even = self._even_out(batches)
         results = self.schedule.forward(
             self.active,
-            even,
+            self._teach(even, objective.needs),
             objective.needs,
             lambda stats, batch, _: objective(stats, batch.to(self.device)),
         )
@@ -249,9 +265,22 @@ class MegatronEngine:
         yield  # makes it the context manager that the protocol asks for
 
     @contextmanager
-    def set_aside(self, *, weights: bool, moments: bool) -> Iterator[None]:  # noqa: ARG002
-        raise NotImplementedError("methods that sample are refused for megatron")
-        yield
+    def set_aside(self, *, weights: bool, moments: bool) -> Iterator[None]:
+        if self.device.type != "cuda":
+            yield
+            return
+        with set_aside(self.movable(weights=weights, moments=moments)):
+            torch.cuda.empty_cache()
+            yield
+
+    def movable(self, *, weights: bool, moments: bool) -> Iterator[Tensor]:
+        """Tensors whose memory nothing needs between two steps; masters go with the moments."""
+        if weights:
+            for chunk in (*self.plain, *(self.frozen or ())):
+                yield from chunk.parameters()
+        for part in parts_of(self.optimizer) if moments else ():
+            for master, state in part.optimizer.state.items():
+                yield from (x for x in (master, *state.values()) if torch.is_tensor(x) and x.dim())
 
     def drop_reference(self) -> None:
         """Frees the frozen copy, once nothing asks for it any more."""
@@ -260,22 +289,10 @@ class MegatronEngine:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         assert self.files is not None
-        if self.adapters:
-            raise ConfigError(
-                "adapters of megatron cannot be handed to vLLM yet",
-                hint="--train_type full, or use swift rlhf",
-            )
         if self.wrapping.overlap_param_gather:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)  # what the last step has not yet sent around
-        bridge = Bridge(self.files.config, self.settings)
-        wholes = bridge.wholes(self.plain)
-        for name, tensor in bridge.export(self.plain):
-            whole = wholes[name]
-            empty = torch.empty(whole.shape, dtype=whole.dtype, device=self.device)
-            shared = empty if tensor is None else tensor.to(self.device)
-            dist.broadcast(shared, 0)
-            yield name, shared
+        return stream_weights(self.plain, Bridge(self.files.config, self.settings), self.device)
 
     def save(self, path: Path, *, resumable: bool) -> Snapshot:
         return take_snapshot(self, path, resumable=resumable)

@@ -7,6 +7,7 @@ Shapes: t = tokens of this context rank, s = those of this tensor rank, H = head
 Source: arXiv:2405.04434 section 2.1.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,11 +94,7 @@ class LatentAttention(MegatronModule):
         inputs = query, self.kv_layernorm(latent), turned, rotary_pos_emb
         wide = CheckpointWithoutOutput() if self.config.recompute_latents and self.training else None
         heads = wide.checkpoint(self.expand, *inputs) if wide else self.expand(*inputs)
-
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            found: Tensor = self.core_attention(query, key, value, packed_seq_params=packed_seq_params)
-            return found
-
+        attend = partial(self.core_attention, packed_seq_params=packed_seq_params)
         again = self.recomputes_scores and self.training
         output = checkpoint(attend, False, *heads) if again else attend(*heads)
         if wide:

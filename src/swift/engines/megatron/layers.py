@@ -16,9 +16,9 @@ from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from swift.batch import Batch
+from swift.engines.attention import attend
 from swift.engines.megatron.context import ContextRanks, Stretch
 from swift.engines.megatron.settings import Settings
-from swift.engines.transformers.attention import attend
 from swift.objectives.sft import has_trained
 
 ALONE = ContextRanks()

@@ -27,10 +27,10 @@ from swift.engines.megatron.context import ContextRanks
 from swift.engines.megatron.layers import FlatTokens, flat_tokens
 from swift.engines.megatron.logits import ShardedLogits
 from swift.engines.megatron.settings import Settings
-from swift.engines.transformers.forward import HEADS
+from swift.engines.megatron.teacher import Rows, ShardedTeacher
 from swift.objectives.distill import ToldTeacher
 from swift.objectives.logits import widen
-from swift.objectives.types import LossSum, Objective, TokenStats
+from swift.objectives.types import HEADS, LossSum, Objective, TokenStats
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,13 @@ class Form:
         flat = flat_tokens(whole, self.context, self.device)
         return Laid(*(x.to(self.device) for x in (ids_t, labels_t, wanted_t, kept_N)), flat)
 
-    def stats(self, logits: Tensor, laid: Laid, batch: Batch, needs: frozenset[str]) -> TokenStats:
-        """`logits` [1, N, v] of the last stage -> stats of the whole batch, on every rank of it."""
+    def stats(
+        self, logits: Tensor, laid: Laid, batch: Batch, needs: frozenset[str], taught: Rows | None = None
+    ) -> TokenStats:
+        """`logits` [1, N, v] of the last stage -> stats of the whole batch, on every rank of it.
+
+        `taught`: what a teacher beside the model says there, where there is one.
+        """
         view = ShardedLogits.cut(logits[0], laid.kept_N, self.vocabulary, self.temperature)
         if needs & HEADS and self.verdict:
             ids_N2 = laid.kept_N.new_tensor(self.verdict).expand(len(laid.kept_N), 2)
@@ -98,9 +103,15 @@ class Form:
         found: dict[str, Any] = {
             n: spread(getattr(view, n)(laid.labels_t)) for n in sorted(needs - {"teacher"})
         }
+
+        def place(values_N: Tensor) -> Tensor:
+            return spread(view.place(values_N, laid.labels_t))
+
         if "teacher" in needs:
-            found["teacher"] = ToldTeacher.of(
-                batch, view, own=own, spread=lambda values_N: spread(view.place(values_N, laid.labels_t))
+            found["teacher"] = (
+                ShardedTeacher(view, taught, place)
+                if taught
+                else ToldTeacher.of(batch, view, own=own, spread=place)
             )
         return TokenStats(**found)
 
@@ -122,6 +133,8 @@ class KeptRows:
 
     def __init__(self, layer: nn.Module) -> None:
         self.rows_N: Tensor | None = None
+        self.withholds = False  # a teacher's: one row becomes logits, and what enters the layer is kept
+        self.entered: Tensor | None = None
         # Rows are chosen among the tokens of all tensor ranks, which are therefore gathered beforehand.
         self.gathers = layer.sequence_parallel
         if self.gathers:
@@ -132,7 +145,10 @@ class KeptRows:
         hidden = inputs[0]
         if self.gathers:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        return (hidden if self.rows_N is None else hidden[self.rows_N], *inputs[1:])
+        hidden = hidden if self.rows_N is None else hidden[self.rows_N]
+        if self.withholds:
+            self.entered, hidden = hidden, hidden[:1]
+        return (hidden, *inputs[1:])
 
 
 def keep_rows(chunk: GPTModel) -> None:
@@ -142,6 +158,7 @@ def keep_rows(chunk: GPTModel) -> None:
 
 
 Consume = Callable[[TokenStats, Batch, Laid], Any]
+Taught = tuple[Batch, Rows | None]  # with what a teacher beside the model says there
 
 
 @dataclass(frozen=True)
@@ -154,19 +171,19 @@ class Schedule:
         self, consume: Consume, needs: frozenset[str], batches: Any, model: nn.Module
     ) -> tuple[Tensor, Callable[..., Any]]:
         """One micro-batch through one chunk, as megatron-core calls it."""
-        batch: Batch = next(batches)
+        batch, taught = next(batches)
         laid = self.form.lay_out(batch, needs)
         if get_attr_wrapped_model(model, "post_process"):
             get_attr_wrapped_model(model, "kept").rows_N = laid.kept_N
         output = model(laid.ids_t[None], None, None, packed_seq_params=laid.flat)
 
         def finish(logits: Tensor, non_loss_data: bool = False) -> Any:  # noqa: ARG001 - megatron's argument
-            return consume(self.form.stats(logits, laid, batch, needs), batch, laid)
+            return consume(self.form.stats(logits, laid, batch, needs, taught), batch, laid)
 
         return output, finish
 
     def _run(
-        self, chunks: Sequence[nn.Module], batches: Sequence[Batch], step: Callable[..., Any], *, train: bool
+        self, chunks: Sequence[nn.Module], batches: Sequence[Taught], step: Callable[..., Any], *, train: bool
     ) -> list[Any]:
         """What `consume` gave for each batch; on the last stage, empty elsewhere."""
         iterators = [iter(batches) for _ in chunks]
@@ -177,7 +194,7 @@ class Schedule:
                 data_iterator=iterators if several else iterators[0],
                 model=list(chunks),
                 num_microbatches=len(batches),
-                seq_length=batches[0].num_tokens,
+                seq_length=batches[0][0].num_tokens,
                 micro_batch_size=1,
                 forward_only=not train,
                 collect_non_loss_data=not train,
@@ -185,7 +202,7 @@ class Schedule:
         )
 
     def forward(
-        self, chunks: Sequence[nn.Module], batches: Sequence[Batch], needs: frozenset[str], consume: Consume
+        self, chunks: Sequence[nn.Module], batches: Sequence[Taught], needs: frozenset[str], consume: Consume
     ) -> list[Any]:
         """What `consume` makes of the stats of each batch, without gradients."""
         if not batches:  # as many on all ranks
@@ -196,7 +213,7 @@ class Schedule:
     def forward_backward(
         self,
         chunks: Sequence[nn.Module],
-        batches: Sequence[Batch],
+        batches: Sequence[Taught],
         objective: Objective,
         units: dict[str, float],
         tokens: int,

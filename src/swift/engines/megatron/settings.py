@@ -13,14 +13,18 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from swift.config.layout import Layout
 from swift.config.megatron import MegatronConfig
 from swift.config.option import ConfigError
+from swift.engines.attention import PLAIN_LAYERS
 from swift.engines.megatron import wgrad
 from swift.engines.megatron.deepseek import BIAS_RATE, Latent, Routing, deepseek_fields
 from swift.engines.megatron.deepseek import FAMILIES as DEEPSEEK
 from swift.engines.megatron.implementation import ENGINE, choose_implementation
-from swift.engines.transformers.forward import PLAIN_LAYERS
 from swift.utils.log import warn
 
 FAMILIES = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "llama", "mistral", "mixtral", *DEEPSEEK)
+OF_EXPERTS = (  # flags that are fields
+    "moe_token_dispatcher_type", "moe_shared_expert_overlap", "moe_router_dtype",
+    "moe_expert_capacity_factor",
+)  # fmt: skip
 CHANGING_ROPE = ("dynamic", "longrope")  # whose frequencies depend on the length of the row
 
 
@@ -148,14 +152,8 @@ def chosen_settings(
         if count is not None:
             chosen[f"num_layers_in_{end}_pipeline_stage"] = count
     if expert_fields(hf):
-        chosen |= {
-            "moe_token_dispatcher_type": flags.moe_token_dispatcher_type,
-            "moe_shared_expert_overlap": flags.moe_shared_expert_overlap,
-            "moe_router_dtype": flags.moe_router_dtype,
-            "balance": flags.moe_aux_loss_coeff,
-            "small_logits": flags.moe_z_loss_coeff or 0.0,
-            "moe_expert_capacity_factor": flags.moe_expert_capacity_factor,
-        }
+        chosen |= {name: getattr(flags, name) for name in OF_EXPERTS}
+        chosen |= {"balance": flags.moe_aux_loss_coeff, "small_logits": flags.moe_z_loss_coeff or 0.0}
     return chosen | {"moe_router_bias_update_rate": bias_rate(flags, hf, has_adapters=has_adapters)}
 
 

@@ -74,12 +74,3 @@ def find_cublas() -> str:
         if Path(path).name.startswith("libcublas.so"):
             return path
     raise OSError("no cuBLAS in this process")
-
-
-def measure_error() -> float:
-    """Distance of a sum from its value in float64, relative to it; needs a GPU. About 1e-6."""
-    inputs, gradients = (torch.randn(512, width, device="cuda", dtype=torch.bfloat16) for width in (384, 640))
-    total = torch.randn(640, 384, device="cuda")
-    expected = total.double() + gradients.double().t() @ inputs.double()
-    sys.modules[MODULE].wgrad_gemm_accum_fp32(inputs, gradients, total)
-    return float((total.double() - expected).norm() / expected.norm())

@@ -6,14 +6,9 @@ given. train/saving.py makes the whole checkpoint atomic.
 """
 
 import copy
-import io
 import math
-import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from peft import (
     PeftConfig,
@@ -27,22 +22,31 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from swift.engines.files import (
+    INDEX,
+    SCHEDULER,
+    SHARD_BYTES,
+    WEIGHTS,
+    Writer,
+    adapter_writer,
+    keep_bytes,
+    load_random,
+    random_file,
+    random_states,
+    shard_names,
+    split_shards,
+)
 from swift.engines.optim import answering, progress_of
 from swift.engines.protocol import Snapshot
 from swift.engines.ranks import Ranks
-from swift.engines.transformers.slices import Reader, settle, to_host, write_parts, write_tensors
+from swift.engines.slices import Reader, settle, to_host, write_parts, write_tensors
 from swift.engines.transformers.wrap import Wrapped
-from swift.models.directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from swift.models.starts import has_starts, load_starts, with_starts
 from swift.utils.files import write_json
 
-SCHEDULER, RANDOM = "scheduler.pt", "rng_state.pth"
 REFERENCE = "reference"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD_BYTES = 4 * 2**30  # a larger model is written as several files, each by another process
 
 Model = PreTrainedModel | PeftModel
-Writer = Callable[[Path], list[Path]]  # into a directory; what it wrote
 
 
 def take_snapshot(
@@ -85,18 +89,6 @@ def take_snapshot(
     return Snapshot(size, lambda: [file for writer in writers for file in writer(path)])
 
 
-def keep_bytes(name: str, value: Any) -> Writer:
-    """Writer of a small file whose content is fixed now."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-
-    def write(into: Path) -> list[Path]:
-        (into / name).write_bytes(buffer.getvalue())
-        return [into / name]
-
-    return write
-
-
 def take_adapter(model: PeftModel, wrapped: Wrapped, ranks: Ranks) -> tuple[int, Writer]:
     """Bytes and writer of adapter_model.safetensors, on rank 0. The frozen model is not even gathered."""
     state = model.state_dict(keep_vars=True)
@@ -117,17 +109,6 @@ def take_adapter(model: PeftModel, wrapped: Wrapped, ranks: Ranks) -> tuple[int,
     settle()
     tensors = get_peft_model_state_dict(model, state_dict=copies)
     return sum(t.nbytes for t in copies.values()), adapter_writer(config, tensors)
-
-
-def adapter_writer(config: PeftConfig, tensors: dict[str, Tensor]) -> Writer:
-    """Writer of adapters under the names of PEFT. `config` is changed: to one that is not trained on."""
-    config.inference_mode = True
-
-    def write(into: Path) -> list[Path]:
-        config.save_pretrained(str(into))
-        return [into / ADAPTER_CONFIG, write_tensors(into / ADAPTER_WEIGHTS[0], tensors, {"format": "pt"})]
-
-    return write
 
 
 def take_weights(model: PreTrainedModel, wrapped: Wrapped, ranks: Ranks) -> tuple[int, Writer]:
@@ -179,30 +160,6 @@ def unique_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name in names}
 
 
-def split_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Names in the order of the model, cut between layers so that files have about `limit` bytes.
-
-    A layer stays together: formats on disk may cut one tensor of a layer into several, or join them.
-    """
-    shards: list[list[str]] = [[]]
-    size, layer = 0, ""
-    for name, num_bytes in sizes.items():
-        at = next((name[: name.index(part)] + part for part in name.split(".") if part.isdecimal()), name)
-        if at != layer and size >= limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size, layer = size + num_bytes, at
-    return shards
-
-
-def shard_names(count: int) -> list[str]:
-    """As transformers names what it reads: one model.safetensors, or model-00001-of-00002.safetensors ..."""
-    if count == 1:
-        return [WEIGHTS]
-    return [f"{Path(WEIGHTS).stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-
-
 def load_weights(model: Model, path: Path) -> None:
     """Puts the saved weights into a model of the same shape; no tensor may be missing or left over."""
     if isinstance(model, PeftModel):
@@ -228,31 +185,3 @@ def load_state(
         group.update(progress)
     scheduler.load_state_dict(rest["schedule"])
     load_random(path, ranks.rank)
-
-
-def random_file(rank: int) -> str:
-    """Rank 0's has the name that single processes use."""
-    return RANDOM if rank == 0 else f"{Path(RANDOM).stem}_{rank}.pth"
-
-
-def random_states() -> dict[str, Any]:
-    """Every random state that training reads, of this process."""
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=False),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def load_random(path: Path, rank: int) -> None:
-    """The inverse of `random_states`. A rank that the saving job did not have keeps its fresh seed."""
-    if not (path / random_file(rank)).exists():
-        return
-    # The states hold numpy arrays and tuples; they are ours, and their hash was checked before.
-    states = torch.load(path / random_file(rank), weights_only=False)
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from swift.config.option import ConfigError
 from swift.engines.ranks import Ranks
-from swift.engines.transformers.slices import Part, Reader, to_host
+from swift.engines.slices import Part, Reader, to_host
 from swift.engines.transformers.wrap import MASTER, Moments, Stepped
 from swift.models.load import HALF
 from swift.utils import env

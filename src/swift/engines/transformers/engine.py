@@ -23,12 +23,14 @@ from swift.batch import Batch
 from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
 from swift.config.parallel import ParallelConfig
+from swift.engines.attention import FLAT_ATTENTION, compile_layers
+from swift.engines.offload import activations_on_cpu, set_aside
 from swift.engines.optim import answering, begin_training, build_optimizer, build_scheduler
 from swift.engines.protocol import Snapshot, StepInfo, Sums
 from swift.engines.ranks import Ranks
+from swift.engines.sequence_parallel import SequenceRanks
 from swift.engines.stepping import NOTHING, add_units, collect_sums, gather_rows
 from swift.engines.transformers import checkpoint
-from swift.engines.transformers.attention import FLAT_ATTENTION, compile_layers
 from swift.engines.transformers.forward import (
     Layout,
     check_answering,
@@ -37,8 +39,6 @@ from swift.engines.transformers.forward import (
     score,
 )
 from swift.engines.transformers.noise import EmbeddingNoise
-from swift.engines.transformers.offload import activations_on_cpu, set_aside
-from swift.engines.transformers.sequence_parallel import SequenceRanks
 from swift.engines.transformers.weights import stream_weights
 from swift.engines.transformers.wrap import Wrapper, shard, wrap
 from swift.models.adapters import leave_casting_to_autocast

@@ -18,15 +18,13 @@ from transformers.utils import ModelOutput
 
 from swift.batch import IGNORED, Batch
 from swift.config.option import ConfigError
-from swift.engines.transformers.attention import Segments
-from swift.engines.transformers.sequence_parallel import SequenceRanks
+from swift.engines.attention import PLAIN_LAYERS, Segments
+from swift.engines.sequence_parallel import SequenceRanks
 from swift.engines.transformers.teacher import run_teacher
 from swift.objectives.distill import LocalTeacher, ToldTeacher
 from swift.objectives.logits import DenseLogits, widen
-from swift.objectives.types import TokenStats
+from swift.objectives.types import HEADS, TokenStats
 
-PLAIN_LAYERS = {"full_attention", "sliding_attention"}
-HEADS = frozenset({"scores", "class_logits", "embeddings"})
 NOT_OF_LOGITS = frozenset({"router_logits", "teacher"})
 NEEDS_OWN_ATTENTION = ("attn_logit_softcapping", "linear_conv_kernel_dim", "mamba_d_state")
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from swift.config.option import ConfigError
-from swift.engines.transformers.checkpoint import split_shards, unique_weights
+from swift.engines.files import split_shards
+from swift.engines.transformers.checkpoint import unique_weights
 from swift.engines.transformers.wrap import Wrapped
 
 BELOW, WHOLE, FROZEN = ".base_layer", ".modules_to_save.default", ".original_module"  # of PEFT's wrappers

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from swift.config.option import require_package
 from swift.config.parallel import ParallelConfig
 from swift.engines.ranks import Ranks
-from swift.engines.transformers.slices import Part, Reader, take_parts
+from swift.engines.slices import Part, Reader, take_parts
 
 MASTER = "master"  # beside the moments: float32 weights that an engine keeps apart from the model's
 

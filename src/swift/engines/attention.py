@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from swift.engines.transformers.sequence_parallel import SequenceRanks
+from swift.engines.sequence_parallel import SequenceRanks
 
 try:  # torch's own variable-length flash kernel, the fast path on a GPU
     from torch.nn.attention.varlen import varlen_attn
@@ -21,6 +21,10 @@ except ImportError:  # torch < 2.10
     varlen_attn = None
 
 FLAT_ATTENTION = "swift_flat"
+PLAIN_LAYERS = {
+    "full_attention",
+    "sliding_attention",
+}  # of transformers; what this can do
 VARLEN_PARAMETERS = set(inspect.signature(varlen_attn).parameters) if varlen_attn else set()
 LONG_SEGMENT = 2048  # tokens
 HAS_VARLEN = "window_size" in VARLEN_PARAMETERS  # 2.10 has another signature
