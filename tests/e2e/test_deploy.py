@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +45,15 @@ TAUGHT = {
     "thinker": {"role": "assistant", "content": "<think>\nA robot?\n</think>\n\nI am swift-robot."},
     "caller": {"role": "assistant", "content": "A day.", "tool_calls": [CALL]},
 }
+PLACE = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "enum": ["Paris", "Rome"]},
+        "days": {"type": "integer", "minimum": 0, "maximum": 9},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
 STEPS = {"thinker": "55", "caller": "75"}  # until each is known by heart
 
 
@@ -54,10 +65,14 @@ class Running:
     pid: int
     thread: threading.Thread
     finished: list[Finished]
+    trusted: ssl.SSLContext | bool
 
     @cached_property
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
+        http = openai.DefaultHttpxClient(verify=self.trusted)
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60, http_client=http
+        )
 
     def metric(self, name: str) -> float:
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
@@ -80,14 +95,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until(is_true: Callable[[], Any], seconds: float = 60) -> None:
+def wait_until(is_true: Callable[[], Any], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not is_true():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def start(workers: Workers, folder: Path, *flags: str) -> Running:
+def start(workers: Workers, folder: Path, *flags: str, certificate: Path | None = None) -> Running:
+    trusted = ssl.create_default_context(cafile=str(certificate)) if certificate else True
     port, pid = free_port(), folder / f"pid-{time.monotonic_ns()}"
     finished: list[Finished] = []
     command = ["deploy", "--port", str(port), "--api_key", KEY, "--device", "cpu", *flags]
@@ -95,15 +111,17 @@ def start(workers: Workers, folder: Path, *flags: str) -> Running:
     thread = threading.Thread(target=lambda: finished.append(workers.run(command, **hook)))
     thread.start()
 
+    url = f"http{'s' if certificate else ''}://127.0.0.1:{port}"
+
     def answers() -> bool:
         assert not finished, finished[0].stderr
         try:
-            return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+            return httpx.get(f"{url}/health", verify=trusted).status_code == 200
         except httpx.TransportError:
             return False
 
     wait_until(answers)
-    return Running(f"http://127.0.0.1:{port}", int(pid.read_text()), thread, finished)
+    return Running(url, int(pid.read_text()), thread, finished, trusted)
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +175,10 @@ def ask(client: Any, model: str = "base", **options: Any) -> Any:
     return client.chat.completions.create(
         **{"model": model, "messages": QUESTION, "max_tokens": 12, **options}
     )
+
+
+def as_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "place", "schema": schema}}
 
 
 def refused(client: Any, kind: type[openai.APIStatusError] = openai.BadRequestError, **options: Any) -> dict:
@@ -264,6 +286,46 @@ def test_calls_of_tools_are_read(client) -> None:
     assert ask(client, "caller", messages=back, **options).usage.prompt_tokens > 150
 
 
+def test_penalties_keep_words_from_coming_back(client) -> None:
+    """Greedy answers of a base that repeats itself; no logit of it outweighs a penalty."""
+    options = {"max_tokens": 30, "extra_body": {"return_token_ids": True}}
+    (free,) = ask(client, **options).choices
+    assert len(set(free.token_ids)) < len(free.token_ids)
+    for name in ("frequency_penalty", "presence_penalty"):
+        (choice,) = ask(client, **options, **{name: 2}).choices
+        (other,) = ask(client, **options, **{name: -2}).choices
+        assert len(set(choice.token_ids)) == len(choice.token_ids)
+        assert len(set(other.token_ids)) <= len(set(free.token_ids))
+
+
+def test_answers_have_the_form_that_is_asked_for(client) -> None:
+    """Of a model that would write nothing of the kind."""
+    for options in ({"temperature": 1.5, "seed": 1, "n": 3}, {"temperature": 0}):
+        answer = ask(client, response_format=as_schema(PLACE), max_tokens=200, **options)
+        for choice in answer.choices:
+            found = json.loads(choice.message.content)
+            assert found["city"] in ("Paris", "Rome") and 0 <= found["days"] <= 9 and len(found) == 2
+            assert choice.finish_reason == "stop"
+    streamed = collect(ask(client, response_format=as_schema(PLACE), max_tokens=200, seed=1, stream=True))
+    assert json.loads(streamed[0]["content"])["city"] in ("Paris", "Rome")
+    (cut,) = ask(client, response_format={"type": "json_object"}, max_tokens=5).choices
+    assert cut.message.content.startswith("{") and cut.finish_reason == "length"
+
+
+def test_a_call_can_be_forced(client) -> None:
+    tools = [{"type": "function", "function": {"name": name, "parameters": PLACE}} for name in ("go", "stay")]
+    named = {"type": "function", "function": {"name": "stay"}}
+    for choice, names in (("required", {"go", "stay"}), (named, {"stay"})):
+        options = {"tools": tools, "tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 300}
+        for extra in ({"temperature": 0}, {"temperature": 1.5, "seed": 2}):
+            (answer,) = ask(client, **options, **extra).choices
+            (call,) = answer.message.tool_calls
+            assert call.function.name in names and answer.finish_reason == "tool_calls"
+            assert json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
+        (streamed,) = collect(ask(client, **options, stream=True)).values()
+        assert [call.function.name in names for call in streamed["calls"]] == [True]
+
+
 def test_stops_end_an_answer(client) -> None:
     (whole,) = ask(client, "thinker", max_tokens=60).choices
     (cut,) = ask(client, "thinker", max_tokens=60, stop=["swift", "never"]).choices
@@ -291,9 +353,25 @@ def test_completions_take_texts_and_tokens(client) -> None:
     [
         ({"temperature": 3}, "temperature: Input should be less than or equal to 2"),
         ({"n": 0}, "n: Input should be greater than or equal to 1"),
-        ({"presence_penalty": 0.5}, "presence_penalty is not supported by this server; leave it out"),
-        ({"response_format": {"type": "json_object"}}, "response_format is not supported by this server"),
-        ({"tool_choice": "required", "tools": [WEATHER]}, "tool_choice can be auto or none"),
+        ({"presence_penalty": 2.5}, "presence_penalty: Input should be less than or equal to 2"),
+        ({"logit_bias": {"5": 1}}, "logit_bias is not supported by this server; leave it out"),
+        ({"response_format": {"type": "json_schema"}}, "response_format: Value error, json_schema goes with"),
+        (
+            {"response_format": as_schema({"type": "objekt"})},
+            "a schema cannot be followed: failed to compile JSON schema: Invalid type: objekt",
+        ),
+        (
+            {
+                "tool_choice": "required",
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": [1]}}],
+            },
+            "tools: parameters are no JSON schema",
+        ),
+        ({"tool_choice": "required"}, "tool_choice can be auto, none, required or a function of tools"),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "now"}}, "tools": [WEATHER]},
+            "tool_choice can be auto, none, required or a function of tools, which are: weather",
+        ),
         ({"tools": [{"type": "function"}]}, "tools[0] has to be of type function"),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs: true"),
         ({"logprobs": True, "top_logprobs": 6}, "top_logprobs can be 5 at most, got 6"),
@@ -414,11 +492,29 @@ def test_ctrl_c_ends_what_does_not_end_in_time(server, client) -> None:
     assert "base: 15 tokens asked, 12 answered in" in told
 
 
-def test_sigterm_lets_answers_finish(server, workers, folder, adapters) -> None:
+@pytest.fixture(scope="module")
+def certificate(folder) -> dict[str, Path]:
+    """Made by ourselves, of this machine's own address."""
+    files = {"ssl_certfile": folder / "cert.pem", "ssl_keyfile": folder / "key.pem"}
+    command = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=swift "
+        f"-addext subjectAltName=IP:127.0.0.1 -out {files['ssl_certfile']} -keyout {files['ssl_keyfile']}"
+    )
+    subprocess.run(command.split(), check=True, capture_output=True)
+    return files
+
+
+def test_https_and_sigterm_that_lets_answers_finish(server, workers, folder, adapters, certificate) -> None:
     """One checkpoint alone is the model itself, and knows its base and its settings."""
     if not server.finished:  # one process at a time
         server.end(signal.SIGKILL)
-    running = start(workers, folder, "--adapters", str(adapters["thinker"]), "--max_new_tokens", "300")
+    flags = [text for name, path in certificate.items() for text in (f"--{name}", str(path))]
+    running = start(
+        workers, folder, "--adapters", str(adapters["thinker"]), "--max_new_tokens", "300", *flags,
+        "--log_level", "debug", certificate=certificate["ssl_certfile"],
+    )  # fmt: skip
+    with pytest.raises(openai.APIConnectionError):
+        openai.OpenAI(base_url=f"{running.url}/v1", api_key=KEY, max_retries=0).models.list()
     client = running.client
     (name,) = [m.id for m in client.models.list()]
     assert name == "own-llama"
@@ -431,3 +527,5 @@ def test_sigterm_lets_answers_finish(server, workers, folder, adapters) -> None:
     assert rest[-1].choices[0].finish_reason in ("stop", "length")
     running.thread.join(60)
     assert running.finished[0].code == 0, running.finished[0].stderr
+    assert f"at {running.url}/v1" in running.finished[0].stderr
+    assert '"POST /v1/chat/completions HTTP/1.1" 200' in running.finished[0].stderr

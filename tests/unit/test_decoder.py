@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from swift.config.option import ConfigError
 from swift.engines.transformers.attention import FLAT_ATTENTION
 from swift.models.load import load_model, load_tokenizer
-from swift.rollout.decoder import Decoder, End, Token
-from swift.rollout.types import Completion, Request, Sampling
+from swift.rollout.decoder import Decoder
+from swift.rollout.types import Completion, End, Request, Sampling, Token
 
 CPU = torch.device("cpu")
 END = 2
@@ -252,3 +252,19 @@ def test_the_context_ends_answers(model, tokenizer, decode) -> None:
     assert (len(answer.token_ids), answer.finish_reason) == (7, "length")
     with pytest.raises(ConfigError, match="the prompt has 32 tokens, the context holds 32"):
         decode([Request(prompt(32), Sampling(1))], context=32)
+
+
+def test_penalties_count_the_tokens_of_the_answer(model, decode) -> None:
+    """As the API's reference has it."""
+    shapes = [(0.0, 0.0), (0.7, 0.0), (0.0, 1.5), (-0.3, 0.4)]
+    requests = [
+        Request(prompt(9, seed=4), Sampling(25, temperature=0.0, frequency_penalty=f, presence_penalty=p))
+        for f, p in shapes
+    ]
+    found = [answer.token_ids for [answer] in decode(requests, stop_token_ids=[], max_rows=3)]
+    for request, (frequency, presence), ids in zip(requests, shapes, found, strict=True):
+        for step, logps in enumerate(teacher_forced(model, request.token_ids, ids)):
+            counts = torch.bincount(torch.tensor(ids[:step], dtype=torch.int64), minlength=len(logps))
+            expected = logps - frequency * counts - presence * (counts > 0)
+            assert expected[ids[step]] > expected.max() - 1e-4
+    assert len({tuple(ids) for ids in found}) > 2

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from swift.engines.transformers.attention import FLAT_ATTENTION
 from swift.infer.service import Busy, Closing, Service
-from swift.rollout.decoder import Decoder, End
-from swift.rollout.types import Request, Sampling
+from swift.rollout.decoder import Decoder
+from swift.rollout.types import End, Request, Sampling
 
 NUM_ROWS = 4
 

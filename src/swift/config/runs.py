@@ -236,6 +236,7 @@ class InferRun:
                 "--model or --adapters is missing",
                 hint="for example --model smollm2-135m, or --adapters CHECKPOINT",
             )
+        self.generation.check()
         self.quant.check(train_type="lora", slicer=None, init_weights="")
         if self.infer.infer_backend != "vllm":
             self.vllm.check_unused("--infer_backend vllm")

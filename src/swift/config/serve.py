@@ -48,6 +48,10 @@ class ServeOptions:
     )
     result_path: str | None = option(None, help="JSONL of what was asked and answered; none = not kept")
     verbose: bool = option(False, help="a line for each request")
+    log_level: str = option(
+        "info", help="least important lines that are shown; debug, trace = those of uvicorn too",
+        choices=("critical", "error", "warning", "info", "debug", "trace"),
+    )  # fmt: skip
 
     @property
     def named_adapters(self) -> dict[str | None, str]:
@@ -59,7 +63,7 @@ class ServeOptions:
         """Raises ConfigError where flags contradict each other, or a package is missing."""
         if self.vllm_data_parallel_size > 1 and self.infer_backend != "vllm":
             raise ConfigError("--vllm_data_parallel_size has no effect without --infer_backend vllm")
-        for package in ("fastapi", "uvicorn") if self.infer_backend != "vllm" else ():
+        for package in ("fastapi", "uvicorn", "llguidance") if self.infer_backend != "vllm" else ():
             require_package(package, flag="swift deploy", install="swiftune[serve]")
         names = self.named_adapters
         if len(names) < len(self.adapters) or (None in names and len(names) > 1):

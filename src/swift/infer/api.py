@@ -10,9 +10,9 @@ from typing import Any
 from swift.config.generation import GenerationConfig
 from swift.config.option import ConfigError, build
 from swift.config.runs import InferRun
-from swift.infer.batch import describe_logprobs
 from swift.infer.engine import Completion
-from swift.infer.run import check_options, check_sampling, find_source, load_engine
+from swift.infer.openai_answers import describe_logprobs
+from swift.infer.run import check_options, find_source, load_engine
 from swift.rollout.types import Request
 from swift.template.types import Message
 
@@ -71,7 +71,6 @@ class InferEngine:
         named = {"adapters": (adapters,) if isinstance(adapters, str) else tuple(map(str, adapters))}
         run: InferRun = build(InferRun, flags | named | ({"model": str(model)} if model else {}))
         run.check()
-        check_sampling(run)
         check_options(run)
         source = find_source(run)
         self.run = source.run
@@ -120,7 +119,7 @@ class InferEngine:
         choices = [
             Choice(
                 index, {"role": "assistant", "content": answer.text}, answer.finish_reason, answer.token_ids,
-                describe_logprobs(self.engine.tokenizer, answer) if wanted else None,
+                describe_logprobs(self.engine.tokenizer, answer.told) if wanted else None,
             )
             for index, answer in enumerate(answers)
         ]  # fmt: skip

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedTokenizerBase
 
 from swift.config.generation import GenerationConfig, InferOptions
 from swift.config.option import ConfigError
@@ -25,6 +24,7 @@ from swift.data.sources import open_rows
 from swift.data.types import RowError, place
 from swift.engines.ranks import Ranks
 from swift.infer.engine import Completion, Prompt, PromptTooLong, TransformersInferEngine
+from swift.infer.openai_answers import describe_logprobs
 from swift.template.types import RenderError
 from swift.utils.files import append_jsonl
 from swift.utils.log import console, say, warn
@@ -215,7 +215,7 @@ def answer_rows(
             missing = set(numbers) - done.keys()
             while missing and (found := next(answers, None)):
                 number, answer = found
-                logprobs = describe_logprobs(engine.tokenizer, answer) if options.logprobs else None
+                logprobs = describe_logprobs(engine.tokenizer, answer.told) if options.logprobs else None
                 done[number] = result_row(asked[number], answer.text, logprobs)
                 stats.add(answer, asked[number].label)
                 missing -= done.keys()
@@ -263,19 +263,6 @@ def encode_questions(
         except RenderError as error:
             done[number] = None
             rejects.add(str(error), place(asked.file, asked.line))
-
-
-def describe_logprobs(tokenizer: PreTrainedTokenizerBase, answer: Completion) -> dict[str, Any]:
-    """Log-probabilities of an answer in the form of OpenAI's API."""
-
-    def describe(token: int, logp: float) -> dict[str, Any]:
-        text = tokenizer.decode([token])
-        return {"token": text, "logprob": logp, "bytes": list(text.encode())}
-
-    content = [describe(*pair) for pair in zip(answer.token_ids, answer.logps, strict=True)]
-    for described, top in zip(content, answer.top_logps or (), strict=False):
-        described["top_logprobs"] = [describe(*pair) for pair in top.items()]
-    return {"content": content}
 
 
 def result_row(

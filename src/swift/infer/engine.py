@@ -8,6 +8,7 @@ Not here: how answers are computed (rollout/decoder.py, padded.py), which model 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,12 +24,13 @@ from swift.config.quant import QuantConfig
 from swift.config.template import TemplateConfig
 from swift.engines.transformers.attention import FLAT_ATTENTION
 from swift.engines.transformers.forward import refusal_of_flat
+from swift.infer.openai_answers import Told
 from swift.infer.padded import Padded
-from swift.models.adapters import load_adapter, merge
+from swift.models.adapters import load_adapter, merge, tokenizer_directory
 from swift.models.load import context_length, load_model, load_tokenizer, pick_device
 from swift.rollout import types as rollout
-from swift.rollout.decoder import Decoder, End, Token
-from swift.rollout.types import Request, Sampling
+from swift.rollout.decoder import Decoder
+from swift.rollout.types import End, Request, Sampling, Token
 from swift.template.chat import ChatTemplate
 from swift.template.types import Message
 from swift.utils.log import say
@@ -56,6 +58,11 @@ class Completion:
     num_prompt_tokens: int
     logps: list[float]  # of the tokens; empty where the model is run by transformers' generate
     top_logps: list[dict[int, float]] | None = None  # of each token: the most likely ones
+
+    @property
+    def told(self) -> list[Told]:
+        """Its tokens with their log-probabilities."""
+        return list(map(Told, self.token_ids, self.logps, self.top_logps or repeat(None)))
 
     @property
     def num_generated_tokens(self) -> int:
@@ -160,13 +167,10 @@ class TransformersInferEngine:
         network: Any = load_model(
             model_path, dtype=model.torch_dtype, attention=model.attn_impl, device=device, quant=quant
         )
-        tokenizer_path = model_path
         if adapter_path:
             network = load_adapter(network, adapter_path, trainable=False)
             network = merge(network) if merged else network
-            if (adapter_path / "tokenizer_config.json").is_file():
-                tokenizer_path = adapter_path
-        tokenizer = load_tokenizer(tokenizer_path)
+        tokenizer = load_tokenizer(tokenizer_directory(model_path, adapter_path))
         engine = cls(network, tokenizer, template or TemplateConfig(), own_attention=model.attn_impl is None)
         if model.attn_impl is not None:
             say(f"--attn_impl {model.attn_impl}: answers by transformers' generate, slower than without it")

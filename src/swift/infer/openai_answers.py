@@ -8,6 +8,7 @@ import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -59,7 +60,7 @@ class AnswerSplitter:
 
     `thinks`: the prompt has opened the block of thoughts already. `form`: how calls of `tools` are written,
     None = there are none. A call is told whole, once the answer has ended; one that cannot be read is words.
-    `plain`: all is words.
+    `single`: only the first call is told. `plain`: all is words.
     """
 
     def __init__(
@@ -69,8 +70,9 @@ class AnswerSplitter:
         thinks: bool = False,
         form: AgentFormat | None = None,
         tools: Sequence[dict[str, Any]] = (),
+        single: bool = False,
     ) -> None:
-        self.form = form
+        self.form, self.single = form, single
         self.schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
         self.mark = form.calls([(NAME, {})]).split(NAME)[0].split("\n")[0] if form else ""
         self.mode = "content" if plain else "think" if thinks else "start"
@@ -126,7 +128,8 @@ class AnswerSplitter:
                 calls = self.form.parse(self.pending)
             except (ValueError, KeyError, TypeError):
                 calls = []
-            delta.calls = [self._describe(i, *call) for i, call in enumerate(calls)]
+            told = calls[:1] if self.single else calls
+            delta.calls = [self._describe(i, *call) for i, call in enumerate(told)]
         if not delta.calls:
             delta.content += self.pending.lstrip() if self.is_bare else self.pending
         self.pending = ""
@@ -179,13 +182,12 @@ class Writer:
                     message |= {"content": answer.content or None, "tool_calls": calls}
                 choice["message"] = message
             choices.append(choice)
-        kind = "chat.completion" if self.chat else "text_completion"
-        return {**self._head(kind), "choices": choices, "usage": usage}
+        return {**self._head(""), "choices": choices, "usage": usage}
 
     def opening(self, index: int) -> dict[str, Any]:
         """The first chunk of an answer in a chat."""
         choice = {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-        return {**self._head("chat.completion.chunk"), "choices": [choice]}
+        return {**self._head(), "choices": [choice]}
 
     def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
         """A chunk of a stream."""
@@ -197,15 +199,14 @@ class Writer:
                 "tool_calls": delta.calls,
             }
             choice["delta"] = {name: part for name, part in parts.items() if part}
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return {**self._head(kind), "choices": [choice]}
+        return {**self._head(), "choices": [choice]}
 
     def closing(self, usage: dict[str, int]) -> dict[str, Any]:
         """The last chunk of a stream whose request wants to know what it used."""
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return {**self._head(kind), "choices": [], "usage": usage}
+        return {**self._head(), "choices": [], "usage": usage}
 
-    def _head(self, kind: str) -> dict[str, Any]:
+    def _head(self, part: str = ".chunk") -> dict[str, Any]:
+        kind = f"chat.completion{part}" if self.chat else "text_completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def _choice(self, index: int, delta: Delta) -> dict[str, Any]:
@@ -215,37 +216,40 @@ class Writer:
         if self.token_ids:
             choice["token_ids"] = [token.token_id for token in delta.tokens]
         if self.logprobs and delta.tokens:
-            choice["logprobs"] = self._chat_logprobs(delta) if self.chat else self._text_logprobs(delta)
+            tell = partial(describe_logprobs, self.tokenizer) if self.chat else self._text_logprobs
+            choice["logprobs"] = tell(delta.tokens)
         return choice
 
-    def _chat_logprobs(self, delta: Delta) -> dict[str, Any]:
-        return {
-            "content": [
-                {
-                    **self._describe(token.token_id, token.logp),
-                    "top_logprobs": [self._describe(*pair) for pair in (token.top_logps or {}).items()],
-                }
-                for token in delta.tokens
-            ]
-        }
-
-    def _describe(self, token_id: int, logp: float) -> dict[str, Any]:
-        text = self.tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
-        told = None if BROKEN in text else list(text.encode())
-        return {"token": self._text(token_id), "logprob": logp, "bytes": told}
-
-    def _text_logprobs(self, delta: Delta) -> dict[str, Any]:
+    def _text_logprobs(self, tokens: Sequence[Told]) -> dict[str, Any]:
         """Without text_offset: tokens that are part of a character have no place in the text."""
         return {
-            "tokens": [self._text(token.token_id) for token in delta.tokens],
-            "token_logprobs": [token.logp for token in delta.tokens],
+            "tokens": [spell(self.tokenizer, token.token_id)[0] for token in tokens],
+            "token_logprobs": [token.logp for token in tokens],
             "top_logprobs": [
-                {self._text(token_id): logp for token_id, logp in (token.top_logps or {}).items()}
-                for token in delta.tokens
+                {spell(self.tokenizer, id_)[0]: logp for id_, logp in (token.top_logps or {}).items()}
+                for token in tokens
             ],
         }
 
-    def _text(self, token_id: int) -> str:
-        """The token's text; as the vocabulary spells it where it is part of a character, to tell it apart."""
-        text: str = self.tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
-        return self.tokenizer.convert_ids_to_tokens(token_id) if BROKEN in text else text
+
+def spell(tokenizer: PreTrainedTokenizerBase, token_id: int) -> tuple[str, list[int] | None]:
+    """A token's text and bytes; that of a part of a character as the vocabulary spells it, without bytes."""
+    text: str = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+    return (
+        (tokenizer.convert_ids_to_tokens(token_id), None) if BROKEN in text else (text, list(text.encode()))
+    )
+
+
+def describe_logprobs(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Told]) -> dict[str, Any]:
+    """Log-probabilities of an answer in a chat."""
+
+    def describe(token_id: int, logp: float) -> dict[str, Any]:
+        text, told = spell(tokenizer, token_id)
+        return {"token": text, "logprob": logp, "bytes": told}
+
+    content = [
+        describe(token.token_id, token.logp)
+        | {"top_logprobs": [describe(*pair) for pair in (token.top_logps or {}).items()]}
+        for token in tokens
+    ]
+    return {"content": content}

@@ -21,16 +21,12 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": (),
     "functions": (),
     "logit_bias": ({},),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True,),
     "prediction": (),
-    "presence_penalty": (0,),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
@@ -147,6 +143,35 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
+class JsonSchema(_Strict):
+    """What JSON has to look like; `strict` is always kept."""
+
+    name: str = ""
+    description: str = ""
+    schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}
+    strict: bool = True
+
+
+class ResponseFormat(_Strict):
+    """The form of the whole answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with type json_schema")
+        return self
+
+    @property
+    def schema_(self) -> dict[str, Any] | None:
+        """That the answer has to follow; None = any text."""
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return {"type": "object"} if self.type == "json_object" else None
+
+
 class TemplateKwargs(_Strict):
     """Settings of the chat template."""
 
@@ -163,6 +188,8 @@ class SampledRequest(_Strict):
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] = []
     stop_token_ids: list[Annotated[int, Field(ge=0)]] = []
     seed: int | None = None
@@ -209,6 +236,8 @@ class ChatRequest(SampledRequest):
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     tools: list[dict[str, Any]] = []
     tool_choice: str | dict[str, Any] = "auto"
+    parallel_tool_calls: bool = True
+    response_format: ResponseFormat = ResponseFormat(type="text")
     chat_template_kwargs: TemplateKwargs = TemplateKwargs()
 
     @property
@@ -221,12 +250,7 @@ class ChatRequest(SampledRequest):
         return [message.to_message(f"messages[{i}]") for i, message in enumerate(self.messages)]
 
     def read_tools(self) -> list[dict[str, Any]] | None:
-        """Tools to show, None without any; raises ApiError for a choice that cannot be forced."""
-        if self.tool_choice not in ("auto", "none"):
-            raise ApiError(
-                400, "tool_choice can be auto or none: this server cannot force a call", param="tool_choice",
-                code="unsupported_parameter",
-            )  # fmt: skip
+        """Tools to show, None without any; raises ApiError."""
         for i, tool in enumerate(self.tools):
             function = tool.get("function")
             if tool.get("type") != "function" or not isinstance(function, dict) or "name" not in function:
@@ -234,7 +258,24 @@ class ChatRequest(SampledRequest):
                     400, f"tools[{i}] has to be of type function, with a function that has a name",
                     param=f"tools[{i}]",
                 )  # fmt: skip
-        return self.tools if self.tools and self.tool_choice == "auto" else None
+        return self.tools if self.tools and self.tool_choice != "none" else None
+
+    def forced_tools(self) -> list[dict[str, Any]]:
+        """Those of which one has to be called, [] where none has to; raises ApiError."""
+        if self.tool_choice in ("auto", "none"):
+            return []
+        wanted = self.tool_choice
+        if isinstance(wanted, dict):
+            wanted = wanted.get("function") or {}
+            wanted = wanted.get("name") if isinstance(wanted, dict) else None
+        found = [t for t in self.tools if self.tool_choice == "required" or t["function"]["name"] == wanted]
+        if not found:
+            names = ", ".join(tool["function"]["name"] for tool in self.tools) or "none"
+            raise ApiError(
+                400, f"tool_choice can be auto, none, required or a function of tools, which are: {names}",
+                param="tool_choice",
+            )  # fmt: skip
+        return found
 
     def count_logprobs(self, most: int) -> int | None:
         """How many likely tokens to tell at each position; None = no log-probabilities."""

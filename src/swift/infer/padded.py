@@ -14,10 +14,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from swift.rollout.decoder import End, Token
 from swift.rollout.detokenize import AnswerText
 from swift.rollout.sampling import answer_key
-from swift.rollout.types import Completion, Request
+from swift.rollout.types import Completion, End, Request, Token
 
 ROWS = 8
 NEUTRAL = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # what `generate` takes for "not given" when greedy

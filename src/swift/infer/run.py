@@ -61,7 +61,6 @@ def run_infer(run: InferRun) -> int:
     run.check()
     if run.infer.infer_backend == "vllm":
         check_vllm("--infer_backend vllm")
-    check_sampling(run)
     check_options(run)
     use_plugins(run.plugins)
     build_weights(run.template.loss_scale)  # a wrong name is told before anything is downloaded
@@ -156,11 +155,6 @@ def score_texts(source: Source, labels: int, specs: tuple[str, ...], columns: di
     count = score_rows(scorer, chosen, path, batch_size=size, strict=run.infer.strict)
     say(f"{count} scores: {path}")
     return 0
-
-
-def check_sampling(run: InferRun) -> None:
-    """Bounds that the flags' own ranges cannot say."""
-    run.generation.check()
 
 
 def check_options(run: InferRun) -> None:

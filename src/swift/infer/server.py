@@ -26,7 +26,7 @@ from swift.infer.openai_answers import THINK, AnswerSplitter, Delta, Told, Write
 from swift.infer.openai_requests import ApiError, ChatRequest, SampledRequest, TextRequest, explain
 from swift.infer.server_models import Served
 from swift.infer.service import Busy, Closing, Job, Service
-from swift.rollout.decoder import End, Token
+from swift.rollout.types import End, Token
 from swift.rollout.types import Request as Asked
 from swift.template.types import RenderError
 from swift.utils.files import append_jsonl
@@ -87,18 +87,24 @@ class Server:
             text = template.prompt(messages, tools=tools)
         except RenderError as error:
             raise ApiError(400, f"messages: {error}", param="messages") from error
-        async with self.encoding:  # a long text would hold up every stream
-            prompt = await asyncio.to_thread(served.encode, text, special=False)
         prefix = template.response_prefix
         form = template.calls if tools else None
+        async with self.encoding:  # a long text would hold up every stream
+            prompt = await asyncio.to_thread(served.encode, text, special=False)
+            guide = await asyncio.to_thread(served.guide, body, template, text)
         stops = body.stops + (("Observation:",) if form and form.continues else ())
         sampling = served.sample(
             body, limit=served.room(prompt, body.limit, served.max_tokens), seed=self.seeds(), stops=stops,
             logprobs=logprobs or 0,
         )  # fmt: skip
-        asked = Asked(prompt, sampling, count=body.n, continued=PREFIX_TAIL if prefix else 0)
-        thinks = text.removesuffix(prefix).rstrip().endswith(THINK)
-        splitters = [AnswerSplitter(thinks=thinks, form=form, tools=tools or ()) for _ in range(body.n)]
+        asked = Asked(prompt, sampling, count=body.n, continued=PREFIX_TAIL if prefix else 0, guide=guide)
+        splitters = [
+            AnswerSplitter(
+                thinks=text.removesuffix(prefix).rstrip().endswith(THINK), form=form, tools=tools or (),
+                single=not body.parallel_tool_calls,
+            )
+            for _ in range(body.n)
+        ]  # fmt: skip
         conversation = {"messages": messages} | ({"tools": tools} if tools else {})
         exchange = self.open(body, served, [asked], splitters, logprobs, conversation)
         return await self.answer(http, body, exchange, prefix)

@@ -6,26 +6,29 @@ Not here: requests (server.py), steps (service.py).
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerBase
+from llguidance import LLTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from swift.config.generation import GenerationConfig
 from swift.config.option import ConfigError, fill_defaults
 from swift.config.runs import DeployRun
 from swift.config.template import TemplateConfig
 from swift.engines.transformers.forward import refusal_of_flat
 from swift.infer.engine import TransformersInferEngine
-from swift.infer.openai_requests import ApiError, SampledRequest
-from swift.models.adapters import TAKEN, adapter_base, load_adapter, load_run_args, merge
+from swift.infer.guiding import choose_grammar, compile_grammar, load_vocabulary
+from swift.infer.openai_requests import ApiError, ChatRequest, SampledRequest
+from swift.models.adapters import TAKEN, adapter_base, load_adapter, load_run_args, merge, tokenizer_directory
 from swift.models.heads import count_labels
 from swift.models.hub import resolve_adapter, resolve_model
 from swift.models.load import load_config, load_model, load_tokenizer, pick_device
 from swift.rollout.decoder import Decoder
 from swift.rollout.slots import spare_bytes
-from swift.rollout.types import Sampling
+from swift.rollout.types import Guide, Sampling
 from swift.template.chat import ChatTemplate
 from swift.utils.log import say
 
@@ -51,23 +54,12 @@ class Plan:
 class Served:
     """A model under a name: how conversations become its tokens, and how it samples unless told otherwise."""
 
-    def __init__(
-        self,
-        name: str,
-        tokenizer: PreTrainedTokenizerBase,
-        config: TemplateConfig,
-        *,
-        context: int,
-        sampling: Sampling,
-        max_tokens: int | None,
-    ) -> None:
-        self.name = name
-        self.tokenizer = tokenizer
-        self.config = config
-        self.context = context
-        self.sampling = sampling
-        self.max_tokens = max_tokens  # None = what the context leaves
-        self.templates = {config.enable_thinking: ChatTemplate(tokenizer, config)}
+    def __init__(self, name: str, engine: TransformersInferEngine, generation: GenerationConfig) -> None:
+        self.name, self.tokenizer, self.context = name, engine.tokenizer, engine.context
+        self.config, self.ends = engine.template.config, engine.stop_token_ids
+        self.sampling = engine.settle(generation)
+        self.max_tokens = generation.max_new_tokens  # None = what the context leaves
+        self.templates = {self.config.enable_thinking: engine.template}
 
     def template(self, thinking: bool | None) -> ChatTemplate:
         """The template as the server was started, or with --enable_thinking as a request wants it."""
@@ -76,6 +68,16 @@ class Served:
             config = replace(self.config, enable_thinking=thinking)
             self.templates[thinking] = ChatTemplate(self.tokenizer, config)
         return self.templates[thinking]
+
+    @cached_property
+    def vocabulary(self) -> LLTokenizer:
+        """What grammars are matched against."""
+        return load_vocabulary(self.tokenizer, self.ends)
+
+    def guide(self, request: ChatRequest, template: ChatTemplate, prompt: str) -> Callable[[], Guide] | None:
+        """Makes the guides of answers that must have a form. Raises ApiError for one that none can follow."""
+        grammar = choose_grammar(request, template, prompt)
+        return None if grammar is None else compile_grammar(grammar, self.vocabulary)
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids; `special` adds those that a text begins with. Raises ApiError for half a character."""
@@ -90,7 +92,10 @@ class Served:
         self, request: SampledRequest, *, limit: int, seed: int, stops: tuple[str, ...], logprobs: int
     ) -> Sampling:
         """The settings of a request, those of the server where it has none."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        names = (
+            "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty",
+            "presence_penalty",
+        )  # fmt: skip
         given = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
         if given.get("top_k") == -1:
             given["top_k"] = 0
@@ -198,13 +203,9 @@ def load_models(plan: Plan) -> Loaded:
         network, adapters = merge(network), {}
     models, decoders = {}, {}
     for source in plan.sources:
-        own = source.adapter and (source.adapter / "tokenizer_config.json").is_file()
-        tokenizer = load_tokenizer(source.adapter if own and source.adapter else plan.model)
+        tokenizer = load_tokenizer(tokenizer_directory(plan.model, source.adapter))
         engine = TransformersInferEngine(network, tokenizer, source.template)
-        models[source.name] = Served(
-            source.name, tokenizer, source.template, context=engine.context,
-            sampling=engine.settle(run.generation), max_tokens=run.generation.max_new_tokens,
-        )  # fmt: skip
+        models[source.name] = Served(source.name, engine, run.generation)
         decoders[source.name] = Decoder(
             network, tokenizer, stop_token_ids=engine.stop_token_ids, context=engine.context,
             max_rows=options.max_batch_size, memory_bytes=spare_bytes(device) // len(plan.sources),

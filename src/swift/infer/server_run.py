@@ -5,6 +5,7 @@ Everything that can be wrong with flags, files, keys and the port is found befor
 
 import asyncio
 import contextlib
+import logging
 import random
 import signal
 import socket
@@ -25,6 +26,7 @@ from swift.infer.server import Server, build_app
 from swift.infer.server_models import Loaded, load_models, make_plan
 from swift.infer.server_vllm import serve_through_vllm
 from swift.infer.service import Service
+from swift.utils import env
 from swift.utils.log import say, warn
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -36,6 +38,8 @@ def run_deploy(run: DeployRun) -> int:
     """Serves until a signal; returns the exit code."""
     use_plugins(run.plugins)
     options = run.serve
+    if options.log_level != "info":
+        env.put({"SWIFT_LOG_LEVEL": options.log_level})
     check_certificate(options)
     if options.infer_backend == "vllm":
         return serve_through_vllm(run)
@@ -109,12 +113,15 @@ async def serve(loaded: Loaded, options: ServeOptions, listener: socket.socket, 
         failures.append(error)
         web.should_exit = True
 
+    logging.basicConfig(format="%(message)s")  # for uvicorn
     limit = options.max_batch_size + options.max_queue_size
     service = Service(loaded.decoders, limit=limit, activate=loaded.activate, fail=fail)
     draw = partial(random.Random(seed).getrandbits, 63)
     config = uvicorn.Config(
-        build_app(Server(loaded.models, service, options, draw)), log_config=None, access_log=False,
-        lifespan="off", ssl_keyfile=options.ssl_keyfile, ssl_certfile=options.ssl_certfile,
+        build_app(Server(loaded.models, service, options, draw)), log_config=None,
+        log_level="warning" if options.log_level == "info" else options.log_level,
+        access_log=options.log_level in ("debug", "trace"), lifespan="off",
+        ssl_keyfile=options.ssl_keyfile, ssl_certfile=options.ssl_certfile,
         timeout_graceful_shutdown=round(options.shutdown_timeout + LAST_SECONDS),
     )  # fmt: skip
     web = _Web(config, service, options.shutdown_timeout)

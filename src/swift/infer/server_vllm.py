@@ -62,6 +62,8 @@ def build_command(plan: Plan) -> list[str]:
     sampling = {n: getattr(run.generation, n) for n in names if getattr(run.generation, n) is not None}
     if sampling:
         arguments["override_generation_config"] = sampling
+    if options.log_level != "info":
+        arguments["uvicorn_log_level"] = options.log_level
     if options.vllm_data_parallel_size > 1:
         arguments["data_parallel_size"] = options.vllm_data_parallel_size
     for flag in ("ssl_keyfile", "ssl_certfile"):

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from swift.rollout.decoder import Decoder, End, Ticket, Token
-from swift.rollout.types import Request
+from swift.rollout.decoder import Decoder, Ticket
+from swift.rollout.types import End, Request, Token
 
 Event = Token | End
 

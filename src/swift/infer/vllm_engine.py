@@ -19,10 +19,10 @@ from swift.config.template import TemplateConfig
 from swift.config.vllm import VllmConfig
 from swift.engines.ranks import Ranks
 from swift.infer.engine import TransformersInferEngine, find_ends
+from swift.models.adapters import tokenizer_directory
 from swift.models.directory import ADAPTER_CONFIG, read_json
 from swift.models.load import load_tokenizer
-from swift.rollout.decoder import End, Token
-from swift.rollout.types import Completion, Request
+from swift.rollout.types import Completion, End, Request, Token
 from swift.rollout.vllm import engine_arguments, start_local
 from swift.rollout.vllm_terms import Terms
 from swift.template.chat import ChatTemplate
@@ -100,12 +100,10 @@ def load_vllm(
     """From a model directory; the adapter's tokenizer wins. ConfigError where vLLM cannot apply it."""
     named = model.torch_dtype or (None if torch.cuda.is_available() else "float32")
     arguments = engine_arguments(vllm, dtype=named and getattr(torch, named))
-    tokenizer_path = model_path
+    tokenizer_path = tokenizer_directory(model_path, adapter_path)
     if adapter_path:
         arguments = {"enable_lora": True, "max_lora_rank": lora_rank(adapter_path)} | arguments
-        if (adapter_path / "tokenizer_config.json").is_file():
-            tokenizer_path = adapter_path
-            arguments = {"tokenizer": str(adapter_path)} | arguments
+        arguments = {"tokenizer": str(tokenizer_path)} | arguments
     tokenizer = load_tokenizer(tokenizer_path)
     has_file = (model_path / GENERATION_CONFIG).is_file()
     defaults = HfGenerationConfig.from_pretrained(model_path) if has_file else HfGenerationConfig()

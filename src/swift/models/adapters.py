@@ -171,6 +171,11 @@ def merge(model: PeftModel) -> PreTrainedModel:
         raise ConfigError(f"the adapters cannot be merged: {str(error).splitlines()[0]}") from error
 
 
+def tokenizer_directory(model: Path, adapter: Path | None) -> Path:
+    """Where a tokenizer is loaded from: the adapters', unless they have none."""
+    return adapter if adapter and (adapter / "tokenizer_config.json").is_file() else model
+
+
 def adapter_base(path: Path) -> str | None:
     """The base model of a checkpoint: as the run named it in args.json, else as adapter_config.json does.
 

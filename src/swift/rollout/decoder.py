@@ -19,31 +19,11 @@ from transformers import PreTrainedTokenizerBase
 from swift.config.option import ConfigError
 from swift.engines.transformers.attention import Segments
 from swift.rollout.detokenize import AnswerText, decode_text
-from swift.rollout.sampling import Drawn, Shape, answer_key, draw, uniform
+from swift.rollout.sampling import Drawn, Marks, Shape, answer_key, draw, uniform
 from swift.rollout.slots import Decode, Prefill, Slots, spare_bytes
-from swift.rollout.types import Completion, Request
+from swift.rollout.types import Completion, End, Guide, Request, Token
 
 PREFILL_TOKENS = 8192  # of prompts in one step, unless a single one is longer
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A new token of answer number `index` of a request."""
-
-    index: int
-    token_id: int
-    logp: float
-    text: str  # what can be shown now: empty while a character or what may be a stop text is incomplete
-    top_logps: dict[int, float] | None
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """An answer is complete; `text` is what no Token has shown yet."""
-
-    index: int
-    text: str
-    completion: Completion
 
 
 Listener = Callable[[Token | End], None]
@@ -77,6 +57,7 @@ class Row:
     limit: int  # tokens
     ends: frozenset[int]
     writer: AnswerText | None  # where somebody listens, or a text may end the answer
+    guide: Guide | None
     token_ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     top_logps: list[dict[int, float]] = field(default_factory=list)
@@ -128,7 +109,7 @@ class Decoder:
             4, max_rows, dtype=torch.int64, device=self.device
         )
         self.row_numbers = torch.arange(max_rows, device=self.device)
-        self.seen: Tensor | None = None  # bool [max_rows, V], where a row has a repetition penalty
+        self.marks = Marks(max_rows, self.device)
         self.shape: Shape | None = None  # of the rows as they are
 
     def submit(self, request: Request, listen: Listener | None = None) -> Ticket:
@@ -176,7 +157,7 @@ class Decoder:
         """Forgets everything in flight and frees the memory of keys and values."""
         self.waiting.clear()
         self.rows = []
-        self.shape = self.seen = None
+        self.shape = self.marks.table = None
         self.slots.clear()
 
     def _drop_cancelled(self) -> None:
@@ -226,7 +207,7 @@ class Decoder:
         writer = None
         if ticket.listen or sampling.stop:
             writer = AnswerText(self.tokenizer, sampling.stop, self._tail(request))
-        return Row(ticket, index, limit, ends, writer)
+        return Row(ticket, index, limit, ends, writer, request.guide() if request.guide else None)
 
     def _tail(self, request: Request) -> list[int]:
         return request.token_ids[len(request.token_ids) - request.continued :]
@@ -261,8 +242,10 @@ class Decoder:
         self.keys[before:total] = torch.tensor(keys).to(self.device)
         self.steps[before:total] = torch.tensor([len(row.token_ids) for row in new]).to(self.device)
         self.lengths[before:total] = torch.tensor([n for _, n in copies]).to(self.device)
-        self._mark_seen(new, before, logits_SV.shape[1])
         settings = [row.ticket.request.sampling for row in new]
+        for r, (row, sampling) in enumerate(zip(new, settings, strict=True), start=before):
+            prompt = row.ticket.request.token_ids
+            self.marks.begin(r, sampling, prompt, row.token_ids, logits_SV.shape[1])
         shape = Shape.of(settings, logits_SV.shape[1], self.device)
         self.shape = None
         self._take(logits_SV[at["prompt_of"]], shape, slice(before, total))
@@ -300,25 +283,27 @@ class Decoder:
         logits: Tensor = output.logits[0]
         return logits
 
-    def _mark_seen(self, rows: Sequence[Row], start: int, vocabulary: int) -> None:
-        """Notes the prompts' tokens where a repetition penalty asks for them."""
-        if all(row.ticket.request.sampling.repetition_penalty == 1 for row in rows):
-            return
-        if self.seen is None:
-            self.seen = torch.zeros(self.max_rows, vocabulary, dtype=torch.bool, device=self.device)
-        for r, row in enumerate(rows, start=start):
-            self.seen[r] = False
-            self.seen[r, torch.tensor(row.read).to(self.device)] = True
-
     def _take(self, logits: Tensor, shape: Shape, span: slice) -> None:
         """Draws a token for the rows of `span` and hands them on; rows that have ended leave."""
-        seen = self.seen[span] if shape.penalty is not None and self.seen is not None else None
-        drawn = draw(logits, shape, uniform(self.keys[span], self.steps[span]), seen)
+        self._guide(logits, span)
+        marks = self.marks.table[span] if shape.has_penalty and self.marks.table is not None else None
+        drawn = draw(logits, shape, uniform(self.keys[span], self.steps[span]), marks)
         self.tokens[span] = drawn.ids
         self.steps[span] += 1
-        if seen is not None:
-            seen.scatter_(1, drawn.ids[:, None], True)
+        self.marks.add(span, drawn.ids)
         self._remove(self._hand_out(drawn, span))
+
+    def _guide(self, logits: Tensor, span: slice) -> None:
+        """Takes away, in place, what the guides of the rows of `span` do not allow."""
+        guided = [(i, row.guide) for i, row in enumerate(self.rows[span]) if row.guide]
+        if not guided:
+            return
+        allowed = torch.zeros(len(guided), logits.shape[1], dtype=torch.bool)
+        for line, (_, guide) in zip(allowed, guided, strict=True):
+            known = guide.allowed()[: len(line)]
+            line[: len(known)] = known
+        at = torch.tensor([i for i, _ in guided]).to(self.device)
+        logits[at] = logits[at].masked_fill(~allowed.to(self.device), -torch.inf)
 
     def _hand_out(self, drawn: Drawn, span: slice) -> list[int]:
         """Tokens to their rows, from the device at once; the numbers of rows that have ended."""
@@ -332,6 +317,8 @@ class Decoder:
             row = self.rows[r]
             row.token_ids.append(int(token))
             row.logps.append(logp)
+            if row.guide:
+                row.guide.take(row.token_ids[-1])
             wanted = row.ticket.request.sampling.top_logps
             if wanted:
                 half = len(top) // 2
@@ -385,7 +372,7 @@ class Decoder:
             longest = max(self.rows[r].length for r in movers)
             sources, targets = (torch.tensor(rows).to(self.device) for rows in (movers, holes))
             self.slots.move(sources, targets, longest)
-            for column in (self.tokens, self.lengths, self.keys, self.steps, self.seen):
+            for column in (self.tokens, self.lengths, self.keys, self.steps, self.marks.table):
                 if column is not None:
                     column[targets] = column[sources]
             for source, target in zip(movers, holes, strict=True):

@@ -16,6 +16,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 MIXERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 FRACTION_BITS = 52
 CANDIDATES = 1024  # most likely tokens looked at before the whole vocabulary is sorted
+PROMPT = 1 << 20  # more than an answer has tokens, times which fits into int32
 
 
 def signed(number: int) -> int:
@@ -61,12 +62,18 @@ class Shape:
     greedy: Tensor | None  # bool
     temperature: Tensor | None
     penalty: Tensor | None
+    frequency: Tensor | None
+    presence: Tensor | None
     top_k: Tensor | None
     min_p: Tensor | None
     top_p: Tensor | None
     all_greedy: bool
     top_logps: int  # the largest number that a row wants
     most_top_k: int  # the largest that cuts
+
+    @property
+    def has_penalty(self) -> bool:
+        return any(column is not None for column in (self.penalty, self.frequency, self.presence))
 
     @classmethod
     def of(cls, settings: Sequence[Sampling], vocabulary: int, device: torch.device) -> "Shape":
@@ -83,6 +90,8 @@ class Shape:
             greedy=column([s.temperature == 0 for s in settings], False, torch.bool),
             temperature=column([s.temperature or 1.0 for s in settings], 1.0, torch.float32),
             penalty=column([s.repetition_penalty for s in settings], 1.0, torch.float32),
+            frequency=column([s.frequency_penalty for s in settings], 0.0, torch.float32),
+            presence=column([s.presence_penalty for s in settings], 0.0, torch.float32),
             top_k=column(top_k, vocabulary, torch.int64),
             min_p=column([s.min_p for s in drawn], 0.0, torch.float32),
             top_p=column([s.top_p for s in drawn], 1.0, torch.float32),
@@ -90,6 +99,35 @@ class Shape:
             top_logps=min(max(s.top_logps for s in settings), vocabulary),
             most_top_k=max((k for k in top_k if k < vocabulary), default=0),
         )  # fmt: skip
+
+
+class Marks:
+    """Which tokens rows have, of R at most: a table of int32 [R, V], made where a penalty asks for it.
+
+    A number counts how often the answer has the token, with PROMPT added where the prompt has it.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.rows, self.device = rows, device
+        self.table: Tensor | None = None
+
+    def begin(
+        self, row: int, sampling: Sampling, prompt: Sequence[int], answer: Sequence[int], vocabulary: int
+    ) -> None:
+        """What a row has read."""
+        if sampling.repetition_penalty == 1 and not (sampling.frequency_penalty or sampling.presence_penalty):
+            return
+        if self.table is None:
+            self.table = torch.zeros(self.rows, vocabulary, dtype=torch.int32, device=self.device)
+        counts = torch.bincount(torch.tensor(answer, dtype=torch.int64), minlength=vocabulary).int()
+        counts[torch.tensor(prompt)] += PROMPT
+        self.table[row] = counts.to(self.device)
+
+    def add(self, span: slice, ids_R: Tensor) -> None:
+        """The next token of each of some rows."""
+        if self.table is not None:
+            ones = torch.ones_like(ids_R[:, None], dtype=torch.int32)
+            self.table[span].scatter_add_(1, ids_R[:, None], ones)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +140,13 @@ class Drawn:
     top_logps: Tensor | None
 
 
-def draw(logits_RV: Tensor, shape: Shape, uniform_R: Tensor, seen_RV: Tensor | None) -> Drawn:
-    """One token for each row. `seen_RV`: bool, tokens of prompt and answer, where a penalty is asked for.
+def draw(logits_RV: Tensor, shape: Shape, uniform_R: Tensor, marks_RV: Tensor | None) -> Drawn:
+    """One token for each row. `marks_RV`: of Marks, where a penalty is asked for.
 
     Log-probabilities are those of the distribution after all settings; a greedy row, whose distribution would
-    be a single token, tells those after the penalty alone.
+    be a single token, tells those after the penalties alone.
     """
-    scores = shaped(logits_RV.float(), shape, seen_RV)
+    scores = shaped(logits_RV.float(), shape, marks_RV)
     logps_RV = scores.log_softmax(-1)
     picked: Tensor | None = None
     if not shape.all_greedy:
@@ -125,15 +163,14 @@ def draw(logits_RV: Tensor, shape: Shape, uniform_R: Tensor, seen_RV: Tensor | N
     return Drawn(picked, chosen, top.indices if top else None, top.values if top else None)
 
 
-def shaped(scores: Tensor, shape: Shape, seen_RV: Tensor | None) -> Tensor:
-    """[R, V] scores after penalty, temperature, top-k, min-p and top-p, in this order; -inf = impossible.
+def shaped(scores: Tensor, shape: Shape, marks_RV: Tensor | None) -> Tensor:
+    """[R, V] scores after penalties, temperature, top-k, min-p and top-p, in this order; -inf = impossible.
 
-    Sources: penalty arXiv:1909.05858 section 4.1, top-p arXiv:1904.09751, min-p arXiv:2407.01082.
+    Sources: repetition penalty arXiv:1909.05858 section 4.1, top-p arXiv:1904.09751, min-p arXiv:2407.01082,
+    the others https://platform.openai.com/docs/api-reference/chat/create.
     """
-    if shape.penalty is not None:
-        assert seen_RV is not None
-        penalty = shape.penalty[:, None]
-        scores = torch.where(seen_RV, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+    if marks_RV is not None:
+        scores = penalised(scores, shape, marks_RV)
     if shape.temperature is not None:
         scores = scores / shape.temperature[:, None]
     floors = []
@@ -148,6 +185,20 @@ def shaped(scores: Tensor, shape: Shape, seen_RV: Tensor | None) -> Tensor:
     if shape.top_p is None:
         return scores
     return scores.masked_fill(scores < nucleus_floor(scores, shape.top_p), -torch.inf)
+
+
+def penalised(scores: Tensor, shape: Shape, marks_RV: Tensor) -> Tensor:
+    """[R, V] scores after the penalties."""
+    if shape.penalty is not None:
+        penalty = shape.penalty[:, None]
+        lower = torch.where(scores > 0, scores / penalty, scores * penalty)
+        scores = torch.where(marks_RV > 0, lower, scores)
+    counts_RV = marks_RV % PROMPT
+    if shape.frequency is not None:
+        scores = scores - shape.frequency[:, None] * counts_RV
+    if shape.presence is not None:
+        scores = scores - shape.presence[:, None] * (counts_RV > 0)
+    return scores
 
 
 def nucleus_floor(scores: Tensor, top_p_R: Tensor) -> Tensor:

@@ -4,15 +4,19 @@ Chat templates, tools and stop words of a template are applied above; whoever tr
 the same ids.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How an answer is drawn. The defaults are the model's own distribution.
 
-    Everything that shapes the distribution is applied in this order: repetition penalty, temperature, top-k,
-    min-p, top-p.
+    Everything that shapes the distribution is applied in this order: penalties, temperature, top-k, min-p,
+    top-p.
     """
 
     max_tokens: int
@@ -20,11 +24,25 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0  # 0 = all
     min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = 1.0  # of tokens in prompt and answer
+    frequency_penalty: float = 0.0  # of tokens in the answer, for each time they are there
+    presence_penalty: float = 0.0  # of tokens in the answer
     stop: tuple[str, ...] = ()  # texts that end an answer, besides the tokens that always do
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0  # with the number of the answer and of the token it fixes every draw
     top_logps: int = 0  # most likely tokens told at each position
+
+
+class Guide(Protocol):
+    """What one answer may go on with."""
+
+    def allowed(self) -> Tensor:
+        """bool [V] on the CPU, V as the tokenizer counts; never all False."""
+        ...
+
+    def take(self, token_id: int) -> None:
+        """Hears of the next token."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +54,7 @@ class Request:
     count: int = 1
     first: int = 0
     continued: int = 0  # tokens at the prompt's end whose text the answer continues
+    guide: Callable[[], Guide] | None = None  # for each answer; our own decoder follows it
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +67,23 @@ class Completion:
     text: str = ""  # without the token or the stop text that ended it
     top_logps: list[dict[int, float]] | None = None  # a position: token id -> log-probability
     version: int = 0  # of the weights
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A new token of answer number `index` of a request."""
+
+    index: int
+    token_id: int
+    logp: float
+    text: str  # what can be shown now: empty while a character or what may be a stop text is incomplete
+    top_logps: dict[int, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """An answer is complete; `text` is what no Token has shown yet."""
+
+    index: int
+    text: str
+    completion: Completion

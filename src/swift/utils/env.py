@@ -33,6 +33,7 @@ VARIABLES = {
     "PET_NODE_RANK": "index of this node, from them",
     "PET_NPROC_PER_NODE": "processes on this node, from them",
     "SSHPASS": "password that swift launch gives to ssh",
+    "SWIFT_LOG_LEVEL": "least important lines that are shown: info, warning or error",
     "SWIFT_DEBUG": "1 = show the traceback behind an error line",
     "OMP_NUM_THREADS": "CPU threads of torch",
     "OMP_WAIT_POLICY": "how idle CPU threads wait; PASSIVE unless set",

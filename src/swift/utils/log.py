@@ -7,6 +7,9 @@ from rich.text import Text
 
 from swift.utils import env
 
+LEVELS = {None: 0, "yellow": 1, "red": 2}  # how much a line matters, by its colour
+SHOWN = {"trace": 0, "debug": 0, "info": 0, "warning": 1, "error": 2, "critical": 2}  # from which on, by name
+
 
 @cache
 def console() -> Console:
@@ -24,8 +27,9 @@ def result_console() -> Console:
 
 
 def say(message: str, *, style: str | None = None) -> None:
-    """One line, shown as it is: brackets are not markup."""
-    console().print(Text(message, style=style or ""))
+    """One line, shown as it is: brackets are not markup. Not shown where SWIFT_LOG_LEVEL is above it."""
+    if LEVELS.get(style, 0) >= SHOWN.get(env.read("SWIFT_LOG_LEVEL", "info") or "", 0):
+        console().print(Text(message, style=style or ""))
 
 
 def warn(message: str) -> None:
