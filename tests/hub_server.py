@@ -39,7 +39,7 @@ class Hub:
     """What the server holds and was asked.
 
     cut_after: bytes after which the connection of the next download of a large file breaks. refuses: whatever
-    is asked is denied; with `refuses_later` after that break.
+    is asked is denied; with `refuses_later` after that break. refused_commits: how many are denied from now.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -48,6 +48,7 @@ class Hub:
     cut_after: int | None = None
     refuses: bool = False
     refuses_later: bool = False
+    refused_commits: int = 0
     address: str = ""
 
     def start(self) -> Callable[[], None]:
@@ -88,7 +89,9 @@ class Requests(BaseHTTPRequestHandler):
         self.query = {name: values[0] for name, values in parse_qs(parts.query).items()}
         wanted = self.headers.get("Range")
         self.hub.asked.append(f"{self.command} {unquote(self.path)}" + (f" {wanted}" if wanted else ""))
-        if self.hub.refuses:
+        denied = "commit" in self.path and self.hub.refused_commits > 0
+        self.hub.refused_commits -= denied
+        if self.hub.refuses or denied:
             return self.answer(
                 403, {"error": "no", "Message": "no"}
             )  # 5xx would be asked again for half a minute

@@ -71,7 +71,7 @@ def test_awkward_values_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_groups_and_defaults_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    text = print_config(["pt", "--push_to_hub", "true"], capsys)
+    text = print_config(["pt", "--hub_revision", "v1"], capsys)
     assert [line for line in text.splitlines() if line.startswith("# ")] == [
         "# swift pt",
         "# model",
@@ -84,11 +84,12 @@ def test_groups_and_defaults_of_the_command(capsys: pytest.CaptureFixture[str]) 
         "# schedule",
         "# parallel",
         "# output",
+        "# publish",
         "# task",
         "# sft",
         "# not yet in this version",
     ]
-    assert "loss_scale: all\n" in text and text.endswith("push_to_hub: true\n")
+    assert "loss_scale: all\n" in text and text.endswith("hub_revision: v1\n")
     assert "merge_lora: true\n" in print_config(["merge_lora"], capsys)
     assert "train_type: full\n" in print_config(["sft"], capsys, "megatron")
 

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 import hub_server
 from hub_server import LARGE, READ_TOKEN, TOKEN, Hub, Repository
+from swift.cli.main import run as run_command
 from swift.config.option import ConfigError, build
 from swift.config.runs import ExportRun
 from swift.config.tuner import TunerConfig
@@ -146,6 +147,55 @@ def test_adapters_go_without_what_only_their_run_needs(use_hf, hub, tiny_llama_d
     chat = [{"role": "user", "content": "q"}]
     text = AutoTokenizer.from_pretrained(fetched).apply_chat_template(chat, tokenize=False)
     assert text.startswith('<|im_start|>system\nSay "hi".<|im_end|>\n<|im_start|>user\nq')
+
+
+def train(model: Path, output: Path, **flags: object) -> int:
+    data = output.with_suffix(".jsonl")
+    data.write_text(json.dumps({"query": "q", "response": "a"}) + "\n")
+    chosen = {
+        "model": model, "dataset": data, "output_dir": output, "add_version": "false", "max_steps": 3,
+        "save_steps": 1, "lora_rank": 2, "report_to": "none", "device": "cpu", "system": "Be brief.",
+        "push_to_hub": "true", "hub_model_id": "run", "hub_token": TOKEN, **flags,
+    }  # fmt: skip
+    return run_command(
+        ["sft", *(str(word) for name, value in chosen.items() for word in (f"--{name}", value))]
+    )
+
+
+@BOTH
+def test_checkpoints_go_to_the_hub_while_training_goes_on(
+    use_hf, hub, tiny_llama_dir, tmp_path, capfd
+) -> None:
+    """The first upload fails, which the training survives; every other one follows, the last one stays."""
+    hub.refused_commits = 1
+    flags = {"use_hf": use_hf, "hub_always_push": "true", "hub_private_repo": "true"}
+    assert train(tiny_llama_dir, tmp_path / "run", **flags) == 0
+    said = capfd.readouterr().err
+    assert "warning: checkpoint-1 was not uploaded: --hub_model_id ann/run" in said
+    pushed = hub.repositories["ann/run"]
+    assert pushed.private and [m.split()[0] for m in pushed.messages] == ["checkpoint-2", "checkpoint-3"]
+    last = hashes(tmp_path / "run" / "checkpoint-3")
+    fetched = hashes(resolve_adapter("ann/run", use_hf=use_hf, token=READ_TOKEN))
+    assert fetched["adapter_model.safetensors"] == last["adapter_model.safetensors"]
+    assert b"Be brief." in pushed.files["chat_template.jinja"]
+    assert not [name for name in pushed.files if name.startswith(("optimizer", "scheduler", "trainer_state"))]
+    assert not any(TOKEN.encode() in content for content in pushed.files.values()) and TOKEN not in said
+
+
+def test_what_fails_is_tried_again_at_the_end(hub, tiny_llama_dir, tmp_path, capfd) -> None:
+    flags = {"use_hf": "true", "hub_strategy": "end"}
+    assert train(tiny_llama_dir, tmp_path / "run", **flags) == 0
+    assert hub.repositories["ann/run"].messages == ["checkpoint-3"]
+    capfd.readouterr()
+    hub.refused_commits = 99
+    assert train(tiny_llama_dir, tmp_path / "again", use_hf="true") == 0
+    said = capfd.readouterr().err
+    tries = [line for line in said.splitlines() if " was not uploaded: " in line]
+    assert len(tries) >= 2 and "checkpoint-3" in tries[-1]
+    assert "warning: checkpoint-3 is not on HuggingFace; again: swift export --push_to_hub true" in said
+    assert train(tiny_llama_dir, tmp_path / "none", hub_token="wrong", use_hf="true") == 2
+    assert "--hub_model_id run: HuggingFace does not know this token" in capfd.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 @BOTH

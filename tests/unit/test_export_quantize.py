@@ -96,6 +96,14 @@ def test_bnb_is_what_transformers_reads(bits: int, source: Path, tmp_path: Path,
     assert 1e-6 < compare(source, tmp_path / "out") < (1e-2 if bits == 4 else 1e-3)
     sizes = [sum(f.stat().st_size for f in p.glob("*.safetensors")) for p in (source, tmp_path / "out")]
     assert sizes[1] < 0.4 * sizes[0]
+    if bits == 4:
+        flags = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
+        assert export(source, tmp_path / "fp4", quant_method="bnb", **flags) == 0
+        written = json.loads((tmp_path / "fp4" / "config.json").read_text())["quantization_config"]
+        assert {name: written[name] for name in flags} == flags
+        assert compare(source, tmp_path / "fp4") > compare(
+            source, tmp_path / "out"
+        )  # nf4 fits weights better
 
 
 def test_a_result_too_far_from_its_source_is_not_kept(source, tmp_path, monkeypatch, capfd) -> None:
@@ -106,12 +114,17 @@ def test_a_result_too_far_from_its_source_is_not_kept(source, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_gptq_looks_at_rows(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_rows_choose_the_weights(method: str, source: Path, tmp_path: Path) -> None:
     pytest.importorskip("llmcompressor")
     rows = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}]}
             for i in range(20)]  # fmt: skip
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = {"quant_method": "gptq", "dataset": (str(tmp_path / "rows.jsonl"),), "quant_n_samples": 16}
+    flags = {"quant_method": method, "dataset": (str(tmp_path / "rows.jsonl"),), "quant_n_samples": 16}
+    if method == "awq" and not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="--quant_method awq needs a GPU: its library does"):
+            export(source, tmp_path / "out", **flags)
+        return
     with pytest.raises(ConfigError, match="--group_size 48 does not divide the 128 inputs of"):
         export(source, tmp_path / "out", **flags, group_size=48)
     assert export(source, tmp_path / "out", **flags, group_size=32) == 0
@@ -123,9 +136,17 @@ def test_gptq_looks_at_rows(source: Path, tmp_path: Path) -> None:
     [
         ({"quant_bits": 8, "merge_lora": True, "adapters": ("a",)}, "--quant_bits 8 has no effect without"),
         ({"quant_method": "fp8", "quant_bits": 4}, "--quant_method fp8 has 8 bits, not 4"),
-        ({"quant_method": "awq"}, "--quant_method awq is not there yet: its library needs a GPU"),
+        ({"quant_method": "awq", "quant_bits": 8}, "--quant_method awq has 4 bits, not 8"),
+        ({"quant_method": "awq"}, "--quant_method awq needs --dataset"),
+        (
+            {"quant_method": "fp8", "bnb_4bit_quant_type": "fp4"},
+            "--bnb_4bit_quant_type has no effect without",
+        ),
         ({"quant_method": "gptq"}, "--quant_method gptq needs --dataset"),
-        ({"quant_method": "bnb", "group_size": 64}, "--group_size has no effect without --quant_method gptq"),
+        (
+            {"quant_method": "bnb", "group_size": 64},
+            "--group_size has no effect without --quant_method gptq or awq",
+        ),
         ({"quant_method": "bnb", "adapters": ("a",)}, "--quant_method takes whole weights, not adapters"),
         ({"quant_method": "bnb", "to_ollama": True}, "--to_ollama and --quant_method are 2 exports"),
         ({"to_ollama": True, "push_to_hub": True}, "--to_ollama and --push_to_hub are 2 exports"),

@@ -12,9 +12,9 @@ from conftest import make_tiny_tokenizer
 from swift.config.option import ConfigError, build
 from swift.config.runs import ExportRun
 from swift.config.template import TemplateConfig
-from swift.export.chat import carry_template
 from swift.export.ollama import go_template
 from swift.export.run import run_export
+from swift.models.prompts import carry_template
 from swift.template.chat import ChatTemplate
 
 TEMPLATES = Path(__file__).parents[1] / "data" / "chat_templates"

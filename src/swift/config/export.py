@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from swift.config.model import DTYPES
 from swift.config.option import ConfigError, option, require_package
+from swift.config.quant import BnbOptions
 
 QUANT_METHODS = ("bnb", "fp8", "gptq", "awq")
 
@@ -93,18 +94,18 @@ class ExportOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class QuantizeOptions:
+class QuantizeOptions(BnbOptions):
     quant_method: str | None = option(
         None, help="write the weights of linear layers in few bits", choices=QUANT_METHODS
     )
     quant_bits: int | None = option(None, help="bits of a weight; none = 4, with fp8 8", choices=(4, 8))
     group_size: int = option(
-        128, help="weights of a row that share a scale in gptq; -1 = the whole row", range=(-1, None)
+        128, help="weights of a row that share a scale in gptq and awq; -1 = the whole row", range=(-1, None)
     )
     quant_n_samples: int = option(
-        256, help="rows of --dataset that gptq looks at", unit="rows", range=(1, None)
+        256, help="rows of --dataset that gptq and awq look at", unit="rows", range=(1, None)
     )
-    quant_batch_size: int = option(1, help="rows that gptq computes together", unit="rows", range=(1, None))
+    quant_batch_size: int = option(1, help="of them, rows computed together", unit="rows", range=(1, None))
 
     @property
     def bits(self) -> int:
@@ -118,49 +119,27 @@ class QuantizeOptions:
     def check(self, datasets: tuple[str, ...]) -> None:
         """Raises ConfigError where the weights cannot be written like that; `datasets` is --dataset."""
         method = self.quant_method
-        calibrated = method == "gptq"
+        calibrated = method in ("gptq", "awq")
+        if method != "bnb" or self.bits != 4:
+            self.check_unused()
         for name, default in (("group_size", 128), ("quant_n_samples", 256), ("quant_batch_size", 1)):
             if getattr(self, name) != default and not calibrated:
-                raise ConfigError(f"--{name} has no effect without --quant_method gptq")
+                raise ConfigError(f"--{name} has no effect without --quant_method gptq or awq")
         if method is None:
             if self.quant_bits is not None:
                 raise ConfigError(
                     f"--quant_bits {self.quant_bits} has no effect without --quant_method",
-                    hint="add --quant_method bnb, fp8 or gptq",
+                    hint="add --quant_method bnb, fp8, gptq or awq",
                 )
             return
-        if method == "awq":
-            raise ConfigError(
-                "--quant_method awq is not there yet: its library needs a GPU, and was not tested on one",
-                hint="--quant_method gptq writes the same kind of file",
-            )
-        if method == "fp8" and self.bits != 8:
-            raise ConfigError(f"--quant_method fp8 has 8 bits, not {self.bits}")
+        if (method, self.bits) in (("fp8", 4), ("awq", 8)):
+            raise ConfigError(f"--quant_method {method} has {12 - self.bits} bits, not {self.bits}")
         if calibrated and not datasets:
             raise ConfigError(
                 f"--quant_method {method} needs --dataset",
                 hint="rows like those that the model will see; with bnb and fp8 none are needed",
             )
         if calibrated:
-            require_package("llmcompressor", flag="--quant_method gptq", install="swiftune[gptq]")
+            require_package("llmcompressor", flag=f"--quant_method {method}", install="swiftune[gptq]")
         if method == "bnb":
             require_package("bitsandbytes", flag="--quant_method bnb", install="swiftune[quant]")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PublishOptions:
-    push_to_hub: bool = option(
-        False, help="upload the result, or --model or --adapters themselves where nothing else is asked for"
-    )
-    hub_model_id: str | None = option(None, help="where on the hub: OWNER/NAME, or NAME for one of your own")
-    hub_private_repo: bool = option(False, help="a repository that is made anew is private")
-    commit_message: str = option("update files", help="what the hub shows beside the files")
-
-    def check(self) -> None:
-        if self.push_to_hub and not self.hub_model_id:
-            raise ConfigError("--push_to_hub needs --hub_model_id", hint="OWNER/NAME on the hub")
-        if self.push_to_hub:
-            return
-        if self.hub_model_id or self.hub_private_repo:
-            name = "hub_model_id" if self.hub_model_id else "hub_private_repo"
-            raise ConfigError(f"--{name} has no effect without --push_to_hub true")

@@ -1,6 +1,6 @@
 """Weights held in fewer bits while adapters are trained on them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from swift.config.option import ConfigError, option, require_package
 
@@ -8,11 +8,9 @@ BITSANDBYTES = "bitsandbytes>=0.46"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class QuantConfig:
-    quant_method: str | None = option(
-        None, help="hold the weights of linear layers in few bits; none = as they are", choices=("bnb",)
-    )
-    quant_bits: int | None = option(None, help="bits of a weight; none = 4", choices=(4, 8))
+class BnbOptions:
+    """How bitsandbytes holds 4 bits."""
+
     bnb_4bit_compute_dtype: str | None = option(
         None,
         help="dtype of products with 4-bit weights; none = the model's",
@@ -21,8 +19,26 @@ class QuantConfig:
     bnb_4bit_quant_type: str = option("nf4", help="spacing of the 16 values", choices=("nf4", "fp4"))
     bnb_4bit_use_double_quant: bool = option(True, help="hold the scales of 4-bit blocks in 8 bits too")
 
+    def check_unused(self) -> None:
+        """Raises ConfigError for a setting of 4 bits where weights are not held in them."""
+        for field in fields(BnbOptions):
+            if getattr(self, field.name) != field.default:
+                raise ConfigError(
+                    f"--{field.name} has no effect without --quant_method bnb in 4 bits", hint="leave it out"
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantConfig(BnbOptions):
+    quant_method: str | None = option(
+        None, help="hold the weights of linear layers in few bits; none = as they are", choices=("bnb",)
+    )
+    quant_bits: int | None = option(None, help="bits of a weight; none = 4", choices=(4, 8))
+
     def check(self, *, train_type: str, slicer: str | None, init_weights: str) -> None:
         """Raises ConfigError where the weights cannot be held in few bits."""
+        if self.quant_method is None or self.quant_bits == 8:
+            self.check_unused()
         if self.quant_method is None:
             if self.quant_bits is not None:
                 raise ConfigError(

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from swift.config.data import DataConfig
 from swift.config.dataset import DatasetOptions
-from swift.config.export import ExportOptions, PublishOptions, QuantizeOptions
+from swift.config.export import ExportOptions, QuantizeOptions
 from swift.config.generation import GenerationConfig, InferOptions
 from swift.config.layout import LayoutConfig
 from swift.config.model import ModelConfig
@@ -15,6 +15,7 @@ from swift.config.option import ConfigError
 from swift.config.parallel import ParallelConfig
 from swift.config.plugins import PluginConfig
 from swift.config.ppo import PpoConfig
+from swift.config.publish import CheckpointPublishing, ResultPublishing
 from swift.config.quant import QuantConfig
 from swift.config.rewards import RewardConfig, check_rewarded
 from swift.config.schedule import OutputConfig, ScheduleConfig
@@ -41,6 +42,7 @@ class TrainRun:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    publish: CheckpointPublishing = field(default_factory=CheckpointPublishing)
 
     @property
     def eval_limit(self) -> int | None:
@@ -72,6 +74,9 @@ class TrainRun:
         self.data.check()
         self.template.check()
         self.output.profiled  # noqa: B018 - raises ConfigError
+        self.publish.check()
+        if self.publish.push_to_hub and self.schedule.save_strategy == "no":
+            raise ConfigError("--push_to_hub needs checkpoints", hint="leave --save_strategy no out")
         self._check_evaluation()
         self.tuner.check()
         slicer, train_type = self.parallel.slicer, self.tuner.train_type
@@ -315,7 +320,7 @@ class ExportRun:
     model: ModelConfig = field(default_factory=ModelConfig)
     export: ExportOptions = field(default_factory=ExportOptions)
     quant: QuantizeOptions = field(default_factory=QuantizeOptions)
-    publish: PublishOptions = field(default_factory=PublishOptions)
+    publish: ResultPublishing = field(default_factory=ResultPublishing)
     data: DataConfig = field(default_factory=DataConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     plugins: PluginConfig = field(default_factory=PluginConfig)

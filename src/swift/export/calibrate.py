@@ -1,4 +1,4 @@
-"""Weights in few bits, chosen by what rows make of them: GPTQ (arXiv:2210.17323).
+"""Weights in few bits, chosen by what rows make of them: GPTQ (arXiv:2210.17323), AWQ (arXiv:2306.00978).
 
 Owns: the rows, and what llm-compressor is told. It writes the format of compressed-tensors, which vLLM and
 transformers read. Imported by name only where it is needed: the library is an extra.
@@ -10,7 +10,8 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
-from llmcompressor.modifiers.quantization import GPTQModifier
+from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,31 +20,36 @@ from swift.config.runs import ExportRun
 from swift.data.datasets import use_plugins
 from swift.data.encode import encode_rows
 from swift.data.sources import open_sets
-from swift.export.chat import open_template
 from swift.models.adapters import load_run_args
 from swift.models.load import load_model
+from swift.models.prompts import open_template
 from swift.models.targets import ROUTERS
 from swift.utils.log import say
 
 
 def write_calibrated(run: ExportRun, source: Path, staging: Path, device: torch.device) -> None:
     quant = run.quant
+    is_awq = quant.quant_method == "awq"
     rows = read_rows(run, source)
     model = load_model(source, dtype=run.model.torch_dtype, attention=None, device=device)
     kept = choose_kept(model, quant.group_size)
     scheme = QuantizationArgs(
         num_bits=quant.bits,
         type="int",
-        symmetric=True,
+        symmetric=not is_awq,
         strategy="channel" if quant.group_size == -1 else "group",
         group_size=None if quant.group_size == -1 else quant.group_size,
     )
     groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=scheme)}
-    say(f"gptq: {len(rows)} rows, groups of {quant.group_size}, {len(kept)} layers kept as they are")
+    about = f"{len(rows)} rows, groups of {quant.group_size}, {len(kept)} layers kept as they are"
+    say(f"{quant.quant_method}: {about}")
+    settings = {"config_groups": groups, "ignore": kept}
+    # AWQ scales channels, so that the rounding that follows costs less.
+    recipe = [AWQModifier(), QuantizationModifier(**settings)] if is_awq else GPTQModifier(**settings)
     oneshot(
         model=model,
         dataset=rows,
-        recipe=GPTQModifier(config_groups=groups, ignore=kept),
+        recipe=recipe,
         num_calibration_samples=len(rows),
         max_seq_length=max(map(len, rows["input_ids"])),
         batch_size=quant.quant_batch_size,

@@ -7,10 +7,9 @@ Not here: the weights (engines/megatron/convert.py), whether they are right (pre
 
 import gc
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,10 +42,10 @@ from swift.engines.megatron.convert import (
     write_mcore,
 )
 from swift.engines.ranks import Ranks
-from swift.export.compare import ROUNDING
-from swift.export.merge import CONFIG, GENERATION_CONFIG, TOKENIZER_PARTS, MergePlan, merge_adapter, place
+from swift.export.merge import MergePlan, merge_adapter
 from swift.export.precision import compute_hf, describe, encode_row, report
-from swift.export.run import check_output, parse_size
+from swift.export.run import check_output, choose_dtype, parse_size
+from swift.export.staging import CONFIG, copy_texts, place, staging_beside
 from swift.models.adapters import RUN_ARGS, adapter_base, load_run_args
 from swift.models.directory import read_json
 from swift.models.hub import resolve_adapter, resolve_model
@@ -117,9 +116,7 @@ def make_plan(run: Run) -> Plan:
     contents = read_json(config / CONFIG)
     if "quantization_config" in contents:
         raise ConfigError(f"{config} is quantised: only plain weights can be converted")
-    dtype = run.model.torch_dtype or contents.get("dtype") or contents.get("torch_dtype") or "float32"
-    if dtype not in ROUNDING:
-        raise ConfigError(f"--torch_dtype {dtype} cannot be written", hint=f"one of {', '.join(ROUNDING)}")
+    dtype = choose_dtype(run.model.torch_dtype, contents)
     if run.megatron.context_parallel_size > 1:
         raise ConfigError("--context_parallel_size has no effect on weights", hint="leave it out")
     world = int(env.read("WORLD_SIZE", "1") or 1)
@@ -203,19 +200,8 @@ def free_memory() -> int:
 @contextmanager
 def staging_for(plan: Plan, ranks: Ranks) -> Iterator[Path]:
     """A directory beside the output that all ranks write into; nothing of it stays."""
-    work = None
-    if ranks.is_main:
-        try:
-            plan.output.parent.mkdir(parents=True, exist_ok=True)
-            work = tempfile.TemporaryDirectory(dir=plan.output.parent, prefix=f".{plan.output.name}.")
-        except OSError as error:
-            raise ConfigError(f"--output_dir {plan.output} cannot be written: {error}") from error
-        (Path(work.name) / "model").mkdir()  # the directory around it is its owner's alone
-    try:
-        yield Path(ranks.share(work.name if work else "")) / "model"
-    finally:
-        if work:
-            work.cleanup()
+    with staging_beside(plan.output) if ranks.is_main else nullcontext(Path()) as staging:
+        yield ranks.share(staging)
 
 
 @contextmanager
@@ -249,10 +235,7 @@ def convert(plan: Plan, staging: Path, ranks: Ranks, *, shard_bytes: int) -> Non
 
 def write_rest(plan: Plan, staging: Path) -> None:
     """Config and tokenizer files as published, and args.json, which names the model."""
-    for pattern in (*TOKENIZER_PARTS, GENERATION_CONFIG):
-        for file in plan.config.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, staging / file.name)
+    copy_texts(plan.config, staging)
     config = read_json(plan.config / CONFIG)
     names = [name for name in ("torch_dtype", "dtype") if name in config] or ["torch_dtype"]
     write_json(staging / CONFIG, config | dict.fromkeys(names, plan.dtype))
@@ -288,13 +271,10 @@ def finish(plan: Plan, staging: Path, options: ExportOptions) -> int:
     """Gives the directory its name, with adapters folded in where there are some; the exit code."""
     if plan.adapter:
         return merge_adapter(plan_fold(plan, plan.adapter, staging, options))
-    for path in (staging, *staging.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
     if plan.to_mcore:
         write_manifest(staging)
-    place(staging, plan.output, exist_ok=options.exist_ok, last=TRACKER if plan.to_mcore else CONFIG)
-    size = sum(file.stat().st_size for file in plan.output.rglob("*") if file.is_file())
-    say(f"wrote {plan.output} ({size / 1e6:,.0f} MB, {plan.dtype})")
+    last = TRACKER if plan.to_mcore else CONFIG
+    place(staging, plan.output, exist_ok=options.exist_ok, about=plan.dtype, last=last)
     return 0
 
 

@@ -6,8 +6,6 @@ Not here: what is asked for (run.py), the comparison (compare.py).
 """
 
 import gc
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,27 +18,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from swift import __version__
-from swift.config.option import ConfigError
-from swift.export.chat import carry_template
 from swift.export.compare import ROUNDING, compare_logits, compute_logits, render_texts
-from swift.models.adapters import RUN_ARGS, load_adapter, merge
-from swift.models.directory import INDEX_FILES, read_json, weight_files
+from swift.export.staging import CONFIG, GENERATION_CONFIG, copy_texts, place, staging_beside, write_texts
+from swift.models.adapters import load_adapter, merge
+from swift.models.directory import read_json
 from swift.models.heads import count_labels, load_scoring_model
-from swift.models.load import TOKENIZER_FILES, load_model, load_tokenizer
+from swift.models.load import load_model, load_tokenizer
 from swift.utils.files import write_json
 from swift.utils.log import say, warn
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 HEAD_FIELDS = ("architectures", "id2label", "label2id", "pad_token_id", "problem_type")
-TOKENIZER_PARTS = (
-    *TOKENIZER_FILES,
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +56,7 @@ class Reference:
 
 def merge_adapter(plan: MergePlan) -> int:
     """Merges, writes beside the output, checks, and only then gives the directory its name. Exit code."""
-    try:
-        plan.output.parent.mkdir(parents=True, exist_ok=True)
-        work = tempfile.TemporaryDirectory(dir=plan.output.parent, prefix=f".{plan.output.name}.")
-    except OSError as error:
-        raise ConfigError(f"--output_dir {plan.output} cannot be written: {error}") from error
-    with work as directory:
-        staging = Path(directory) / "model"
-        staging.mkdir()  # not the temporary directory itself, which only its owner may read
+    with staging_beside(plan.output) as staging:
         say(f"merging {plan.adapter} into {plan.base_name} ({plan.device}, float32; kept as {plan.dtype})")
         reference = write_merged(plan, staging)
         if reference is None or not check_written(plan, staging, reference):
@@ -85,9 +65,7 @@ def merge_adapter(plan: MergePlan) -> int:
                 style="red",
             )
             return 1
-        place(staging, plan.output, exist_ok=plan.exist_ok)
-    size = sum(file.stat().st_size for file in plan.output.iterdir())
-    say(f"wrote {plan.output} ({size / 1e6:,.0f} MB, {plan.dtype})")
+        place(staging, plan.output, exist_ok=plan.exist_ok, about=plan.dtype)
     return 0
 
 
@@ -95,7 +73,10 @@ def write_merged(plan: MergePlan, staging: Path) -> Reference | None:
     """All files of the merged model; None when the merge itself changed the logits."""
     tokenizer_source = choose_tokenizer_source(plan)
     tokenizer = load_tokenizer(tokenizer_source)
-    copy_texts(plan, tokenizer_source, staging)
+    # The base was trained in one dtype; the merged weights have their own.
+    own = {"torch_dtype": plan.dtype} if plan.run_args.get("torch_dtype") else {}
+    origin = {"base_model": plan.base_name, "merged_adapters": str(plan.adapter)}
+    write_texts(tokenizer_source, staging, plan.output, plan.run_args, **origin, **own)
     labels = count_labels(plan.adapter)
     loading = {"dtype": "float32", "attention": None, "device": plan.device}
     if labels is None:
@@ -152,25 +133,7 @@ def save(plan: MergePlan, merged: PreTrainedModel, staging: Path) -> None:
         written = read_json(staging / CONFIG)
         own |= {name: written.get(name) for name in HEAD_FIELDS}
     write_json(staging / CONFIG, config | own)
-    if (plan.base / GENERATION_CONFIG).is_file():
-        shutil.copyfile(plan.base / GENERATION_CONFIG, staging / GENERATION_CONFIG)
-    for file in staging.iterdir():
-        file.chmod(0o644)  # so that everyone may read
-
-
-def copy_texts(plan: MergePlan, tokenizer_source: Path, staging: Path) -> None:
-    """Tokenizer files as they are, up to what the run says about its prompts, and args.json."""
-    for pattern in TOKENIZER_PARTS:
-        for file in tokenizer_source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, staging / file.name)
-    # With these, `swift infer --model DIR` asks for no other flag: system prompt and template are the run's.
-    run_args = carry_template(staging, plan.run_args)
-    own = {"model": str(plan.output), "adapters": [], "command": "export", "swift_version": __version__}
-    origin = {"base_model": plan.base_name, "merged_adapters": str(plan.adapter), "model_revision": None}
-    if run_args.get("torch_dtype"):  # of the base in training; the merged weights have their own
-        own["torch_dtype"] = plan.dtype
-    write_json(staging / RUN_ARGS, run_args | own | origin)
+    copy_texts(plan.base, staging, (GENERATION_CONFIG,))
 
 
 def choose_tokenizer_source(plan: MergePlan) -> Path:
@@ -195,22 +158,3 @@ def check_written(plan: MergePlan, staging: Path, reference: Reference) -> bool:
     found = compare_logits(reference.logits, compute_logits(model, reference.tokenizer, reference.texts))
     say(f"reloaded from disk: {found.describe_difference()}: {'PASS' if found.equal else 'FAIL'}")
     return found.equal
-
-
-def place(staging: Path, output: Path, *, exist_ok: bool, last: str = CONFIG) -> None:
-    """Gives the checked directory its name; into an existing one the files are moved one by one.
-
-    Files of the user's stay. `last`, without which nobody takes the directory for a model, goes first and
-    comes last, so that a model half old and half new is never taken for a whole one.
-    """
-    if not (exist_ok and output.is_dir()):
-        staging.rename(output)  # fails, rather than overwriting, where the name was taken meanwhile
-        return
-    (output / last).unlink(missing_ok=True)
-    if last == CONFIG:
-        for old in [*weight_files(output), *(output / name for name in INDEX_FILES)]:
-            old.unlink(missing_ok=True)
-    for file in sorted(staging.iterdir(), key=lambda f: f.name == last):
-        if file.is_dir():
-            shutil.rmtree(output / file.name, ignore_errors=True)
-        file.replace(output / file.name)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from swift.config.option import ConfigError
-from swift.export.chat import open_template
 from swift.models.directory import read_json
+from swift.models.prompts import open_template
 from swift.template.chat import ChatTemplate
 from swift.template.types import Message
 from swift.utils.files import write_text

@@ -6,24 +6,20 @@ Not here: fp8 (fp8.py), what looks at rows (calibrate.py), flags (run.py).
 
 import gc
 import logging
-import shutil
-import tempfile
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from swift import __version__
 from swift.config.option import ConfigError
-from swift.config.quant import QuantConfig
+from swift.config.quant import BnbOptions, QuantConfig
 from swift.config.runs import ExportRun
-from swift.export.chat import carry_template
 from swift.export.compare import compare_logits, compute_logits, cut_answers, render_texts
 from swift.export.fp8 import write_fp8
-from swift.export.merge import CONFIG, GENERATION_CONFIG, TOKENIZER_PARTS, place
-from swift.models.adapters import RUN_ARGS, load_run_args
+from swift.export.staging import CONFIG, place, staging_beside, total_bytes, write_texts
+from swift.models.adapters import load_run_args
 from swift.models.directory import read_json
 from swift.models.load import load_config, load_model, load_tokenizer, pick_device
 from swift.plugins.registry import load_object
@@ -42,15 +38,12 @@ def quantize(run: ExportRun, source: Path, output: Path) -> int:
     if "quantization_config" in read_json(source / CONFIG):
         raise ConfigError(f"--model {source} is quantised already", hint="start from the plain weights")
     device = pick_device(run.model.device)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        work = tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.")
-    except OSError as error:
-        raise ConfigError(f"--output_dir {output} cannot be written: {error}") from error
-    with work as directory:
-        staging = Path(directory) / "model"
-        staging.mkdir()
-        write_texts(run, source, staging, output)
+    if method == "awq" and device.type == "cpu":
+        raise ConfigError("--quant_method awq needs a GPU: its library does", hint="gptq does not")
+    with staging_beside(output) as staging:
+        run_args = load_run_args(source) if run.export.load_args else {}
+        origin = run_args.get("base_model") or run.model.model or str(source)
+        write_texts(source, staging, output, run_args, base_model=origin, torch_dtype=None)
         tokenizer = load_tokenizer(source)
         expected = say_logits(source, tokenizer, device)
         if method == "fp8":
@@ -70,11 +63,8 @@ def quantize(run: ExportRun, source: Path, output: Path) -> int:
         if not good:
             say(f"error: {output} was not written: it is too far from {source}", style="red")
             return 1
-        for file in staging.iterdir():
-            file.chmod(0o644)
-        place(staging, output, exist_ok=run.export.exist_ok)
-    before, after = (sum(file.stat().st_size for file in path.iterdir()) for path in (source, output))
-    say(f"wrote {output} ({after / 1e6:,.0f} MB, {after / before:.0%} of {source.name})")
+        about = f"{total_bytes(staging) / total_bytes(source):.0%} of {source.name}"
+        place(staging, output, exist_ok=run.export.exist_ok, about=about)
     return 0
 
 
@@ -88,24 +78,10 @@ def say_logits(path: Path, tokenizer: PreTrainedTokenizerBase, device: torch.dev
 
 
 def write_bnb(run: ExportRun, source: Path, staging: Path, device: torch.device) -> None:
-    quant = QuantConfig(quant_method="bnb", quant_bits=run.quant.bits)
+    chosen = {field.name: getattr(run.quant, field.name) for field in fields(BnbOptions)}
+    quant = QuantConfig(quant_method="bnb", quant_bits=run.quant.bits, **chosen)
     published = str(load_config(source).dtype or torch.float32).removeprefix("torch.")
     model = load_model(
         source, dtype=run.model.torch_dtype or published, attention=None, device=device, quant=quant
     )
     model.save_pretrained(staging, max_shard_size=run.export.max_shard_size)
-
-
-def write_texts(run: ExportRun, source: Path, staging: Path, output: Path) -> None:
-    """Tokenizer, chat template and args.json."""
-    for pattern in (*TOKENIZER_PARTS, GENERATION_CONFIG):
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, staging / file.name)
-    run_args = load_run_args(source) if run.export.load_args else {}
-    run_args = carry_template(staging, run_args)
-    own: dict[str, Any] = {"model": str(output), "adapters": [], "command": "export", "model_revision": None}
-    origin = {"base_model": run_args.get("base_model") or run.model.model or str(source)}
-    write_json(
-        staging / RUN_ARGS, run_args | own | origin | {"swift_version": __version__, "torch_dtype": None}
-    )

@@ -5,25 +5,23 @@ memory.
 """
 
 import re
-import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from swift.config.option import ConfigError
 from swift.config.runs import ExportRun
-from swift.export.chat import TOKENIZER_CONFIG, carry_template
 from swift.export.compare import ROUNDING
 from swift.export.encode import export_encoded
-from swift.export.merge import TOKENIZER_PARTS, MergePlan, merge_adapter
+from swift.export.merge import MergePlan, merge_adapter
 from swift.export.ollama import write_modelfile
+from swift.export.staging import CONFIG, TOKENIZER_PARTS, copy_texts
 from swift.models.adapters import RUN_ARGS, adapter_base, load_run_args
 from swift.models.directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from swift.models.hub import resolve_adapter, resolve_model
 from swift.models.load import pick_device
-from swift.models.push import Destination, check_destination, push
+from swift.models.push import check_destination, push
 from swift.plugins.registry import load_object
-from swift.utils import env
-from swift.utils.files import write_json
 from swift.utils.log import say
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
@@ -39,7 +37,7 @@ def run_export(run: ExportRun) -> int:
         return converted
     if options.to_cached_dataset:
         return export_encoded(run)
-    destination = find_destination(run) if run.publish.push_to_hub else None
+    destination = check_destination(run.publish, run.model) if run.publish.push_to_hub else None
     plan = plan_merge(run) if options.merge_lora else None
     source = plan.output if plan else find_source(run)
     suffix = choose_suffix(run)
@@ -56,26 +54,8 @@ def run_export(run: ExportRun) -> int:
             return code
     if destination:
         run_args = load_run_args(output) if options.load_args else {}
-        push(output, destination, prepare=lambda staging: prepare_push(staging, run_args))
+        push(output, replace(destination, message=run.publish.commit_message), run_args)
     return 0
-
-
-def find_destination(run: ExportRun) -> Destination:
-    """--hub_model_id, after the hub has said that it knows us."""
-    asked, hub = run.publish, run.model.hub
-    use_hf = bool(hub["use_hf"]) or env.is_on("USE_HF")
-    where = Destination(
-        asked.hub_model_id or "", use_hf, hub["token"], asked.hub_private_repo, asked.commit_message
-    )
-    return check_destination(where)
-
-
-def prepare_push(staging: Path, run_args: dict[str, Any]) -> None:
-    """The chat template of the training into a directory that holds a tokenizer."""
-    if (staging / TOKENIZER_CONFIG).is_file():
-        whole = carry_template(staging, run_args)
-        if whole != run_args:
-            write_json(staging / RUN_ARGS, whole)
 
 
 def find_source(run: ExportRun) -> Path:
@@ -97,9 +77,7 @@ def choose_suffix(run: ExportRun) -> str:
 def copy_adapter(source: Path, output: Path) -> None:
     """The files that PEFT reads, with the tokenizer and args.json."""
     output.mkdir(parents=True, exist_ok=True)
-    names = (ADAPTER_CONFIG, *ADAPTER_WEIGHTS, RUN_ARGS, *TOKENIZER_PARTS)
-    for file in {file for name in names for file in source.glob(name)}:
-        shutil.copyfile(file, output / file.name)
+    copy_texts(source, output, (ADAPTER_CONFIG, *ADAPTER_WEIGHTS, RUN_ARGS, *TOKENIZER_PARTS))
     say(f"adapters are in the format of PEFT as they are; copied to {output}")
 
 
@@ -113,6 +91,9 @@ def plan_merge(run: ExportRun) -> MergePlan:
     output = claim_output(run, adapter, "-merged", own_name=not choose_suffix(run))
     run_args = load_run_args(adapter) if run.export.load_args else {}
     base_name, base = resolve_base(run, adapter, run_args)
+    config = read_json(base / CONFIG)
+    if "quantization_config" in config:
+        raise ConfigError(f"--model {base} is quantised: adapters can only be merged into plain weights")
     if output == base:
         raise ConfigError(f"--output_dir {output} is the base model itself")
     return MergePlan(
@@ -120,7 +101,7 @@ def plan_merge(run: ExportRun) -> MergePlan:
         base=base,
         base_name=base_name,
         output=output,
-        dtype=choose_dtype(run, base),
+        dtype=choose_dtype(run.model.torch_dtype, config),
         device=pick_device(run.model.device or "cpu"),
         max_shard_bytes=max_shard_bytes,
         exist_ok=run.export.exist_ok,
@@ -186,12 +167,9 @@ def check_output(output: Path, source: Path, *, exist_ok: bool) -> Path:
     return output
 
 
-def choose_dtype(run: ExportRun, base: Path) -> str:
-    """`--torch_dtype`, or the one that the base model was published in."""
-    config = read_json(base / "config.json")
-    if "quantization_config" in config:
-        raise ConfigError(f"--model {base} is quantised: adapters can only be merged into plain weights")
-    dtype = run.model.torch_dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
+def choose_dtype(asked: str | None, config: dict[str, Any]) -> str:
+    """`--torch_dtype`, or the one that a model was published in, as its config.json says."""
+    dtype = asked or config.get("dtype") or config.get("torch_dtype") or "float32"
     if dtype not in ROUNDING:
         raise ConfigError(f"--torch_dtype {dtype} cannot be written", hint=f"one of {', '.join(ROUNDING)}")
     return dtype

@@ -10,6 +10,7 @@ from swift.config.runs import RlhfRun, SftRun, TrainRun
 from swift.engines.protocol import Engine
 from swift.engines.ranks import Ranks, leave_ranks
 from swift.models.directory import describe_weights
+from swift.models.push import check_destination
 from swift.train import summary
 from swift.train.backend import TRANSFORMERS, Backend
 from swift.train.building import build_callbacks, open_run_directory
@@ -17,6 +18,7 @@ from swift.train.distill import DistillStage
 from swift.train.loop import Loop
 from swift.train.method import Method, rlhf_method, sft_method
 from swift.train.preparing import Prepared, check_equal_on_ranks, learn_facts, prepare
+from swift.train.publishing import Publisher
 from swift.train.resume import Resumption, check_same_data, hide_secrets, load_resumption
 from swift.train.run_online import OnlineStage
 from swift.train.saving import Saver, list_checkpoints
@@ -59,6 +61,7 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
     if method.objective.couples_rows:
         warn("the loss compares the rows of a micro-batch: it depends on --per_device_train_batch_size")
     run = backend.settle(run)
+    destination = check_destination(run.publish, run.model) if run.publish.push_to_hub else None
     ready = prepare(run, method, resumption=resumption, locate=backend.locate)
     method = replace(method, objective=learn_facts(method.objective, ready))
     run, tokenizer = ready.run, ready.tokenizer
@@ -98,10 +101,13 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
     state = resumption.state if resumption else TrainState()
     if resumption and ranks.is_main:
         saver.tidy(state.best_step, state.step)
+    callbacks = build_callbacks(run, directory, args, ready.callbacks) if ranks.is_main else []
+    if destination and ranks.is_main:
+        callbacks.append(Publisher(run.publish, destination, args))
     loop = Loop(
         engine=engine, method=method, **vars(stage.open(engine, directory)),
         total_steps=total_steps, schedule=run.schedule, saver=saver, run_directory=directory,
-        callbacks=build_callbacks(run, directory, args, ready.callbacks) if ranks.is_main else [],
+        callbacks=callbacks,
         follows_wishes=bool(ready.callbacks or run.schedule.early_stop_interval),
     )  # fmt: skip
     code = run_loop(loop, state)
