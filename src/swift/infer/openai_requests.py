@@ -307,6 +307,23 @@ class TextRequest(SampledRequest):
         return self.logprobs
 
 
+class EmbeddingRequest(_Strict):
+    """Body of /v1/embeddings."""
+
+    model: str
+    input: str | list[str]
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str | None = None
+
+    @property
+    def conversations(self) -> list[list[Message]]:
+        """Each text as what a user says, as the rows of a training were. Raises ApiError without any."""
+        texts = [self.input] if isinstance(self.input, str) else self.input
+        if not texts:
+            raise ApiError(400, "input is empty", param="input")
+        return [[{"role": "user", "content": text}] for text in texts]
+
+
 def _check_logprobs(name: str, asked: int, most: int) -> None:
     if asked > most:
         raise ApiError(400, f"{name} can be {most} at most, got {asked}", param=name)

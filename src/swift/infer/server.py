@@ -10,11 +10,11 @@ import json
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -36,6 +36,7 @@ TEXT_TOKENS = 16  # longest answer of /v1/completions when nobody says how long,
 PREFIX_TAIL = 8  # prompt tokens whose text the first generated ones continue
 DRAINED_BODIES = 8  # times the largest body that are read, to tell a client that it is too large
 CLIENT_GONE = 499
+Model = TypeVar("Model")
 RETRY_SECONDS = 1
 
 
@@ -54,8 +55,27 @@ class Exchange:
         return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
 
+class Serving(Protocol):
+    """What an app is built of."""
+
+    models: Mapping[str, Any]
+    service: Any  # a Service, or what has its numbers
+    options: ServeOptions
+    routes: Mapping[str, Callable[..., Awaitable[Any]]]  # by the path of a POST
+
+
+def find_model(models: Mapping[str, Model], name: str) -> Model:
+    """The one that a request names. Raises ApiError."""
+    if name not in models:
+        raise ApiError(
+            404, f"the model {name!r} does not exist, there is {', '.join(models)}",
+            param="model", code="model_not_found",
+        )  # fmt: skip
+    return models[name]
+
+
 class Server:
-    """What the routes share."""
+    """What the routes share; implements Serving."""
 
     def __init__(
         self, models: Mapping[str, Served], service: Service, options: ServeOptions, seeds: Callable[[], int]
@@ -64,21 +84,13 @@ class Server:
         self.service = service
         self.options = options
         self.seeds = seeds
-        self.started = int(time.time())
+        self.routes = {"/v1/chat/completions": self.chat, "/v1/completions": self.text}
         self.encoding = asyncio.Lock()
         self.watchers: set[asyncio.Task[None]] = set()
 
-    def find(self, name: str) -> Served:
-        if name not in self.models:
-            raise ApiError(
-                404, f"the model {name!r} does not exist, there is {', '.join(self.models)}",
-                param="model", code="model_not_found",
-            )  # fmt: skip
-        return self.models[name]
-
     async def chat(self, http: Request, body: ChatRequest) -> Response:
         """/v1/chat/completions"""
-        served = self.find(body.model)
+        served = find_model(self.models, body.model)
         body.check_stream()
         logprobs = body.count_logprobs(self.options.max_logprobs)
         messages, tools = body.read_messages(), body.read_tools()
@@ -111,7 +123,7 @@ class Server:
 
     async def text(self, http: Request, body: TextRequest) -> Response:
         """/v1/completions"""
-        served = self.find(body.model)
+        served = find_model(self.models, body.model)
         body.check_stream()
         logprobs = body.count_logprobs(self.options.max_logprobs)
         requests = []
@@ -240,19 +252,15 @@ class Server:
             pass
         self.service.cancel(job)
 
-    def list_models(self) -> list[dict[str, Any]]:
-        about = {"object": "model", "created": self.started, "owned_by": self.options.owned_by}
-        return [{"id": name, **about} for name in self.models]
 
-    def describe_metrics(self) -> str:
-        """Prometheus' text format, version 0.0.4."""
-        service = self.service
-        lines = []
-        for name, value in (("running", service.num_running), ("waiting", service.num_waiting)):
-            lines += [f"# TYPE swift_answers_{name} gauge", f"swift_answers_{name} {value}"]
-        for name in COUNTERS:
-            lines += [f"# TYPE swift_{name}_total counter", f"swift_{name}_total {service.totals[name]:g}"]
-        return "\n".join(lines) + "\n"
+def describe_metrics(service: Any) -> str:
+    """Prometheus' text format, version 0.0.4."""
+    lines = []
+    for name, value in (("running", service.num_running), ("waiting", service.num_waiting)):
+        lines += [f"# TYPE swift_answers_{name} gauge", f"swift_answers_{name} {value}"]
+    for name in COUNTERS:
+        lines += [f"# TYPE swift_{name}_total counter", f"swift_{name}_total {service.totals[name]:g}"]
+    return "\n".join(lines) + "\n"
 
 
 COUNTERS = (
@@ -333,9 +341,10 @@ def refusal(error: ApiError) -> Response:
     return JSONResponse(error.body, status_code=error.status, headers=headers)
 
 
-def build_app(server: Server) -> Guard:
+def build_app(server: Serving) -> Guard:
     """The ASGI application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    about = {"object": "model", "created": int(time.time()), "owned_by": server.options.owned_by}
 
     @app.exception_handler(ApiError)
     async def tell(_: Request, error: ApiError) -> Response:
@@ -353,22 +362,17 @@ def build_app(server: Server) -> Guard:
     async def tell_http(http: Request, error: HTTPException) -> Response:
         return refusal(ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}"))
 
-    @app.post("/v1/chat/completions")
-    async def chat(http: Request, body: ChatRequest) -> Response:
-        return await server.chat(http, body)
-
-    @app.post("/v1/completions")
-    async def text(http: Request, body: TextRequest) -> Response:
-        return await server.text(http, body)
+    for path, answer in server.routes.items():
+        app.post(path)(answer)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": server.list_models()}
+        return {"object": "list", "data": [{"id": name, **about} for name in server.models]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        server.find(name)
-        return next(model for model in server.list_models() if model["id"] == name)
+        find_model(server.models, name)
+        return {"id": name, **about}
 
     @app.get("/health")
     @app.get("/ping")
@@ -377,6 +381,6 @@ def build_app(server: Server) -> Guard:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return PlainTextResponse(server.describe_metrics(), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(describe_metrics(server.service), media_type="text/plain; version=0.0.4")
 
     return Guard(app, api_key=server.options.api_key, max_body_size=server.options.max_body_size)

@@ -19,6 +19,7 @@ from swift.config.option import ConfigError, fill_defaults
 from swift.config.runs import DeployRun
 from swift.config.template import TemplateConfig
 from swift.engines.transformers.forward import refusal_of_flat
+from swift.engines.transformers.scorer import TextScorer
 from swift.infer.engine import TransformersInferEngine
 from swift.infer.guiding import choose_grammar, compile_grammar, load_vocabulary
 from swift.infer.openai_requests import ApiError, ChatRequest, SampledRequest
@@ -49,6 +50,7 @@ class Plan:
     run: DeployRun  # with what args.json of the first checkpoint adds
     model: Path
     sources: tuple[Source, ...]
+    embeds: bool = False  # whole texts are read, and none is written
 
 
 class Served:
@@ -147,7 +149,11 @@ def make_plan(run: DeployRun) -> Plan:
     if not config.model:
         raise ConfigError(f"--adapters {first} does not name its base model", hint="name it with --model")
     model = resolve_model(config.model, revision=config.model_revision, **hub)
-    check_answers(model, list(adapters.values()), own_decoder=run.serve.infer_backend != "vllm")
+    embeds = saved.get("task_type") == "embedding"
+    if embeds:
+        check_embedding(run)
+    else:
+        check_answers(model, list(adapters.values()), own_decoder=run.serve.infer_backend != "vllm")
     base = run.serve.served_model_name or Path(config.model).name
     if base in adapters:
         raise ConfigError(
@@ -155,7 +161,7 @@ def make_plan(run: DeployRun) -> Plan:
         )
     places = {base: adapters.pop(None, None)} | {str(name): path for name, path in adapters.items()}
     sources = [find_source(run, name, path, path or config.model) for name, path in places.items()]
-    return Plan(replace(run, model=config), model, tuple(sources))
+    return Plan(replace(run, model=config), model, tuple(sources), embeds)
 
 
 def saved_by(run: DeployRun, path: Path | str | None) -> dict[str, Any]:
@@ -170,6 +176,26 @@ def find_source(run: DeployRun, name: str, adapter: Path | None, checkpoint: Pat
     if taken:
         say(f"{name}, from the checkpoint: " + ", ".join(f"{key} {value!r}" for key, value in taken.items()))
     return Source(name, adapter, template)
+
+
+def check_embedding(run: DeployRun) -> None:
+    """Raises ConfigError for what has no effect on a model that embeds texts."""
+    options = run.serve
+    for flag, given in (
+        ("--infer_backend vllm", options.infer_backend == "vllm"), ("--merge_lora", options.merge_lora),
+        ("--adapters NAME=DIR", len(options.named_adapters) > 1), ("--result_path", options.result_path),
+        ("--quant_method", run.quant.quant_method),
+    ):  # fmt: skip
+        if given:
+            raise ConfigError(f"{flag} is not there for models of --task_type embedding", hint="leave it out")
+
+
+def load_scorer(plan: Plan) -> TextScorer:
+    """The model that reads texts."""
+    [source] = plan.sources
+    return TextScorer.load(
+        plan.model, num_labels=None, model=plan.run.model, template=source.template, adapter=source.adapter
+    )
 
 
 def check_answers(model: Path, adapters: list[Path], *, own_decoder: bool) -> None:

@@ -11,9 +11,11 @@ import signal
 import socket
 import ssl
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -22,8 +24,9 @@ from swift.config.runs import DeployRun
 from swift.config.serve import ServeOptions
 from swift.data.datasets import use_plugins
 from swift.infer.run import open_result_file
-from swift.infer.server import Server, build_app
-from swift.infer.server_models import Loaded, load_models, make_plan
+from swift.infer.server import Server, Serving, build_app
+from swift.infer.server_embedding import EmbeddingServer
+from swift.infer.server_models import Loaded, load_models, load_scorer, make_plan
 from swift.infer.server_vllm import serve_through_vllm
 from swift.infer.service import Service
 from swift.utils import env
@@ -32,6 +35,8 @@ from swift.utils.log import say, warn
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 BACKLOG = 2048  # connections that the system holds for us
 LAST_SECONDS = 5.0  # for responses to leave after the answers have ended
+Fail = Callable[[BaseException], None]
+Opener = Callable[[Fail], Serving]  # what the port answers with, from the event loop that it is called in
 
 
 def run_deploy(run: DeployRun) -> int:
@@ -46,8 +51,19 @@ def run_deploy(run: DeployRun) -> int:
     with contextlib.closing(open_socket(options)) as listener:
         plan = make_plan(run)
         open_result_file(Path(options.result_path) if options.result_path else None)
-        loaded = load_models(plan)
-        return asyncio.run(serve(loaded, options, listener, seed=run.generation.seed))
+        if plan.embeds:
+            name, scorer = plan.sources[0].name, load_scorer(plan)
+            opener: Opener = lambda _: EmbeddingServer(name, scorer, options)  # noqa: E731
+            return asyncio.run(serve(opener, options, listener))
+        opener = partial(open_chats, load_models(plan), options, run.generation.seed)
+        return asyncio.run(serve(opener, options, listener))
+
+
+def open_chats(loaded: Loaded, options: ServeOptions, seed: int, fail: Fail) -> Server:
+    """What answers conversations, from the event loop that calls this."""
+    limit = options.max_batch_size + options.max_queue_size
+    service = Service(loaded.decoders, limit=limit, activate=loaded.activate, fail=fail)
+    return Server(loaded.models, service, options, partial(random.Random(seed).getrandbits, 63))
 
 
 def check_certificate(options: ServeOptions) -> None:
@@ -91,7 +107,7 @@ def open_socket(options: ServeOptions) -> socket.socket:
 class _Web(uvicorn.Server):
     """uvicorn's server, which tells the service of signals."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, grace_seconds: float) -> None:
+    def __init__(self, config: uvicorn.Config, service: Any, grace_seconds: float) -> None:
         super().__init__(config)
         self.service = service
         self.grace_seconds = grace_seconds
@@ -105,7 +121,7 @@ class _Web(uvicorn.Server):
             self.service.drain(self.grace_seconds)
 
 
-async def serve(loaded: Loaded, options: ServeOptions, listener: socket.socket, *, seed: int) -> int:
+async def serve(opener: Opener, options: ServeOptions, listener: socket.socket) -> int:
     """Answers requests until a signal: the exit code. When the model fails, that error is raised."""
     failures: list[BaseException] = []
 
@@ -114,11 +130,10 @@ async def serve(loaded: Loaded, options: ServeOptions, listener: socket.socket, 
         web.should_exit = True
 
     logging.basicConfig(format="%(message)s")  # for uvicorn
-    limit = options.max_batch_size + options.max_queue_size
-    service = Service(loaded.decoders, limit=limit, activate=loaded.activate, fail=fail)
-    draw = partial(random.Random(seed).getrandbits, 63)
+    server = opener(fail)
+    service = server.service
     config = uvicorn.Config(
-        build_app(Server(loaded.models, service, options, draw)), log_config=None,
+        build_app(server), log_config=None,
         log_level="warning" if options.log_level == "info" else options.log_level,
         access_log=options.log_level in ("debug", "trace"), lifespan="off",
         ssl_keyfile=options.ssl_keyfile, ssl_certfile=options.ssl_certfile,
@@ -129,7 +144,7 @@ async def serve(loaded: Loaded, options: ServeOptions, listener: socket.socket, 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, web.handle_exit)
     listen(listener, options)
-    announce(loaded, options, listener)
+    announce(server, options, listener)
     reporter = asyncio.create_task(report(service, options.log_interval))
     try:
         await web.serve(sockets=[listener])
@@ -156,19 +171,19 @@ def taken(options: ServeOptions, error: OSError) -> ConfigError:
     )
 
 
-def announce(loaded: Loaded, options: ServeOptions, listener: socket.socket) -> None:
+def announce(server: Serving, options: ServeOptions, listener: socket.socket) -> None:
     """Who may reach what, and where."""
     host, port = listener.getsockname()[:2]
     scheme = "https" if options.ssl_certfile else "http"
     name = f"[{host}]" if ":" in host else host
-    say(f"serving {', '.join(loaded.models)} at {scheme}://{name}:{port}/v1")
+    say(f"serving {', '.join(server.models)} at {scheme}://{name}:{port}/v1")
     if host in LOOPBACK:
         say("only this machine can reach it; --host 0.0.0.0 lets others in")
     elif not options.api_key:
         warn("everyone who can reach this machine may ask; --api_key sets a key")
 
 
-async def report(service: Service, interval_seconds: float) -> None:
+async def report(service: Any, interval_seconds: float) -> None:
     """A line now and then, while there is something to tell."""
     if interval_seconds <= 0:
         return
@@ -176,7 +191,7 @@ async def report(service: Service, interval_seconds: float) -> None:
     while True:
         await asyncio.sleep(interval_seconds)
         now, ended = dict(service.totals), time.monotonic()
-        if now != before or service.jobs:
+        if now != before or service.num_running + service.num_waiting:
             names = ("requests_answered", "prompt_tokens", "generated_tokens")
             rates = [(now.get(n, 0) - before.get(n, 0)) / (ended - began) for n in names]
             say(
