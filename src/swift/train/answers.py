@@ -158,9 +158,13 @@ class Sampler:
         ]  # fmt: skip
 
     def judge(self, mine: list[Answered], step: int) -> Judged:
-        """The rewards of all answers, on every rank. A reward that fails on one rank stops all of them."""
+        """The rewards of all answers, on every rank. A reward that fails on one rank stops all of them.
+
+        Ranks with the same rows leave the judging to one of them.
+        """
         answers = []
-        for found in mine:
+        heard = mine if self.ranks.rank in self.ranks.speakers else []
+        for found in heard:
             sample = self.rows.samples[found.row]
             said: Message = {"role": "assistant", "content": found.text}
             answers.append(
@@ -184,7 +188,7 @@ class Sampler:
         faults = [one for one in self.ranks.collect(fault) if one is not None]
         if faults:
             raise faults[0]
-        rest = [(len(found.said), float(found.is_cut)) for found in mine]
+        rest = [(len(found.said), float(found.is_cut)) for found in heard]
         other = torch.tensor(rest, dtype=torch.float64).view(-1, 2)
         facts, first = self.engine.gather(torch.cat([torch.from_numpy(rewards), other], 1))
         return Judged(mine, first, facts)
