@@ -47,7 +47,9 @@ def write_rows(path: Path, count: int) -> Path:
 
 def train(workers: Workers, words: list[str], processes: int, save: Path) -> tuple[Path, list[dict]]:
     """The directory of the run, which has what every run of megatron has, and its log."""
-    done(workers.run(words, processes))
+    told = done(workers.run(words, processes)).stderr
+    if "--tensor_model_parallel_size" in words:
+        assert f" accumulated x {processes // 2} group(s) of 2 processes)" in told
     (run,) = [path.parent for path in save.glob("**/logging.jsonl")]
     log = [json.loads(line) for line in (run / "logging.jsonl").read_text().splitlines()]
     last = log[-1]["global_step"]

@@ -7,7 +7,7 @@ from swift.config.optim import OptimConfig
 from swift.config.sft import SftConfig
 from swift.objectives.sft import Sft
 
-STEPS, RATE, BATCHES = 4, 3e-3, 4
+STEPS, RATE, BATCHES = 3, 3e-3, 4
 # With AdamW's usual 1e-8, a gradient that is zero but for rounding moves a weight as far as any other.
 OPTIM = OptimConfig(weight_decay=0.1, max_grad_norm=1.0, adam_beta2=0.95, adam_epsilon=1e-4)
 

@@ -34,8 +34,6 @@ CASES = [
     case("embedding", "apart", SP),
     case("embedding", "tied", PP, overlap=True),
     case("judged", "apart", SP),
-    case("judged", "tied", CP),
-    case("values", "apart", PP),
     case("values", "tied", CP),
 ]
 

@@ -20,7 +20,8 @@ RANKS = f"{Path(__file__).parent}/megatron_lora_steps.py"
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 ALL = ("all-linear",)
 MODELS = {
-    "qwen3": ("qwen3", {"num_hidden_layers": 4}, ALL),
+    "qwen3": ("qwen3", {}, ALL),
+    "deep": ("qwen3", {"num_hidden_layers": 4}, ALL),
     "some": ("llama", {"num_hidden_layers": 2}, ("q_proj", "v_proj", "up_proj", "down_proj")),
     "columns": ("llama", {}, ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")),
     "first": ("llama", {"num_hidden_layers": 2}, r".*layers\.0.*q_proj"),  # the last stage has none
@@ -48,7 +49,7 @@ LAYOUTS = {
         case("qwen3", TP),
         case("qwen3", SP, chosen=UNIFORM),
         case("some", SP, chosen={"recompute_granularity": "selective", "recompute_modules": ["mlp"]}),
-        case("qwen3", PP | {"virtual": 2}),
+        case("deep", PP | {"virtual": 2}),
         case("some", PP),
         case("first", PP),
         case("qwen3", CP),

@@ -205,7 +205,7 @@ def test_flags_that_contradict_each_other(values: dict, message: str) -> None:
 def test_flags_of_a_reward_may_be_for_a_users_own() -> None:
     config = RewardConfig(reward_funcs=("mine", "format"), cosine_max_len=7, reward_weights=(1.0, 2.0, 0.5))
     config.check(max_completion_length=512, has_environment=True)
-    assert config.changed == ["reward_funcs", "reward_weights", "cosine_max_len"]
+    assert option.changed(config) == ["reward_funcs", "reward_weights", "cosine_max_len"]
 
 
 def test_accuracy_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from swift.config.model import DTYPES
-from swift.config.option import ConfigError, option, require_package
+from swift.config.option import ConfigError, option, refuse, require_package
 from swift.config.quant import BnbOptions
 
 QUANT_METHODS = ("bnb", "fp8", "gptq", "awq")
@@ -18,17 +18,13 @@ class ExportOptions:
     to_mcore: bool = option(False, "write --model in Megatron's format, for megatron --mcore_model")
     to_hf: bool = option(False, "write --mcore_model as a HuggingFace directory")
     mcore_model: str | None = option(None, "weights in Megatron's format: converted, or a run of megatron")
-    mcore_adapters: str | None = option(
-        None, "adapters of a run of megatron, folded into the weights by --to_hf"
-    )
+    mcore_adapters: str | None = option(None, "adapters of a run of megatron, folded in by --to_hf")
     test_convert_precision: bool = option(
         False, "compare the logits of both formats; the exit code says whether they agree"
     )
     test_convert_dtype: str = option("float32", "precision of that comparison", choices=DTYPES)
     to_ollama: bool = option(False, "write a Modelfile with which `ollama create` takes the model")
-    to_peft_format: bool = option(
-        False, "copy the adapters alone, in the format of PEFT, which they are always saved in"
-    )
+    to_peft_format: bool = option(False, "copy the adapters alone, which are in PEFT's format anyway")
     output_dir: str | None = option(None, "where the result goes; none = beside the source, with a suffix")
     exist_ok: bool = option(False, "write into an existing directory")
     max_shard_size: str = option("5GB", "largest weight file")
@@ -82,18 +78,16 @@ class ExportOptions:
                 "--adapters has no effect on a conversion",
                 hint="fold them in first: swift export --merge_lora true",
             )
-        for name in () if self.converts else ("mcore_model", "mcore_adapters", "test_convert_precision"):
-            if getattr(self, name):
-                raise ConfigError(f"--{name} has no effect without --to_hf or --to_mcore true")
-        if self.test_convert_dtype != "float32" and not self.test_convert_precision:
-            raise ConfigError("--test_convert_dtype has no effect without --test_convert_precision true")
+        if not self.converts:
+            names = ("mcore_model", "mcore_adapters", "test_convert_precision")
+            refuse(self, names, "without --to_hf or --to_mcore true")
+        if not self.test_convert_precision:
+            refuse(self, ("test_convert_dtype",), "without --test_convert_precision true")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizeOptions(BnbOptions):
-    quant_method: str | None = option(
-        None, "write the weights of linear layers in few bits", choices=QUANT_METHODS
-    )
+    quant_method: str | None = option(None, "write linear layers' weights in few bits", choices=QUANT_METHODS)
     quant_bits: int | None = option(None, "bits of a weight; none = 4, with fp8 8", choices=(4, 8))
     group_size: int = option(
         128, "weights of a row that share a scale in gptq and awq; -1 = the whole row", range=(-1, None)
@@ -116,9 +110,9 @@ class QuantizeOptions(BnbOptions):
         calibrated = method in ("gptq", "awq")
         if method != "bnb" or self.bits != 4:
             self.check_unused()
-        for name, default in (("group_size", 128), ("quant_n_samples", 256), ("quant_batch_size", 1)):
-            if getattr(self, name) != default and not calibrated:
-                raise ConfigError(f"--{name} has no effect without --quant_method gptq or awq")
+        if not calibrated:
+            names = ("group_size", "quant_n_samples", "quant_batch_size")
+            refuse(self, names, "without --quant_method gptq or awq")
         if method is None:
             if self.quant_bits is not None:
                 raise ConfigError(

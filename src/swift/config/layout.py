@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
-from swift.config.option import ConfigError, option
+from swift.config.option import ConfigError, changed, option
 
 SUGGESTIONS = 2  # layouts that a hint names
 DEGREES = (
@@ -271,12 +271,8 @@ def _distance(config: LayoutConfig, other: LayoutConfig) -> float:
 
 def describe(config: LayoutConfig) -> str:
     """Its flags as they would be typed."""
-    given = [
-        (f.name, getattr(config, f.name))
-        for f in fields(LayoutConfig)
-        if getattr(config, f.name) != f.default
-    ]
-    words = [f"--{name} {str(value).lower()}" for name, value in given]
+    own = {field.name for field in fields(LayoutConfig)}
+    words = [f"--{name} {str(getattr(config, name)).lower()}" for name in changed(config) if name in own]
     return " ".join(words) or "every process with the whole model (leave these flags out)"
 
 

@@ -29,10 +29,7 @@ class MegatronConfig(LayoutConfig):
     mcore_model: str | None = option(
         None, "directory with weights in Megatron's format: converted ones, or a run of megatron"
     )
-    finetune: bool = option(
-        True,
-        "take only weights; no = go on with the run in --mcore_model or --adapters",
-    )
+    finetune: bool = option(True, "take only weights; no = go on with the run of --mcore_model, --adapters")
     no_load_optim: bool = option(False, "go on without the optimizer's state")
     no_load_rng: bool = option(False, "go on without the random states")
     save_safetensors: bool = option(
@@ -48,9 +45,7 @@ class MegatronConfig(LayoutConfig):
         "attention kernels; all three names take the fastest exact one for each batch",
         choices=("flash", "fused", "auto"),
     )
-    use_distributed_optimizer: bool = option(
-        True, "slice the optimizer's state over data parallel processes (ZeRO-1)"
-    )
+    use_distributed_optimizer: bool = option(True, "slice the optimizer over data parallel ranks (ZeRO-1)")
     overlap_grad_reduce: bool = option(False, "add up gradients while the backward pass still runs")
     overlap_param_gather: bool = option(False, "gather updated weights while the forward pass already runs")
     recompute_granularity: str = option(
@@ -73,9 +68,7 @@ class MegatronConfig(LayoutConfig):
     )
     moe_grouped_gemm: bool = option(True, "all experts of a process in one matrix product")
     moe_permute_fusion: bool = option(False, "one kernel that sorts tokens by expert")
-    moe_shared_expert_overlap: bool = option(
-        False, "compute shared experts while tokens travel to the others"
-    )
+    moe_shared_expert_overlap: bool = option(False, "compute shared experts while tokens travel to others")
     moe_aux_loss_coeff: float = option(
         0.0, "weight of the loss that balances the experts, a mean over layers; 0 = off", min=0
     )
@@ -140,9 +133,7 @@ class MegatronTunerConfig(TunerConfig):
     """What is trained: all weights unless adapters are asked for."""
 
     train_type: str = option("full", "train all weights or adapters", choices=("full", "lora"))
-    merge_lora: bool = option(
-        False, "at the end write the model with its adapters folded in beside the last checkpoint"
-    )
+    merge_lora: bool = option(False, "write the model with adapters folded in beside the last checkpoint")
 
     def check(self) -> None:
         """Raises ConfigError for a flag that would do nothing, or a text that is no pattern."""

@@ -5,9 +5,9 @@ Owns: the knobs, and the arithmetic of prompts, answers and optimizer steps. Not
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from swift.config.option import ConfigError, option
+from swift.config.option import ConfigError, changed, option
 
 SAMPLES = ("grpo", "ppo")  # methods that learn from rewards of such answers
 PPO_TOO = (
@@ -41,9 +41,7 @@ class RolloutPlan:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnlineConfig:
     num_generations: int = option(8, "answers to each prompt, which are compared", min=1)
-    num_generations_eval: int | None = option(
-        None, "answers to each held-out prompt; none = --num_generations", min=1
-    )
+    num_generations_eval: int | None = option(None, "answers to held-out prompts; none = as many", min=1)
     max_completion_length: int = option(512, "longest answer", unit="tokens", min=1)
     temperature: float = option(0.9, "of sampling; training sees the same distribution", min=0)
     top_p: float = option(1.0, "nucleus of sampling", range=(0, 1))
@@ -59,9 +57,7 @@ class OnlineConfig:
     )  # fmt: skip
     num_iterations: int = option(1, "times that each answer is learnt from", min=1)
     epsilon: float = option(0.2, "how far the ratio to the old policy may fall below 1", min=0)
-    epsilon_high: float | None = option(
-        None, "how far it may rise above 1; none = --epsilon (DAPO: 0.28)", min=0
-    )
+    epsilon_high: float | None = option(None, "how far above 1; none = --epsilon (DAPO: 0.28)", min=0)
     delta: float | None = option(
         None, "upper limit of the ratio where the advantage is negative; none = no limit",
         min=0,
@@ -86,9 +82,7 @@ class OnlineConfig:
         choices=("group", "batch", "none", "gdpo", *SCALES),
     )
     kl_in_reward: bool = option(False, "take the distance from the reference off the reward")
-    dynamic_sample: bool = option(
-        False, "sample again in place of groups whose rewards are all the same (DAPO)"
-    )
+    dynamic_sample: bool = option(False, "sample again in place of groups whose rewards are all one (DAPO)")
     max_resample_times: int = option(3, "rounds of that", min=1)
     async_generate: bool = option(
         False,
@@ -99,19 +93,13 @@ class OnlineConfig:
     top_entropy_quantile: float = option(
         1.0, "share of the tokens that are learnt from, the most uncertain ones", range=(0, 1)
     )
-    offload_model: bool = option(
-        False, "move the weights in training to the CPU's memory while vLLM answers beside them"
-    )
-    offload_optimizer: bool = option(
-        False, "move the optimizer's moments to the CPU's memory while answers are sampled"
-    )
+    offload_model: bool = option(False, "keep trained weights on the CPU while vLLM answers beside them")
+    offload_optimizer: bool = option(False, "keep optimizer moments on the CPU while answers are sampled")
     log_entropy: bool = option(False, "log how uncertain the model is")
     log_completions: bool = option(
         False, "keep every answer with its rewards in completions.jsonl, and show some to --report_to"
     )
-    wandb_log_unique_prompts: bool = option(
-        False, "--log_completions: show trackers of each prompt one answer alone"
-    )
+    wandb_log_unique_prompts: bool = option(False, "--log_completions: show trackers one answer a prompt")
     rollout_importance_sampling_mode: str | None = option(
         None,
         "correction where the sampler's probabilities differ from the trainer's; none = logged alone",
@@ -130,8 +118,8 @@ class OnlineConfig:
 
     def check(self, rlhf_type: str) -> None:
         """Raises ConfigError where a flag has no effect or contradicts another."""
-        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
-        for name in changed:
+        given = changed(self)
+        for name in given:
             methods = ANSWERS if name in SHARED else SAMPLES if name in PPO_TOO else ("grpo",)
             if rlhf_type not in methods:
                 raise ConfigError(
@@ -162,7 +150,7 @@ class OnlineConfig:
                 "--generation_batch_size and --steps_per_generation say the same thing twice",
                 hint="leave one of them out",
             )
-        if "max_resample_times" in changed and not self.dynamic_sample:
+        if "max_resample_times" in given and not self.dynamic_sample:
             raise ConfigError("--max_resample_times has no effect without --dynamic_sample true")
         if self.top_entropy_quantile == 0:
             raise ConfigError("--top_entropy_quantile 0 leaves no token to learn from", hint="0.2 is usual")

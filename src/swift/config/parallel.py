@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from swift.config.option import ConfigError, option
+from swift.config.option import ConfigError, option, refuse
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,7 @@ class ParallelConfig:
     def check(self) -> None:
         if self.fsdp and self.deepspeed:
             raise ConfigError("--fsdp and --deepspeed both slice the model", hint="leave one of them out")
-        for name in ("ddp_find_unused_parameters", "ddp_bucket_cap_mb"):
-            if getattr(self, name) and (self.fsdp or self.deepspeed):
-                other = "fsdp" if self.fsdp else "deepspeed"
-                raise ConfigError(f"--{name} has no effect with --{other}", hint="leave one of them out")
+        if self.fsdp or self.deepspeed:
+            names = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb")
+            other = f"with --{'fsdp' if self.fsdp else 'deepspeed'}"
+            refuse(self, names, other, hint="leave one of them out")

@@ -1,8 +1,8 @@
 """What goes to a hub: the result of an export, or checkpoints while a training goes on."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from swift.config.option import ConfigError, option
+from swift.config.option import ConfigError, changed, option, refuse
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,9 +18,8 @@ class PublishOptions:
         """Raises ConfigError for what has no effect, or lacks a name."""
         if self.push_to_hub and not self.hub_model_id:
             raise ConfigError("--push_to_hub needs --hub_model_id", hint="OWNER/NAME on the hub")
-        for field in () if self.push_to_hub else fields(self):
-            if getattr(self, field.name) != field.default:
-                raise ConfigError(f"--{field.name} has no effect without --push_to_hub true")
+        if not self.push_to_hub:
+            refuse(self, changed(self), "without --push_to_hub true")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from swift.config.option import ConfigError, option, require_package
+from swift.config.option import ConfigError, option, refuse, require_package
 
 BITSANDBYTES = "bitsandbytes>=0.46"
 
@@ -21,11 +21,8 @@ class BnbOptions:
 
     def check_unused(self) -> None:
         """Raises ConfigError for a setting of 4 bits where weights are not held in them."""
-        for field in fields(BnbOptions):
-            if getattr(self, field.name) != field.default:
-                raise ConfigError(
-                    f"--{field.name} has no effect without --quant_method bnb in 4 bits", hint="leave it out"
-                )
+        names = [field.name for field in fields(BnbOptions)]
+        refuse(self, names, "without --quant_method bnb in 4 bits", hint="leave it out")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

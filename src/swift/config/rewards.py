@@ -1,8 +1,8 @@
 """What answers are worth: reward functions, reward models, and their settings."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from swift.config.option import ConfigError, default_of, option, require_package
+from swift.config.option import ConfigError, changed, option, require_package
 
 # flags that only these shipped rewards read
 SETTINGS_OF = {"cosine": "cosine", "repetition": "repetition", "soft": "soft_overlong"}
@@ -10,19 +10,10 @@ REWARDED = ("grpo", "ppo")  # methods
 SHIPPED = ("accuracy", "format", "react_format", "cosine", "repetition", "soft_overlong", "toolbench", "math")
 
 
-def check_rewarded(rlhf_type: str, changed: list[str]) -> None:
-    """Raises ConfigError when a flag of this file, or of turns.py, is given for a method without rewards."""
-    if changed and rlhf_type not in REWARDED:
-        raise ConfigError(
-            f"--{changed[0]} has no effect with --rlhf_type {rlhf_type}",
-            hint=f"it belongs to {', '.join(REWARDED)}; leave it out",
-        )
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardConfig:
     reward_funcs: tuple[str, ...] = option(
-        (), help=f"rewards, summed: {', '.join(SHIPPED)}, names from --external_plugins, or file.py:name"
+        (), f"rewards, summed: {', '.join(SHIPPED)}, names from --external_plugins, or file.py:name"
     )
     reward_weights: tuple[float, ...] | None = option(
         None, "weight of each of --reward_funcs, then of each --reward_model; none = 1 each"
@@ -31,9 +22,7 @@ class RewardConfig:
     reward_model_plugin: tuple[str, ...] = option(
         (), "what turns each --reward_model into a number, from --external_plugins; none = its score"
     )
-    reward_timeout: float = option(
-        300.0, "longest time for one reward to judge one batch", unit="seconds", min=0.01
-    )
+    reward_timeout: float = option(300.0, "longest time for one reward and batch", unit="seconds", min=0.01)
     cosine_max_len: int | None = option(
         None, "cosine: length with the last value; none = --max_completion_length", unit="tokens",
         min=1,
@@ -55,14 +44,9 @@ class RewardConfig:
         min=1,
     )  # fmt: skip
 
-    @property
-    def changed(self) -> list[str]:
-        """Flags that are not at their defaults."""
-        return [f.name for f in fields(self) if getattr(self, f.name) != default_of(f)]
-
     def check(self, *, max_completion_length: int, has_environment: bool = False) -> None:
         """Raises ConfigError. For methods that have rewards; names of plugins are looked up by the panel."""
-        for name in self.changed:
+        for name in changed(self):
             reader = SETTINGS_OF.get(name.split("_")[0])
             if reader and set(self.reward_funcs) <= {*SHIPPED} - {reader}:
                 raise ConfigError(f"--{name} has no effect without --reward_funcs {reader}")

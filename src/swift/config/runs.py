@@ -11,13 +11,13 @@ from swift.config.model import ModelConfig
 from swift.config.objective import RlhfConfig
 from swift.config.online import ANSWERS, SAMPLES, OnlineConfig
 from swift.config.optim import OptimConfig
-from swift.config.option import ConfigError
+from swift.config.option import ConfigError, changed, refuse
 from swift.config.parallel import ParallelConfig
 from swift.config.plugins import PluginConfig
 from swift.config.ppo import PpoConfig
 from swift.config.publish import CheckpointPublishing, ResultPublishing
 from swift.config.quant import QuantConfig
-from swift.config.rewards import RewardConfig, check_rewarded
+from swift.config.rewards import REWARDED, RewardConfig
 from swift.config.schedule import OutputConfig, ScheduleConfig
 from swift.config.serve import ServeOptions
 from swift.config.sft import SftConfig
@@ -181,7 +181,10 @@ class RlhfRun(TrainRun):
         self.rlhf.check()
         self.online.check(self.rlhf.rlhf_type)
         self.ppo.check(self.rlhf.rlhf_type)
-        check_rewarded(self.rlhf.rlhf_type, [*self.rewards.changed, *self.turns.changed])
+        if self.rlhf.rlhf_type not in REWARDED:
+            hint = f"it belongs to {', '.join(REWARDED)}; leave it out"
+            for group in (self.rewards, self.turns):
+                refuse(group, changed(group), f"with --rlhf_type {self.rlhf.rlhf_type}", hint=hint)
         self.turns.check()
         if self.turns.scheduler and self.parallel.sequence_parallel_size > 1:
             raise ConfigError(

@@ -23,21 +23,13 @@ class ServeOptions:
     api_key: str | None = option(None, "key that requests must bring; none = everyone may ask")
     ssl_keyfile: str | None = option(None, "private key of --ssl_certfile")
     ssl_certfile: str | None = option(None, "certificate to serve https with; none = http")
-    served_model_name: str | None = option(
-        None, "what requests call the model; none = the last part of --model"
-    )
+    served_model_name: str | None = option(None, "what requests call the model; none = the end of --model")
     owned_by: str = option("swift", "owner that the list of models tells")
     max_logprobs: int = option(20, "most likely tokens that a request may ask for at a position", min=0)
-    max_queue_size: int = option(
-        256, "answers that may wait; a request beyond that is refused", unit="answers", min=0
-    )
+    max_queue_size: int = option(256, "answers that may wait; no more are taken", unit="answers", min=0)
     max_body_size: int = option(16_000_000, "largest request that is read", unit="bytes", min=1)
-    shutdown_timeout: float = option(
-        30.0, "how long answers may go on after Ctrl-C or SIGTERM", unit="seconds", min=0
-    )
-    log_interval: float = option(
-        20.0, "time between lines on requests and tokens; 0 or less = none", unit="seconds"
-    )
+    shutdown_timeout: float = option(30.0, "how long answers may go on after SIGTERM", unit="seconds", min=0)
+    log_interval: float = option(20.0, "time between lines on the load; 0 or less = none", unit="seconds")
     result_path: str | None = option(None, "JSONL of what was asked and answered; none = not kept")
     verbose: bool = option(False, "a line for each request")
     log_level: str = option(

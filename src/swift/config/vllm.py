@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from swift.config.model import ModelConfig
-from swift.config.option import ConfigError, default_of, option
+from swift.config.option import ConfigError, changed, default_of, option, refuse
 
 OURS = ("vllm_engine_kwargs", "vllm_gpu_memory_utilization")
 DIFFERS = ("vllm_disable_custom_all_reduce",)  # whose default is not vLLM's
@@ -55,11 +55,7 @@ class VllmConfig:
 
     def check_unused(self, needed: str) -> None:
         """Raises ConfigError for a flag of vLLM's without `needed`, which asks for it."""
-        for field in fields(self):
-            if getattr(self, field.name) != default_of(field):
-                raise ConfigError(
-                    f"--{field.name} has no effect without {needed}", hint="add it, or leave it out"
-                )
+        refuse(self, changed(self), f"without {needed}", hint="add it, or leave it out")
 
 
 def check_chosen_by_vllm(model: ModelConfig, where: str) -> None:
@@ -120,11 +116,8 @@ class VllmRolloutConfig(VllmConfig):
             self.check_unused("--use_vllm true")
             return
         if self.mode == "colocate":
-            for name in ("vllm_server_base_url", "vllm_server_host"):
-                if getattr(self, name):
-                    raise ConfigError(
-                        f"--{name} has no effect with --vllm_mode colocate", hint="leave one out"
-                    )
+            named = ("vllm_server_base_url", "vllm_server_host")
+            refuse(self, named, "with --vllm_mode colocate", hint="leave one out")
             return
         self._check_servers()
 
@@ -142,10 +135,8 @@ class VllmRolloutConfig(VllmConfig):
             )
 
     def _check_servers(self) -> None:
-        if self.sleep_level:
-            raise ConfigError(
-                "--sleep_level has no effect on a server: it has GPUs of its own", hint="leave it out"
-            )
+        own = "on a server: it has GPUs of its own"
+        refuse(self, ("sleep_level",), own, hint="leave it out")
         if self.vllm_device:
             raise ConfigError("--vllm_device auto starts its own server", hint="leave --vllm_mode out")
         if self.vllm_server_base_url and self.vllm_server_host:
@@ -169,8 +160,6 @@ class VllmRolloutConfig(VllmConfig):
 class RolloutOptions:
     """`swift rollout`: where it listens."""
 
-    host: str = option(
-        "127.0.0.1", "address to listen on; beyond loopback everyone who can reach it is let in"
-    )
+    host: str = option("127.0.0.1", "address to listen on; beyond loopback whoever can reach it is let in")
     port: int = option(8000, "port to listen on", range=(1, 65535))
     vllm_data_parallel_size: int = option(1, "engines behind the port", min=1)

@@ -66,7 +66,8 @@ class RowStage:
     def tell(self, total_steps: int, *, flat: bool) -> None:
         if self.plan.packs:
             summary.tell_packs(self.plan.packs, flat=flat)
-        summary.tell_steps(self.plan, total_steps, self.ready.rows if self.ready.stream is None else None)
+        rows = self.ready.rows if self.ready.stream is None else None
+        summary.tell_steps(self.plan, total_steps, rows, world=self.ranks.world)
 
     def open(self, engine: Engine, _directory: Path) -> Opened:
         ready, run = self.ready, self.run

@@ -58,12 +58,13 @@ def tell_packs(packs: Packs, *, flat: bool) -> None:
         warn("--packing true: this model needs padding, so the rows of a pack are padded to its longest")
 
 
-def tell_steps(plan: StepPlan, total_steps: int, rows: EncodedDataset | None) -> None:
-    """`rows` are none where they come as a stream."""
-    items = "packs" if plan.packs else "rows"
+def tell_steps(plan: StepPlan, total_steps: int, rows: EncodedDataset | None, *, world: int) -> None:
+    """`rows` are none where they are streamed. Groups of `world` processes may share rows or the model."""
+    items, size = "packs" if plan.packs else "rows", world // plan.data_world
+    who = f"group(s) of {size} processes" if size > 1 else "process(es)"
     say(
         f"steps: {plan.items_per_step} {items} a step ({plan.micro_batch_size} x {plan.accumulation} "
-        f"accumulated x {plan.data_world} process(es)), "
+        f"accumulated x {plan.data_world} {who}), "
         + (f"{plan.steps_per_epoch} steps an epoch, " if rows else "")
         + f"{total_steps} in all"
     )
