@@ -68,11 +68,10 @@ class MegatronRlhfRun(OnMegatron, RlhfRun):
     def check_complete(self) -> None:
         OnMegatron.check_complete(self)
         shared = next((n for n in DEGREES[:3] if getattr(self.megatron, n) > 1), None)
-        if self.turns.scheduler and shared:
-            raise ConfigError(
-                f"--{shared} does not go with conversations of several turns yet",
-                hint=f"leave out --multi_turn_scheduler and --use_gym_env, or --{shared}",
-            )
+        far = self.rlhf.teacher_model_server and "--teacher_model_server"
+        clash = "conversations of several turns" if self.turns.scheduler else far
+        if clash and shared:
+            raise ConfigError(f"--{shared} does not go with {clash} yet", hint="leave one of them out")
 
 
 MegatronRun = MegatronSftRun | MegatronRlhfRun
