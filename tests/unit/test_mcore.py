@@ -238,10 +238,10 @@ def test_flags_that_contradict_each_other(values: dict[str, object], message: st
 
 
 def test_what_is_not_there_yet() -> None:
-    with pytest.raises(ConfigError, match="--rlhf_type grpo is not there yet in parallel"):
+    turns = {"rlhf_type": "grpo", "reward_funcs": ("format",), "multi_turn_scheduler": "math_tip_trick"}
+    with pytest.raises(ConfigError, match="size does not go with conversations of several turns yet"):
         build(
-            MegatronRlhfRun,
-            {"model": "m", "dataset": ("d",), "rlhf_type": "grpo", "reward_funcs": ("format",)},
+            MegatronRlhfRun, {"model": "m", "dataset": ("d",), "tensor_model_parallel_size": 2, **turns}
         ).check()
     build(MegatronRlhfRun, {"mcore_model": "m", "dataset": ("d",), "rlhf_type": "kto"}).check()
 
