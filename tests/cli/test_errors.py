@@ -95,8 +95,8 @@ def test_all_wrong_values_in_one_go(capsys: pytest.CaptureFixture[str], calls: l
 def test_later_flags_stop_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str], calls: list[Any]
 ) -> None:
-    assert errors([*RUNNABLE, "--push_to_hub", "true"], capsys) == [
-        "error: --push_to_hub is not yet supported in this version; remove it"
+    assert errors([*RUNNABLE, "--cached_val_dataset", "rows"], capsys) == [
+        "error: --cached_val_dataset is not yet supported in this version; remove it"
     ]
     argv = ["infer", "--rope_scaling", "linear", "--data_parallel_size", "2"]
     assert errors(argv, capsys) == [

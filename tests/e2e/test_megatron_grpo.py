@@ -159,7 +159,7 @@ def test_mistakes_are_one_line(megatron_workers, tiny_llama_dir, make_tiny_model
     odd = make_tiny_model_dir(tmp_path / "odd", "llama", num_hidden_layers=3)
     out = tmp_path / "out"
     rewards = test_grpo.command(tiny_llama_dir, tmp_path, out, "--max_steps", "2")
-    taught = [test_gkd.command(tiny_llama_dir, teacher, data, out) for teacher in (larger, odd)]
+    taught = [test_gkd.command(tiny_llama_dir, teacher, data, out) for teacher in (larger, odd, None)]
     for arguments in taught:
         at = arguments.index("--gradient_accumulation_steps")
         arguments[at : at + 2] = ["--global_batch_size", "8"]
@@ -175,6 +175,10 @@ def test_mistakes_are_one_line(megatron_workers, tiny_llama_dir, make_tiny_model
         (
             rewards, (*TP2, "--use_gym_env", "true"), 1,
             "--tensor_model_parallel_size does not go with conversations of several turns yet",
+        ),
+        (
+            taught[2], (*PP2, "--gkd_logits_topk", "5", "--teacher_model_server", "http://h:1"), 1,
+            "--pipeline_model_parallel_size does not go with --teacher_model_server yet",
         ),
         (taught[0], TP2, 2, "/own-llama has 640 tokens, the model "),
         (taught[1], PP2, 2, "/own-llama: --pipeline_model_parallel_size 2 does not divide"),

@@ -25,9 +25,8 @@ def model(make_tiny_model_dir, tmp_path_factory) -> Path:
 def test_biases_of_experts_move_and_are_saved(megatron_workers, workers, model, tmp_path):
     data, save = write_rows(tmp_path / "rows.jsonl", 8), tmp_path / "out"
     words = f"megatron sft --model {model} --dataset {data} --save {save} --max_length 128 --lr 1e-3 "
-    words += "--global_batch_size 4 --moe_router_bias_update_rate 0.01 --train_iters 3 --sequence_parallel "
-    words += "--tensor_model_parallel_size 2 --expert_model_parallel_size 2"
-    run, log = train(megatron_workers, words.split(), 2, save)
+    words += "--global_batch_size 4 --moe_router_bias_update_rate 0.01 --train_iters 3"
+    run, log = train(megatron_workers, words.split(), 1, save)
     assert log[1]["loss"] < log[0]["loss"]
     moved = load_file(run / "checkpoint-3/model.safetensors")[BIAS]
     assert {round(abs(value), 6) for value in moved.tolist()} <= {

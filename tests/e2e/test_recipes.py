@@ -110,6 +110,10 @@ def steps(directory: Path) -> list[float]:
 
 
 SMALL = ("--max_length", "128", "--max_steps", "2", "--logging_steps", "1", "--torch_dtype", "float32")
+FOUR_ANSWERS = (
+    "--num_generations", "4", "--per_device_train_batch_size", "4", "--max_completion_length", "8",
+    "--gradient_accumulation_steps", "1", "--deepspeed", "zero0",
+)  # fmt: skip
 TWO = {"NPROC_PER_NODE": "2", "IPS": "127.0.0.1"}
 
 
@@ -118,15 +122,14 @@ TWO = {"NPROC_PER_NODE": "2", "IPS": "127.0.0.1"}
     ("recipe", "words"),
     [
         ("Qwen3_8B_self_cognition.sh", ("--gradient_accumulation_steps", "2")),
-        (
-            "Qwen3_8B_grpo.sh",
-            (
-                "--num_generations", "4", "--per_device_train_batch_size", "4",
-                "--max_completion_length", "8", "--gradient_accumulation_steps", "1", "--deepspeed", "zero0",
-            ),
+        ("Qwen3_8B_grpo.sh", FOUR_ANSWERS),
+        pytest.param(
+            "Qwen3_8B_dapo.sh",
+            (*FOUR_ANSWERS, "--steps_per_generation", "2", "--soft_cache_length", "4"),
+            marks=pytest.mark.slow_suite,
         ),
     ],
-)  # fmt: skip
+)
 def test_recipes_of_one_gpu_in_miniature(
     recipe: str, words: tuple[str, ...], workers: Workers, tiny_qwen3_dir: Path, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from swift.config.layout import Layout
 from swift.data.collate import collate
 from swift.engines.megatron.engine import MegatronEngine
 from swift.engines.megatron.setup import join_model_parallel, leave_model_parallel
-from swift.engines.ranks import Ranks
+from swift.engines.ranks import Ranks, join_peers
 from swift.models.load import load_config, load_tokenizer
 from swift.rollout.replica import ReplicaRollout, SharedRollout
 from swift.rollout.types import Request, Sampling
@@ -47,7 +47,7 @@ class Answers:
             load_config(model), load_tokenizer(model), dtype=engine.dtype, device=engine.device,
             stop_token_ids=[2], context=64, max_rows=4,
         )  # fmt: skip
-        self.engine, self.rollout, self.version = engine, SharedRollout(copy, engine.ranks), 0
+        self.engine, self.rollout, self.version = engine, SharedRollout(copy, join_peers(engine.ranks)), 0
         self.requests = [
             Request([5 + i, 17, 40 + i, 9] * (1 + 2 * i), Sampling(6, temperature, seed=i), count=3 - i)
             for i in range(2)

@@ -35,6 +35,7 @@ from swift.config.layout import Layout
 from swift.config.megatron import MegatronConfig
 from swift.config.option import ConfigError
 from swift.engines.megatron import implementation, speed, wgrad
+from swift.engines.megatron.bridge import block_of
 from swift.engines.megatron.context import ContextRanks
 from swift.engines.megatron.layers import flat_tokens
 from swift.engines.megatron.model import build_chunks
@@ -426,6 +427,9 @@ def check_implementations(rank: int, folder: str) -> None:
         for adapters in (False, True)
     ]
     assert rates == [0.001, 0]
+    third.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(ConfigError, match="megatron does not read weights quantised by gptq"):
+        block_of(third)
     third.attention_bias = True
     with pytest.raises(ConfigError, match="megatron has no biases in latent attention"):
         model_settings(third, Layout(), torch.float32)

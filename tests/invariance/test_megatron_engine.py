@@ -55,7 +55,6 @@ LAYOUTS = {
         case("qwen3", SP | CP, sliced=False),
         case("moe", SP | EP, sliced=False),
         case("moe", EP | PP),
-        case("latent", SP | EP, sliced=False),
         case("latent", EP | PP, sliced=False),
     ],
 }
@@ -68,7 +67,11 @@ LATENTS = {
         case("latent", PP | {"virtual": 2}),
         case("latent2", EP, chosen={"recompute_latents": True}),
     ],
-    4: [case("latent2", SP | EP, sliced=False), case("latent", SP | PP), case("latent", EP | CP)],
+    4: [
+        *(case(name, SP | EP, sliced=False) for name in ("latent", "latent2")),
+        case("latent", SP | PP),
+        case("latent", EP | CP),
+    ],
 }
 
 

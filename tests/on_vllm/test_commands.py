@@ -164,6 +164,26 @@ def log_of(folder: Path, key: str) -> list[dict]:
     return [row for row in map(json.loads, (folder / "logging.jsonl").open()) if key in row]
 
 
+def test_a_server_teaches_what_its_model_would_beside_the_student(checkpoint, server, tmp_path):
+    """The first test with the server: later ones send it other weights."""
+    data = tmp_path / "chats.jsonl"
+    chats = ({"query": question, "response": f"{question} Paris."} for question in QUESTIONS)
+    data.write_text("".join(json.dumps(row) + "\n" for row in chats))
+    found = []
+    url = ("--teacher_model_server", f"http://127.0.0.1:{server}")
+    for name, teacher in (("near", ("--teacher_model", checkpoint[0])), ("far", url)):
+        run(
+            "rlhf", "--rlhf_type", "gkd", "--model", checkpoint[0], "--adapters", checkpoint[1], *teacher,
+            "--dataset", data, "--gkd_logits_topk", 30, "--lmbda", 0, "--max_steps", 3, "--logging_steps", 1,
+            "--torch_dtype", "float32", "--split_dataset_ratio", 0, "--learning_rate", 1e-3,
+            "--output_dir", tmp_path / name, "--add_version", "false", "--lora_dropout", 0,
+        )  # fmt: skip
+        found.append([row["loss"] for row in log_of(tmp_path / name, "loss")])
+    assert (
+        len(found[0]) == 3 and found[0][0] > 1e-4 and found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-6)
+    )
+
+
 def test_a_server_answers_while_the_rollout_before_is_learnt_from(checkpoint, server, rows, tmp_path):
     """Its weights are one rollout old; a run that goes on has the same answers."""
     reward = tmp_path / "reward.py"
@@ -195,22 +215,3 @@ def test_a_server_answers_while_the_rollout_before_is_learnt_from(checkpoint, se
         load_file(tmp_path / n / "checkpoint-4" / "model.safetensors") for n in ("again", "ahead")
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_a_server_teaches_what_its_model_would_beside_the_student(checkpoint, server, tmp_path):
-    data = tmp_path / "chats.jsonl"
-    chats = ({"query": question, "response": f"{question} Paris."} for question in QUESTIONS)
-    data.write_text("".join(json.dumps(row) + "\n" for row in chats))
-    found = []
-    url = ("--teacher_model_server", f"http://127.0.0.1:{server}")
-    for name, teacher in (("near", ("--teacher_model", checkpoint[0])), ("far", url)):
-        run(
-            "rlhf", "--rlhf_type", "gkd", "--model", checkpoint[0], "--adapters", checkpoint[1], *teacher,
-            "--dataset", data, "--gkd_logits_topk", 30, "--lmbda", 0, "--max_steps", 3, "--logging_steps", 1,
-            "--torch_dtype", "float32", "--split_dataset_ratio", 0, "--learning_rate", 1e-3,
-            "--output_dir", tmp_path / name, "--add_version", "false", "--lora_dropout", 0,
-        )  # fmt: skip
-        found.append([row["loss"] for row in log_of(tmp_path / name, "loss")])
-    assert (
-        len(found[0]) == 3 and found[0][0] > 1e-4 and found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-6)
-    )

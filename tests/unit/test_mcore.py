@@ -237,12 +237,12 @@ def test_flags_that_contradict_each_other(values: dict[str, object], message: st
     assert caught.value.message.startswith(message)
 
 
-def test_what_is_not_there_yet() -> None:
-    with pytest.raises(ConfigError, match="--rlhf_type grpo is not there yet in parallel"):
-        build(
-            MegatronRlhfRun,
-            {"model": "m", "dataset": ("d",), "rlhf_type": "grpo", "reward_funcs": ("format",)},
-        ).check()
+def test_conversations_need_a_rank_for_each_row() -> None:
+    values = {"model": "m", "dataset": ("d",), "rlhf_type": "grpo", "reward_funcs": ("format",)}
+    build(MegatronRlhfRun, values).check()
+    turns = {"multi_turn_scheduler": "math_tip_trick", "max_turns": 2, "pipeline_model_parallel_size": 2}
+    with pytest.raises(ConfigError, match="pipeline_model_parallel_size does not go with conversations"):
+        build(MegatronRlhfRun, values | turns).check()
     build(MegatronRlhfRun, {"mcore_model": "m", "dataset": ("d",), "rlhf_type": "kto"}).check()
 
 

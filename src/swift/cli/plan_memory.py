@@ -179,5 +179,6 @@ def sampling(job: Job, gpu: Gpu, *, answers: int, length: float) -> tuple[int, f
     left = gpu.memory_gib * GIB - sum(moments_of(job, 0)["answers are sampled"].values())
     room = job.vllm_bytes - job.vllm_weights if job.vllm_bytes else 0.6 * left
     count = min(answers, max(int(room / cache), 1))
-    seconds = (2 * job.shape.parameters + count * cache) / (0.5e12 * gpu.bandwidth)
+    weights = job.vllm_weights or 2 * job.shape.parameters / job.layout.tensor / job.layout.pipeline
+    seconds = (weights + count * cache) / (0.5e12 * gpu.bandwidth)
     return count, count / seconds

@@ -34,11 +34,9 @@ class OnMegatron:
         return None if flags.eval_iters < 0 else flags.eval_iters * flags.global_batch_size
 
     def check(self: "MegatronRun") -> None:
-        """Raises ConfigError where flags contradict each other or one is missing."""
         _check_megatron(self)
 
     def check_complete(self: "MegatronRun") -> None:
-        """`check` for a run whose values are all known."""
         super().check_complete()  # type: ignore[misc]
         self.megatron.check()
         _check_project(self.output)
@@ -68,14 +66,12 @@ class MegatronRlhfRun(OnMegatron, RlhfRun):
         return False
 
     def check_complete(self) -> None:
-        """`check` for a run whose values are all known."""
         OnMegatron.check_complete(self)
         shared = next((n for n in DEGREES[:3] if getattr(self.megatron, n) > 1), None)
-        if self.turns.scheduler and shared:
-            raise ConfigError(
-                f"--{shared} does not go with conversations of several turns yet",
-                hint=f"leave out --multi_turn_scheduler and --use_gym_env, or --{shared}",
-            )
+        far = self.rlhf.teacher_model_server and "--teacher_model_server"
+        clash = "conversations of several turns" if self.turns.scheduler else far
+        if clash and shared:
+            raise ConfigError(f"--{shared} does not go with {clash} yet", hint="leave one of them out")
 
 
 MegatronRun = MegatronSftRun | MegatronRlhfRun
@@ -121,7 +117,6 @@ class MegatronExportRun:
     megatron: LayoutConfig = field(default_factory=LayoutConfig)
 
     def check(self) -> None:
-        """Raises ConfigError where flags contradict each other or one is missing."""
         self.export.check(self.model.model)
         if not self.export.converts:
             raise ConfigError("megatron export converts weights", hint="add --to_mcore true or --to_hf true")

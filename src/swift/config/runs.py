@@ -153,7 +153,6 @@ class SftRun(TrainRun):
     sft: SftConfig = field(default_factory=SftConfig)
 
     def check_complete(self) -> None:
-        """`check` for a run whose values are all known."""
         TrainRun.check_complete(self)
         self.task.check()
         self.sft.check(learns_text=self.task.task_type == "causal_lm")
@@ -176,7 +175,6 @@ class RlhfRun(TrainRun):
         return not self.vllm.use_vllm
 
     def check_complete(self) -> None:
-        """`check` for a run whose values are all known."""
         TrainRun.check_complete(self)
         self.rlhf.check()
         self.online.check(self.rlhf.rlhf_type)
@@ -246,7 +244,6 @@ class InferRun:
         return self.generation.seed if self.infer.data_seed is None else self.infer.data_seed
 
     def check(self) -> None:
-        """Raises ConfigError where flags contradict each other or one is missing."""
         if not self.model.model and not self.infer.adapters:
             raise ConfigError(
                 "--model or --adapters is missing",
@@ -294,7 +291,6 @@ class DeployRun:
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
     def check(self) -> None:
-        """Raises ConfigError where flags contradict each other or one is missing."""
         if not self.model.model and not self.serve.adapters:
             raise ConfigError(
                 "--model or --adapters is missing",
@@ -337,7 +333,6 @@ class ExportRun:
     plugins: PluginConfig = field(default_factory=PluginConfig)
 
     def check(self) -> None:
-        """Raises ConfigError where flags contradict each other or one is missing."""
         pushes = self.publish.push_to_hub
         self.export.check(self.model.model, quant_method=self.quant.quant_method, pushes=pushes)
         self.quant.check(self.data.dataset)
@@ -381,7 +376,6 @@ class DatasetRun:
     plugins: PluginConfig = field(default_factory=PluginConfig)
 
     def check(self) -> None:
-        """Raises ConfigError where flags contradict each other or one is missing."""
         if not self.options.dataset:
             raise ConfigError(
                 "no dataset is named", hint=f"for example: swift dataset {self.options.action} data.jsonl"

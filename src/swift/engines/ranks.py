@@ -127,6 +127,30 @@ def join_ranks(
     return Ranks(rank, world, rank // sequence_size, speakers, sequence_size, group), device
 
 
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """The processes with the rows of this one. What they exchange crosses nothing else: in any thread."""
+
+    place: int  # of this process among them
+    count: int
+    group: dist.ProcessGroup
+
+    def collect(self, value: Value) -> list[Value]:
+        """The value of every peer, in their order; anything that can be pickled."""
+        boxes: list[Any] = [None] * self.count
+        dist.all_gather_object(boxes, value, group=self.group)
+        return boxes
+
+
+def join_peers(ranks: Ranks) -> Peers:
+    """Called by all ranks."""
+    every = ranks.collect(ranks.data_rank)
+    groups = [[r for r, other in enumerate(every) if other == data] for data in range(ranks.data_world)]
+    group, _ = dist.new_subgroups_by_enumeration(groups, backend="gloo")
+    mine = groups[ranks.data_rank]
+    return Peers(mine.index(ranks.rank), len(mine), group)
+
+
 def leave_ranks() -> None:
     """Ends the process group; nothing when there is none."""
     if dist.is_initialized():

@@ -16,7 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from swift.engines.attention import FLAT_ATTENTION
-from swift.engines.ranks import Ranks
+from swift.engines.ranks import Peers
 from swift.rollout.decoder import Decoder
 from swift.rollout.protocol import RolloutEngine
 from swift.rollout.slots import spare_bytes
@@ -117,19 +117,14 @@ class Places:
 class SharedRollout:
     """`rollout` for ranks of which several train the same rows: each answers a share, and all get all."""
 
-    def __init__(self, rollout: RolloutEngine, ranks: Ranks) -> None:
-        """Called by all ranks."""
-        self.rollout, self.ranks = rollout, ranks
-        self.peers = [
-            rank for rank, other in enumerate(ranks.collect(ranks.data_rank)) if other == ranks.data_rank
-        ]
+    def __init__(self, rollout: RolloutEngine, peers: Peers) -> None:
+        self.rollout, self.peers = rollout, peers
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """The same on all peers, whoever has answered."""
-        mine = share_requests(requests, len(self.peers))[self.peers.index(self.ranks.rank)]
+        mine = share_requests(requests, self.peers.count)[self.peers.place]
         found = list(chain.from_iterable(self.rollout.generate(mine)))
-        every = self.ranks.collect(found)
-        answers = chain.from_iterable(every[peer] for peer in self.peers)
+        answers = chain.from_iterable(self.peers.collect(found))
         return [[next(answers) for _ in range(request.count)] for request in requests]
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:

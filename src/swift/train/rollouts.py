@@ -4,7 +4,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from swift.config.runs import RlhfRun
 from swift.engines.protocol import Engine
-from swift.engines.ranks import Ranks
+from swift.engines.ranks import Ranks, join_peers
 from swift.engines.transformers.forward import check_answering
 from swift.models.directory import read_json
 from swift.rollout.local import LocalRollout
@@ -33,7 +33,7 @@ def start_answers(run: RlhfRun, ready: Prepared, engine: Engine, ranks: Ranks, c
         rollout = ReplicaRollout(
             ready.model_config, tokenizer, dtype=engine.dtype, device=engine.device, **terms
         )
-    return rollout if ranks.data_world == ranks.world else SharedRollout(rollout, ranks)
+    return rollout if ranks.data_world == ranks.world else SharedRollout(rollout, join_peers(ranks))
 
 
 def check_answers(run: RlhfRun, ready: Prepared) -> None:

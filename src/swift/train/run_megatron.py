@@ -118,7 +118,7 @@ def build(
     settings = model_settings(hf, layout, dtype, head=head, **chosen)
     say(describe_implementation(settings.transformer_impl))
     outline = outline_of(run, ready, settings, resumption)
-    teacher = teacher_settings(run, ready, dtype) if method.teaches else None
+    teacher = teacher_settings(run, ready, dtype) if method.teaches and method.needs_reference else None
     is_judge = isinstance(run, MegatronRlhfRun) and method.foresees and method.num_labels
     start = ready.model_path if is_judge and run.rewards.reward_model else None
     chunks = load_chunks(run, ready, settings, start)
