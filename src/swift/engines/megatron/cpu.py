@@ -1,6 +1,6 @@
 """What megatron-core has to find when it is imported; on a machine without GPUs, a CPU that answers as one.
 
-megatron-core (0.15 to 0.19) asks torch.cuda for devices, streams, events and random states without asking
+megatron-core (0.16 to 0.19) asks torch.cuda for devices, streams, events and random states without asking
 whether there is a GPU. Each patch below answers calls that ended a run on CPU and gloo; the package is
 untouched, and nothing is patched where a GPU is. See NVIDIA/Megatron-LM pull request 6270.
 """
@@ -59,7 +59,7 @@ def make_ready() -> None:
 def mend_missing_names() -> None:
     """Two modules name functions of transformer-engine even where there is none.
 
-    The router of 0.15 and 0.16, and up to 0.19 the recomputation of parts of a layer, which asks for float8.
+    The router of 0.16, and up to 0.19 the recomputation of parts of a layer, which asks for float8.
     """
     utils: Any = import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(utils, "te_general_gemm"):

@@ -1,6 +1,6 @@
 """Two functions of megatron-core that are slow without apex and transformer-engine, in other words.
 
-Both are those of megatron-core 0.15 to 0.19; tests/invariance/test_megatron_layers.py fails when they change.
+Both are those of megatron-core 0.16 to 0.19; tests/invariance/test_megatron_layers.py fails when they change.
 """
 
 from importlib import import_module
