@@ -13,6 +13,7 @@ from swift.engines.transformers.engine import TransformersEngine
 from swift.models.load import load_tokenizer
 from swift.objectives.sft import Sft
 from swift.rollout.local import LocalRollout
+from swift.rollout.replica import ReplicaRollout
 from swift.rollout.types import Completion, Request, Sampling
 from swift.template.tokenize import Encoded
 
@@ -110,3 +111,18 @@ def test_a_model_with_its_own_attention_is_refused(tiny_llama_dir):
     message = "LlamaForCausalLM cannot answer while it is trained, because it has layers of type linear"
     with pytest.raises(ConfigError, match=message):
         rollout_of(engine, tiny_llama_dir).generate([])
+
+
+def test_a_copy_in_half_precision_keeps_biases_of_experts_wide(tmp_path, make_tiny_model_dir):
+    path = make_tiny_model_dir(tmp_path, "deepseek_v3", first_k_dense_replace=1, n_routed_experts=8)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    copy = ReplicaRollout(
+        model.config, load_tokenizer(path), dtype=torch.bfloat16, device=torch.device("cpu"),
+        stop_token_ids=[2], context=64, max_rows=2,
+    )  # fmt: skip
+    bias = next(name for name in model.state_dict() if name.endswith("e_score_correction_bias"))
+    fine = model.state_dict()[bias].fill_(1.0009765625)  # 1 + 2^-10, which bfloat16 has no room for
+    copy.wake()
+    copy.update_weights([*model.named_parameters(), (bias, fine)], version=1)
+    assert torch.equal(copy.model.state_dict()[bias], fine)
+    assert copy.model.dtype == torch.bfloat16

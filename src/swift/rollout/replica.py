@@ -47,6 +47,7 @@ class ReplicaRollout:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=FLAT_ATTENTION)
         self.model: PreTrainedModel = model.requires_grad_(False).eval()
+        keep_wide(self.model)
         self.places = Places(self.model)
         self.storages = [p.untyped_storage() for p in self.model.parameters()]
         self.sizes = [storage.nbytes() for storage in self.storages]
@@ -88,6 +89,14 @@ class ReplicaRollout:
 
     def close(self) -> None:
         """There is nothing to end."""
+
+
+def keep_wide(model: PreTrainedModel) -> None:
+    """Buffers that a model wants in float32, as when it is loaded: biases of experts."""
+    wide = model._keep_in_fp32_modules_strict or ()
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] in wide:
+            buffer.data = buffer.data.float()
 
 
 class Places:
