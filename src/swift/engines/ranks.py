@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from swift.config.option import ConfigError
 from swift.utils import env
+from swift.utils.bound import end_with_parent
 
 Value = TypeVar("Value")
 
@@ -119,6 +120,8 @@ def join_ranks(
     if device.type == "cuda":
         device = torch.device("cuda", int(env.read("LOCAL_RANK", "0") or 0))
         torch.cuda.set_device(device)
+    if env.read("TORCHELASTIC_RUN_ID"):  # ranks that nobody watches would go on, and write where others do
+        end_with_parent()
     if not dist.is_initialized():
         backends = f"cpu:gloo,cuda:{backend or 'nccl'}" if device.type == "cuda" else "gloo"
         dist.init_process_group(backends, timeout=timedelta(seconds=timeout_seconds))

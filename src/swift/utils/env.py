@@ -20,6 +20,7 @@ VARIABLES = {
     "RANK": "global rank, set by torchrun",
     "WORLD_SIZE": "number of processes, set by torchrun",
     "LOCAL_RANK": "rank on this node, set by torchrun",
+    "TORCHELASTIC_RUN_ID": "name of the job, set by torchrun",
     "LOCAL_WORLD_SIZE": "number of processes on this node, set by torchrun",
     "MEGATRON_LM_PATH": "no effect: megatron-core is an installed package, not a checkout",
     "SLURM_JOB_NODELIST": "nodes of a Slurm job, for swift launch",
