@@ -11,6 +11,7 @@ from swift.config.option import ConfigError
 from swift.engines.attention import FLAT_ATTENTION
 from swift.models.load import load_model, load_tokenizer
 from swift.rollout.decoder import Decoder
+from swift.rollout.prompts import lay_out
 from swift.rollout.types import Completion, End, Request, Sampling, Token
 
 CPU = torch.device("cpu")
@@ -126,6 +127,38 @@ def test_rows_of_one_settings_share_a_prompt_that_is_read_once(model, tokenizer,
     assert [len(a) for a in answers] == [3, 5]
     # 60 tokens, a step of 3 rows; the second prompt waits for the budget of the next step; 8 rows, then 5.
     assert sizes == [60, 3, 60, 8, 5]
+
+
+@pytest.mark.parametrize(
+    ("family", "config"), [("llama", {}), ("qwen2", {"use_sliding_window": True, "sliding_window": 5})]
+)
+def test_what_prompts_begin_with_is_read_once(
+    tmp_path, make_tiny_model_dir, tokenizer, monkeypatch, family, config
+) -> None:
+    model = load(make_tiny_model_dir(tmp_path, family, max_window_layers=1, **config))
+    decoder = Decoder(model, tokenizer, stop_token_ids=[], context=400, max_rows=8)
+    decoder.generate([Request(prompt(3), Sampling(1))])  # it learns what a row takes
+    sizes, run = [], decoder._run
+    monkeypatch.setattr(decoder, "_run", lambda ids, *a, **k: sizes.append(len(ids)) or run(ids, *a, **k))
+    system = prompt(40, seed=7)
+    requests = [
+        Request(system + prompt(n, seed=n), Sampling(4, seed=n), count=count)
+        for n, count in ((5, 2), (1, 1), (12, 1))
+    ] + [Request(system[:], Sampling(4))]
+    answers = decoder.generate(requests)
+    assert sizes[0] == 39 + (6 + 2 + 13 + 1)  # the shortest prompt needs a last token of its own
+    for request, group in zip(requests, answers, strict=True):
+        for answer in group:
+            logps = teacher_forced(model, request.token_ids, answer.token_ids)
+            expected = logps.gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(answer.logps), expected, atol=1e-5, rtol=0)
+
+
+def test_short_beginnings_are_read_with_each_prompt() -> None:
+    layout = lay_out([[1, 2, *range(10, 60)], [1, 2, *range(60, 90)]])
+    assert layout.shared == 0
+    assert layout.lengths == [52, 32]
+    assert lay_out([[5, 6]]).ids == [5, 6]
 
 
 def test_memory_that_does_not_suffice_makes_rows_wait(model, tokenizer, decode, monkeypatch) -> None:

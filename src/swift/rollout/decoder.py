@@ -9,7 +9,6 @@ Shapes: R = rows in flight, N = flat tokens, S = prompts, V = vocabulary.
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from swift.config.option import ConfigError
-from swift.engines.attention import Segments
 from swift.rollout.detokenize import AnswerText, decode_text
+from swift.rollout.prompts import lay_out
 from swift.rollout.sampling import Drawn, Marks, Shape, answer_key, draw, uniform
 from swift.rollout.slots import Decode, Prefill, Slots, spare_bytes
 from swift.rollout.types import Completion, End, Guide, Request, Token
@@ -216,32 +215,29 @@ class Decoder:
         """Reads prompts as one flat row, and draws the next token of each of their answers."""
         prompts, counts = [rows[0].read for rows in joining], [len(rows) for rows in joining]
         new = [row for rows in joining for row in rows]
-        lengths = [len(prompt) for prompt in prompts]
+        read = lay_out(prompts)
         before, total = len(self.rows), len(self.rows) + len(new)
-        self.slots.reserve(total, max(lengths))
-        starts = [0, *accumulate(lengths)][:-1]
+        self.slots.reserve(total, max(map(len, prompts)))
         prompt_of = [i for i, count in enumerate(counts) for _ in range(count)]
-        copies = [(starts[i], lengths[i]) for i in prompt_of]
+        copies = [read.tokens[i] for i in prompt_of]
         host = {
-            "tokens": [t for start, n in copies for t in range(start, start + n)],
-            "rows": [row for row, (_, n) in enumerate(copies, start=before) for _ in range(n)],
-            "positions": [p for _, n in copies for p in range(n)],
-            "ids": [token for prompt in prompts for token in prompt],
-            "places": [p for n in lengths for p in range(n)],
-            "last": [start + n - 1 for start, n in zip(starts, lengths, strict=True)],
-            "prompt_of": prompt_of,
+            "tokens": [token for tokens in copies for token in tokens],
+            "rows": [row for row, tokens in enumerate(copies, start=before) for _ in tokens],
+            "positions": [p for tokens in copies for p in range(len(tokens))],
+            "seen": read.seen, "ids": read.ids, "places": read.places, "last": read.last,
+            "lengths": list(map(len, copies)), "prompt_of": prompt_of,
         }  # fmt: skip
         at = {name: torch.tensor(values).to(self.device, non_blocking=True) for name, values in host.items()}
-        segments = Segments.of(lengths, self.device)
-        logits_SV = self._run(
-            at["ids"], at["places"], Prefill(self.slots, segments, at["tokens"], at["rows"], at["positions"]),
-            logits_to_keep=at["last"],
+        attending = Prefill(
+            self.slots, read.segments(self.device), at["tokens"], at["rows"], at["positions"],
+            at["seen"] if read.shared else None,
         )  # fmt: skip
+        logits_SV = self._run(at["ids"], at["places"], attending, logits_to_keep=at["last"])
         self.rows += new
         keys = [answer_key(r.ticket.request.sampling.seed, r.ticket.request.first + r.index) for r in new]
         self.keys[before:total] = torch.tensor(keys).to(self.device)
         self.steps[before:total] = torch.tensor([len(row.token_ids) for row in new]).to(self.device)
-        self.lengths[before:total] = torch.tensor([n for _, n in copies]).to(self.device)
+        self.lengths[before:total] = at["lengths"]
         settings = [row.ticket.request.sampling for row in new]
         for r, (row, sampling) in enumerate(zip(new, settings, strict=True), start=before):
             prompt = row.ticket.request.token_ids

@@ -6,7 +6,7 @@ Not here: which row belongs to whom (decoder.py).
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +93,8 @@ class Prefill:
     """Attention of whole prompts, each within itself; their keys and values go into slots.
 
     Token `tokens[n]` of the flat row is stored at `positions[n]` of row `rows[n]`, all [N]: a prompt that is
-    answered several times appears in several rows.
+    answered several times appears in several rows. `seen`: which tokens are the keys of the segments, where
+    that is not each segment for itself.
     """
 
     slots: Slots
@@ -101,11 +102,14 @@ class Prefill:
     tokens: Tensor
     rows: Tensor
     positions: Tensor
+    seen: Tensor | None = None
 
     def attend(self, module: nn.Module, heads: Heads) -> Tensor:
         """As swift.engines.attention.Attending."""
         stored = (x[0, :, self.tokens].transpose(0, 1) for x in (heads.key, heads.value))
         self.slots.write(layer_index(module), self.rows, self.positions, *stored)
+        if self.seen is not None:
+            heads = replace(heads, key=heads.key[:, :, self.seen], value=heads.value[:, :, self.seen])
         return self.segments.attend(module, heads)
 
 
