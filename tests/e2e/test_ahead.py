@@ -1,7 +1,8 @@
 """--async_generate: whoever answers is one rollout behind; a run that goes on has the same answers."""
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from swift.cli.main import run as run_command
 from swift.config.optim import OptimConfig
 from swift.engines.transformers.engine import TransformersEngine
 from swift.models.load import load_model
+from swift.plugins.hooks import orms
 from swift.rollout.local import LocalRollout
 from swift.rollout.types import Completion, Request
 
@@ -41,7 +43,19 @@ class Elsewhere(LocalRollout):
 
 
 @pytest.fixture
-def log(monkeypatch) -> list[tuple[str, int]]:
+def forgetful(monkeypatch) -> Iterator[None]:
+    """Plugins that a run in this process loads are not there for the tests after it."""
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    modules, names = set(sys.modules), set(orms)
+    yield
+    for name in set(orms) - names:
+        del orms[name]
+    sys.modules.pop("spacing", None)
+    assert not {name for name in set(sys.modules) - modules if "pytest-of-" in str(sys.modules[name])}
+
+
+@pytest.fixture
+def log(monkeypatch, forgetful) -> list[tuple[str, int]]:
     """What the one who answers was asked to do; a run in this process talks to it in place of a server."""
     told: list[tuple[str, int]] = []
 
