@@ -43,21 +43,22 @@ MODELS = {
     "qwen3-moe": ("qwen3_moe", EXPERTS),
 }
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
-LAYOUTS = {
-    1: ("single",),
-    2: ("ddp", "fsdp", "ddp-sp2", "fsdp-sp2-recompute"),
-    4: ("ddp", "ddp-sp2", "fsdp-sp2", "ddp-sp4"),
-}
-ZERO = {2: ("zero1", "zero2", "zero3", "zero2_offload", "zero2-sp2")}
+ALL, PAIRED = tuple(MODELS), ("llama-one-kv-head", "qwen3-moe")
+# By world: layout -> models. Together they see every layout, and every model every kind of layout.
+LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
+    1: {"single": ALL},
+    2: {
+        "ddp": ALL, "fsdp": ALL, "ddp-sp2": PAIRED, "fsdp-sp2-recompute": ("llama-lora", "qwen3"),
+        "zero1": ("llama-lora", "qwen3-moe"), "zero2": ("llama-lora", "qwen3-moe"),
+        "zero3": ("llama-lora", "qwen3-moe"), "zero2_offload": ("qwen3-moe",), "zero2-sp2": ("llama-lora",),
+    },
+    4: {"ddp": ("qwen3-moe",), "ddp-sp2": PAIRED, "fsdp-sp2": ("llama-one-kv-head",), "ddp-sp4": PAIRED},
+}  # fmt: skip
 
 
 def cases_of(world: int) -> list[tuple[str, str]]:
-    """(layout, model): every layout of torch on two processes with every model, the others with two."""
-    chosen = MODELS if world < 4 else ("llama-one-kv-head", "qwen3-moe")
-    plain = [(layout, model) for layout in LAYOUTS[world] for model in chosen]
-    return plain + [
-        (layout, model) for layout in ZERO.get(world, ()) for model in ("llama-lora", "qwen3-moe")
-    ]
+    """(layout, model) of a job."""
+    return [(layout, model) for layout, models in LAYOUTS[world].items() for model in models]
 
 
 def run_cases(rank: int, world: int, models: dict[str, str], folder: str) -> None:
