@@ -224,13 +224,13 @@ class Decoder:
             "tokens": [token for tokens in copies for token in tokens],
             "rows": [row for row, tokens in enumerate(copies, start=before) for _ in tokens],
             "positions": [p for tokens in copies for p in range(len(tokens))],
-            "seen": read.seen, "ids": read.ids, "places": read.places, "last": read.last,
+            "ids": read.ids, "places": read.places, "last": read.last,
             "lengths": list(map(len, copies)), "prompt_of": prompt_of,
         }  # fmt: skip
         at = {name: torch.tensor(values).to(self.device, non_blocking=True) for name, values in host.items()}
         attending = Prefill(
             self.slots, read.segments(self.device), at["tokens"], at["rows"], at["positions"],
-            at["seen"] if read.shared else None,
+            torch.tensor(read.seen).to(self.device, non_blocking=True) if read.shared else None,
         )  # fmt: skip
         logits_SV = self._run(at["ids"], at["places"], attending, logits_to_keep=at["last"])
         self.rows += new
@@ -282,11 +282,12 @@ class Decoder:
     def _take(self, logits: Tensor, shape: Shape, span: slice) -> None:
         """Draws a token for the rows of `span` and hands them on; rows that have ended leave."""
         self._guide(logits, span)
-        marks = self.marks.table[span] if shape.has_penalty and self.marks.table is not None else None
+        marks = self.marks.of(span) if shape.has_penalty else None
         drawn = draw(logits, shape, uniform(self.keys[span], self.steps[span]), marks)
         self.tokens[span] = drawn.ids
         self.steps[span] += 1
-        self.marks.add(span, drawn.ids)
+        if marks is not None:
+            marks.scatter_add_(1, drawn.ids[:, None], torch.ones_like(marks[:, :1]))
         self._remove(self._hand_out(drawn, span))
 
     def _guide(self, logits: Tensor, span: slice) -> None:

@@ -58,7 +58,9 @@ def lay_out(prompts: Sequence[list[int]]) -> Layout:
 
 
 def common_length(prompts: Sequence[list[int]]) -> int:
-    """How many tokens all prompts begin with, less than the shortest has."""
+    """How many tokens several prompts all begin with, less than the shortest has; 0 for a single one."""
+    if len(prompts) == 1:
+        return 0
     shortest = min(map(len, prompts))
     columns = zip(*(prompt[: shortest - 1] for prompt in prompts), strict=True)
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))

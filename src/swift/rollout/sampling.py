@@ -123,11 +123,10 @@ class Marks:
         counts[torch.tensor(prompt)] += PROMPT
         self.table[row] = counts.to(self.device)
 
-    def add(self, span: slice, ids_R: Tensor) -> None:
-        """The next token of each of some rows."""
-        if self.table is not None:
-            ones = torch.ones_like(ids_R[:, None], dtype=torch.int32)
-            self.table[span].scatter_add_(1, ids_R[:, None], ones)
+    def of(self, span: slice) -> Tensor:
+        """A view of some rows, where one of them has a penalty."""
+        assert self.table is not None
+        return self.table[span]
 
 
 @dataclass(frozen=True, slots=True)
