@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from grpo_step import GROUP, MICRO, MODEL, RATE, questions, read_flags, report, spaces, stamp
+from grpo_step import GROUP, RATE, questions, read_flags, report, score, stamp
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-
-from swift.models.hub import resolve_model
 
 
 def run_trl(model: Path, given: argparse.Namespace, folder: Path) -> None:
@@ -38,18 +36,20 @@ def run_trl(model: Path, given: argparse.Namespace, folder: Path) -> None:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             stamps.append(stamp())
 
-    answers = given.prompts * GROUP
-    asked = [[{"role": "user", "content": text}] for text in questions(given.prompts * given.steps)]
+    answers, on_gpu = given.prompts * GROUP, torch.cuda.is_available()
+    asked = [[{"role": "user", "content": text}] for text in questions(given)]
     config = GRPOConfig(
-        output_dir=str(folder), per_device_train_batch_size=MICRO, num_generations=GROUP,
-        gradient_accumulation_steps=answers // MICRO, max_completion_length=given.tokens, temperature=1.0,
-        beta=0.0, learning_rate=RATE, max_steps=given.steps, logging_steps=1, save_strategy="no",
-        report_to="none", gradient_checkpointing=False, bf16=False, use_cpu=True, loss_type="grpo",
+        output_dir=str(folder), per_device_train_batch_size=given.micro, num_generations=GROUP,
+        gradient_accumulation_steps=answers // given.micro, max_completion_length=given.tokens,
+        steps_per_generation=(given.together or answers) // given.micro, gradient_checkpointing=on_gpu,
+        temperature=1.0, beta=0.0, learning_rate=RATE, max_steps=given.steps, logging_steps=1,
+        save_strategy="no", report_to="none", bf16=on_gpu, use_cpu=not on_gpu, loss_type="grpo",
         disable_tqdm=True,
     )  # fmt: skip
+    dtype = torch.bfloat16 if given.shape else torch.float32
     trainer = Timed(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-        reward_funcs=spaces, args=config, train_dataset=Dataset.from_dict({"prompt": asked}),
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=dtype),
+        reward_funcs=score, args=config, train_dataset=Dataset.from_dict({"prompt": asked}),
         processing_class=AutoTokenizer.from_pretrained(model), callbacks=[Watch()],
     )  # fmt: skip
     trainer.train()
@@ -66,4 +66,4 @@ def run_trl(model: Path, given: argparse.Namespace, folder: Path) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        run_trl(resolve_model(MODEL), read_flags(), Path(folder))
+        run_trl(read_flags().model, read_flags(), Path(folder))

@@ -1,16 +1,21 @@
 """The decoder: answers that depend on nothing but their own request, with the log-probabilities they had."""
 
 import itertools
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from tests.paged_attention import attend_pages
 from transformers import PreTrainedModel
 
 from swift.config.option import ConfigError
 from swift.engines.attention import FLAT_ATTENTION
 from swift.models.load import load_model, load_tokenizer
-from swift.rollout.decoder import Decoder
+from swift.rollout.cache import Cache
+from swift.rollout.decoder import Decoder, make_cache
 from swift.rollout.prompts import lay_out
 from swift.rollout.types import Completion, End, Request, Sampling, Token
 
@@ -20,6 +25,20 @@ END = 2
 
 def load(path) -> PreTrainedModel:
     return load_model(path, dtype=None, attention=FLAT_ATTENTION, device=CPU)
+
+
+@pytest.fixture(params=["slots", "pages"], autouse=True)
+def cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test with both kinds of caches."""
+    if request.param == "pages":
+        kernels = SimpleNamespace(attend_pages=attend_pages)  # the real ones are tested in test_pages.py
+        monkeypatch.setitem(sys.modules, "swift.rollout.kernels", kernels)
+
+        def make_paged(*given: Any, paged: bool) -> Cache:
+            return make_cache(*given, paged=not paged)
+
+        monkeypatch.setattr("swift.rollout.decoder.make_cache", make_paged)
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +180,11 @@ def test_short_beginnings_are_read_with_each_prompt() -> None:
     assert lay_out([[5, 6]]).ids == [5, 6]
 
 
-def test_memory_that_does_not_suffice_makes_rows_wait(model, tokenizer, decode, monkeypatch) -> None:
-    """2 layers, keys and values of 2 heads of 16 float32: 512 bytes a token. 5 slots of 128 or 2 of 256."""
+def test_memory_that_does_not_suffice_makes_rows_wait(model, tokenizer, decode, monkeypatch, cache) -> None:
+    """2 layers, keys and values of 2 heads of 16 float32: 512 bytes a token.
+
+    5 slots of 128 or 2 of 256, or 9 pages of 64 to share.
+    """
     settings = Sampling(115, temperature=1.3, seed=5, repetition_penalty=1.2, stop=("zzz",))
     requests = [
         Request(prompt(20 + i, seed=i), settings, count=count) for i, count in enumerate((2, 1, 3, 1))
@@ -178,12 +200,16 @@ def test_memory_that_does_not_suffice_makes_rows_wait(model, tokenizer, decode, 
         [a.token_ids for a in answers] for answers in expected
     ]
     assert [[a.text for a in answers] for answers in found] == [[a.text for a in b] for b in expected]
+    if cache == "pages":
+        assert sizes.count(3) > 10 and max(s for s in sizes if s < 10) > 3  # more rows while they are short
+        assert any(s > 64 for s in sizes) and decoder.cache.count == 10
+        return
     # The third group waits for three slots at once; with 128 tokens one row has to give way, and is read
     # again with what it had answered.
     assert sizes[:5] == [20, 2, 21, 3, 3]
     assert sizes[sizes.index(2, 3) - 1] == 3
     assert any(128 < size < 160 for size in sizes)
-    assert decoder.slots.rows * decoder.slots.capacity <= 128 * 5
+    assert decoder.cache.rows * decoder.cache.capacity <= 128 * 5
 
 
 def test_settings_shape_the_distribution(model, tokenizer, decode) -> None:

@@ -27,8 +27,8 @@ from swift.models.adapters import TAKEN, adapter_base, load_adapter, load_run_ar
 from swift.models.heads import count_labels
 from swift.models.hub import resolve_adapter, resolve_model
 from swift.models.load import load_config, load_model, load_tokenizer, pick_device
+from swift.rollout.cache import spare_bytes
 from swift.rollout.decoder import Decoder
-from swift.rollout.slots import spare_bytes
 from swift.rollout.types import Guide, Sampling
 from swift.template.chat import ChatTemplate
 from swift.utils.log import say

@@ -1,7 +1,7 @@
 """Continuous batching over a transformers model: prompts join and answers leave between any two tokens.
 
 Owns: who waits, which row an answer has, when it ends. One thread calls `step`; others may submit and cancel.
-Not here: keys and values (slots.py), how tokens are drawn (sampling.py), where a model comes from.
+Not here: keys and values (cache.py), how tokens are drawn (sampling.py), where a model comes from.
 
 Shapes: R = rows in flight, N = flat tokens, S = prompts, V = vocabulary.
 """
@@ -9,6 +9,7 @@ Shapes: R = rows in flight, N = flat tokens, S = prompts, V = vocabulary.
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,10 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from swift.config.option import ConfigError
+from swift.rollout.cache import Cache, spare_bytes
 from swift.rollout.detokenize import AnswerText, decode_text
+from swift.rollout.graphs import Graphs, can_record
+from swift.rollout.pages import Pages
 from swift.rollout.prompts import lay_out
 from swift.rollout.sampling import Drawn, Marks, Shape, answer_key, draw, uniform
-from swift.rollout.slots import Decode, Prefill, Slots, spare_bytes
+from swift.rollout.slots import Slots
 from swift.rollout.types import Completion, End, Guide, Request, Token
 
 PREFILL_TOKENS = 8192  # of prompts in one step, unless a single one is longer
@@ -99,17 +103,19 @@ class Decoder:
         self.version = version
         self.device = next(model.parameters()).device
         self.added_tokens = tokenizer.get_added_vocab()
-        self.slots = Slots(max_rows, context, memory_bytes or spare_bytes(self.device))
+        paged = self.device.type == "cuda" and find_spec("triton") is not None
+        memory_bytes = memory_bytes or spare_bytes(self.device)
+        self.cache = make_cache(model, max_rows, context, memory_bytes, paged=paged)
         self.waiting: deque[list[Row]] = deque()  # rows in one list have the same to read
         self.cancelling = False  # something that waits or is in flight was cancelled
-        self.rows: list[Row] = []  # row r is slot r
+        self.rows: list[Row] = []
         # Of each row: the token that goes in next, where it stands, the key of its draws, their number.
         self.tokens, self.lengths, self.keys, self.steps = torch.zeros(
             4, max_rows, dtype=torch.int64, device=self.device
         )
-        self.row_numbers = torch.arange(max_rows, device=self.device)
         self.marks = Marks(max_rows, self.device)
         self.shape: Shape | None = None  # of the rows as they are
+        self.graphs = Graphs(self._forward, max_rows) if paged and can_record(model) else None
 
     def submit(self, request: Request, listen: Listener | None = None) -> Ticket:
         """Queues a request; `listen` hears of each token and each end, in the thread that steps.
@@ -157,7 +163,9 @@ class Decoder:
         self.waiting.clear()
         self.rows = []
         self.shape = self.marks.table = None
-        self.slots.clear()
+        self.lengths.zero_()
+        self.graphs = Graphs(self._forward, self.max_rows) if self.graphs else None
+        self.cache.clear()
 
     def _drop_cancelled(self) -> None:
         self.cancelling = False  # first: a ticket that is cancelled from now on is dropped by the next step
@@ -179,21 +187,22 @@ class Decoder:
         A group joins as a whole, so that its prompt is read once, unless it never fits.
         """
         chosen: list[list[Row]] = []
-        size, budget = len(self.rows), self.prefill_tokens
+        budget = self.prefill_tokens
         longest = max((row.length for row in self.rows), default=0)
         while self.waiting:
             rows = self.waiting[0]
+            if chosen and (rows[0].length > budget or not self.cache.is_sized):
+                break
             longest = max(longest, rows[0].length + 1)
-            room = self.slots.fitting(longest) - size
-            # What a row takes is known once the first group has been read.
-            is_sure = not chosen or bool(self.slots.layers)
-            if (size and len(rows) > room) or (chosen and rows[0].length > budget) or not is_sure:
+            is_first = not self.rows and not chosen
+            joined = self.cache.join(rows[0].length, len(rows), longest, whole=not is_first)
+            if not joined:
                 break
             self.waiting.popleft()
-            if len(rows) > room:
-                self.waiting.appendleft(rows[room:])
-            chosen.append(rows[:room])
-            size, budget = size + len(chosen[-1]), budget - rows[0].length
+            if joined < len(rows):
+                self.waiting.appendleft(rows[joined:])
+            chosen.append(rows[:joined])
+            budget -= rows[0].length
         return chosen
 
     def _row(self, ticket: Ticket, index: int) -> Row:
@@ -217,21 +226,13 @@ class Decoder:
         new = [row for rows in joining for row in rows]
         read = lay_out(prompts)
         before, total = len(self.rows), len(self.rows) + len(new)
-        self.slots.reserve(total, max(map(len, prompts)))
+        attending = self.cache.reading(read, counts, max(map(len, prompts)))
         prompt_of = [i for i, count in enumerate(counts) for _ in range(count)]
-        copies = [read.tokens[i] for i in prompt_of]
         host = {
-            "tokens": [token for tokens in copies for token in tokens],
-            "rows": [row for row, tokens in enumerate(copies, start=before) for _ in tokens],
-            "positions": [p for tokens in copies for p in range(len(tokens))],
             "ids": read.ids, "places": read.places, "last": read.last,
-            "lengths": list(map(len, copies)), "prompt_of": prompt_of,
+            "lengths": [len(prompts[i]) for i in prompt_of], "prompt_of": prompt_of,
         }  # fmt: skip
         at = {name: torch.tensor(values).to(self.device, non_blocking=True) for name, values in host.items()}
-        attending = Prefill(
-            self.slots, read.segments(self.device), at["tokens"], at["rows"], at["positions"],
-            torch.tensor(read.seen).to(self.device, non_blocking=True) if read.shared else None,
-        )  # fmt: skip
         logits_SV = self._run(at["ids"], at["places"], attending, logits_to_keep=at["last"])
         self.rows += new
         keys = [answer_key(r.ticket.request.sampling.seed, r.ticket.request.first + r.index) for r in new]
@@ -248,12 +249,9 @@ class Decoder:
 
     def _decode(self) -> None:
         """Runs the last token of every row, and draws the next."""
-        longest = max(row.length for row in self.rows)  # the last token is in none of the slots yet
-        self._evict(self.slots.fitting(longest))
+        self._evict(self.cache.grow([row.length for row in self.rows]))  # the last token is not stored yet
         size = len(self.rows)
-        self.slots.reserve(size, longest)
-        attending = Decode(self.slots, self.row_numbers[:size], self.lengths[:size], longest)
-        logits_RV = self._run(self.tokens[:size], self.lengths[:size], attending)
+        logits_RV = self.graphs.run(size) if self.graphs else self._forward(size)
         self.lengths[:size] += 1
         if self.shape is None:
             settings = [row.ticket.request.sampling for row in self.rows]
@@ -264,8 +262,15 @@ class Decoder:
         """Makes the last rows wait again where memory has room for fewer."""
         if len(self.rows) > fitting:
             self.waiting.extendleft([row] for row in reversed(self.rows[fitting:]))
+            self.lengths[fitting : len(self.rows)] = 0
             del self.rows[fitting:]
             self.shape = None
+
+    def _forward(self, size: int) -> Tensor:
+        """[R, V] logits after the last token of the first `size` rows."""
+        longest = max((row.length for row in self.rows), default=1)
+        attending = self.cache.decoding(self.lengths[:size], longest)
+        return self._run(self.tokens[:size], self.lengths[:size], attending)
 
     def _run(self, ids_N: Tensor, positions_N: Tensor, attending: object, **options: Tensor) -> Tensor:
         """The model on one flat row: logits of the positions kept, all unless told otherwise."""
@@ -359,20 +364,30 @@ class Decoder:
             row.ticket.listen(End(row.index, rest, completion))
 
     def _remove(self, gone: list[int]) -> None:
-        """Takes rows out; the last ones move into their slots."""
+        """Takes rows out; the last ones move into their places."""
         if not gone:
             return
-        size = len(self.rows) - len(gone)
+        before, size = len(self.rows), len(self.rows) - len(gone)
         holes = [r for r in gone if r < size]
-        movers = [r for r in range(size, len(self.rows)) if r not in set(gone)]
-        if movers:
-            longest = max(self.rows[r].length for r in movers)
-            sources, targets = (torch.tensor(rows).to(self.device) for rows in (movers, holes))
-            self.slots.move(sources, targets, longest)
+        movers = [r for r in range(size, before) if r not in set(gone)]
+        moves = list(zip(movers, holes, strict=True))
+        self.cache.remove(gone, moves, max((self.rows[r].length for r in movers), default=0))
+        if moves:
+            sources, targets = torch.tensor(moves).to(self.device).unbind(1)
             for column in (self.tokens, self.lengths, self.keys, self.steps, self.marks.table):
                 if column is not None:
                     column[targets] = column[sources]
-            for source, target in zip(movers, holes, strict=True):
+            for source, target in moves:
                 self.rows[target] = self.rows[source]
         del self.rows[size:]
+        self.lengths[size:before] = 0  # rows that are not in flight see nothing
         self.shape = None
+
+
+def make_cache(model: Any, max_rows: int, context: int, memory_bytes: int, *, paged: bool) -> Cache:
+    """Of the model's layers, on its device."""
+    device = next(model.parameters()).device
+    if not paged:
+        return Slots(max_rows, context, memory_bytes, device)
+    layers = model.config.get_text_config().num_hidden_layers
+    return Pages(max_rows, context, memory_bytes, device, layers=layers)

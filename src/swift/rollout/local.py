@@ -6,8 +6,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from swift.engines.protocol import Engine
+from swift.rollout.cache import spare_bytes
 from swift.rollout.decoder import Decoder
-from swift.rollout.slots import spare_bytes
 from swift.rollout.types import Completion, Request
 
 

@@ -17,9 +17,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from swift.engines.attention import FLAT_ATTENTION
 from swift.engines.ranks import Peers
+from swift.rollout.cache import spare_bytes
 from swift.rollout.decoder import Decoder
 from swift.rollout.protocol import RolloutEngine
-from swift.rollout.slots import spare_bytes
 from swift.rollout.types import Completion, Request
 from swift.utils.log import say
 

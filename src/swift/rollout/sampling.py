@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from swift.rollout.types import Sampling
@@ -15,6 +16,7 @@ ALL_ONES = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
 MIXERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 FRACTION_BITS = 52
+BLOCK = 128  # tokens whose probabilities are summed up first
 CANDIDATES = 1024  # most likely tokens looked at before the whole vocabulary is sorted
 PROMPT = 1 << 20  # more than an answer has tokens, times which fits into int32
 
@@ -146,20 +148,42 @@ def draw(logits_RV: Tensor, shape: Shape, uniform_R: Tensor, marks_RV: Tensor | 
     be a single token, tells those after the penalties alone.
     """
     scores = shaped(logits_RV.float(), shape, marks_RV)
-    logps_RV = scores.log_softmax(-1)
-    picked: Tensor | None = None
-    if not shape.all_greedy:
-        # Sums in float64: in float32 the tail of a large vocabulary would be rounded away. A token of
-        # probability 0 is never drawn, as the sum does not rise there.
-        sums_RV = logps_RV.exp().double().cumsum(-1)
-        picked = torch.searchsorted(sums_RV, uniform_R[:, None] * sums_RV[:, -1:], right=True)[:, 0]
+    total_R1 = scores.logsumexp(-1, keepdim=True)
+    picked = None if shape.all_greedy else pick((scores - total_R1).exp_(), uniform_R)
     if shape.greedy is not None:
-        best = logps_RV.argmax(-1)
+        best = scores.argmax(-1)
         picked = best if picked is None else torch.where(shape.greedy, best, picked)
     assert picked is not None
-    top = logps_RV.topk(shape.top_logps) if shape.top_logps else None
-    chosen = logps_RV.gather(1, picked[:, None])[:, 0]
-    return Drawn(picked, chosen, top.indices if top else None, top.values if top else None)
+    chosen = (scores.gather(1, picked[:, None]) - total_R1)[:, 0]
+    if not shape.top_logps:
+        return Drawn(picked, chosen, None, None)
+    top = scores.topk(shape.top_logps)
+    return Drawn(picked, chosen, top.indices, top.values - total_R1)
+
+
+def pick(probs_RV: Tensor, uniform_R: Tensor) -> Tensor:
+    """[R] the first token that brings the sum of probabilities above the number; never one of probability 0.
+
+    Sums in float64: in float32 the tail of a large vocabulary would be rounded away. They are first taken of
+    blocks, and then of the tokens in the block that has the number.
+    """
+    if probs_RV.shape[1] % BLOCK:
+        probs_RV = F.pad(probs_RV, (0, -probs_RV.shape[1] % BLOCK))
+    blocks = probs_RV.unflatten(1, (-1, BLOCK))
+    sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    wanted_R1 = below(uniform_R[:, None] * sums[:, -1:], sums)
+    block_R1 = torch.searchsorted(sums, wanted_R1, right=True)
+    before_R1 = F.pad(sums, (1, 0)).gather(1, block_R1)
+    tokens = blocks.gather(1, block_R1[:, :, None].expand(-1, 1, BLOCK))[:, 0]
+    inner = before_R1 + tokens.double().cumsum(-1)
+    inside_R1 = torch.searchsorted(inner, below(wanted_R1, inner), right=True)
+    return (block_R1 * BLOCK + inside_R1)[:, 0]
+
+
+def below(wanted_R1: Tensor, sums: Tensor) -> Tensor:
+    """The number, less than the last sum [R, n] whatever rounding did: some sum then is above it."""
+    last_R1 = sums[:, -1:]
+    return torch.minimum(wanted_R1, last_R1.nextafter(torch.zeros_like(last_R1)))
 
 
 def shaped(scores: Tensor, shape: Shape, marks_RV: Tensor | None) -> Tensor:

@@ -1,35 +1,87 @@
-"""Keys and values of the answers in flight: one slot a row, rows dense in front, and attention over them.
+"""A cache of one slot a row, all of one length, and attention over it by torch: what a CPU answers with.
 
-Shapes: R = rows in flight, N = flat tokens, H = query heads, K = key-value heads, C = capacity, D = head
-width.
-Not here: which row belongs to whom (decoder.py).
+Shapes: R = rows in flight, H = query heads, K = key-value heads, C = capacity, D = head width.
 """
 
-import os
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swift.engines.attention import Heads, Segments
+from swift.engines.attention import Heads
+from swift.rollout.cache import Buffers, Prefill, layer_index
+from swift.rollout.prompts import Layout
 
 FIRST_CAPACITY = 128  # tokens of a slot, doubled as answers grow
-SHARE = 0.6  # of free memory, for keys and values: prompts need room for what is computed on the way
 
 
-class Slots:
-    """Buffers [rows, K, C, D] of each layer, made when the layer first writes: it knows shape and dtype.
+class Slots(Buffers):
+    """Implements swift.rollout.cache.Cache over buffers [rows, K, C, D].
 
     What is beyond a row's length is zero or left over, never NaN: a mask would not hide that.
     """
 
-    def __init__(self, max_rows: int, context: int, memory_bytes: int) -> None:
+    def __init__(self, max_rows: int, context: int, memory_bytes: int, device: torch.device) -> None:
+        super().__init__()
         self.max_rows, self.context, self.memory_bytes = max_rows, context, memory_bytes
-        self.rows = self.capacity = 0
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values
+        self.device = device
+        self.numbers = torch.arange(max_rows, device=device)
+        self.rows = self.capacity = 0  # of the buffers
+        self.size = 0  # rows in flight
 
-    def fitting(self, length: int) -> int:
+    @property
+    def is_sized(self) -> bool:
+        return bool(self.layers)
+
+    def join(self, length: int, count: int, longest: int, *, whole: bool) -> int:  # noqa: ARG002
+        room = self._fitting(longest) - self.size
+        if whole and count > room:
+            return 0
+        joined = min(count, room)
+        self.size += joined
+        return joined
+
+    def reading(self, prompts: Layout, counts: Sequence[int], longest: int) -> Prefill:
+        self._reserve(self.size, longest)
+        first = self.size - sum(counts)
+        groups = zip(prompts.tokens, counts, strict=True)
+        repeated = (tokens for tokens, count in groups for _ in range(count))
+        stored = [
+            (token, row, place)
+            for row, tokens in enumerate(repeated, start=first)
+            for place, token in enumerate(tokens)
+        ]
+        return Prefill.of(self, prompts, stored, self.device)
+
+    def grow(self, lengths: Sequence[int]) -> int:
+        longest = max(lengths)
+        self.size = min(self.size, self._fitting(longest))
+        self._reserve(self.size, longest)
+        return self.size
+
+    def decoding(self, lengths_R: Tensor, longest: int) -> "Decode":
+        return Decode(self, self.numbers[: len(lengths_R)], lengths_R, longest)
+
+    def remove(self, gone: Sequence[int], moves: Sequence[tuple[int, int]], longest: int) -> None:
+        self.size -= len(gone)
+        if not moves:
+            return
+        sources, targets = torch.tensor(moves).to(self.device).unbind(1)
+        for buffers in self.layers.values():
+            for buffer in buffers:
+                buffer[targets, :, :longest] = buffer[sources, :, :longest]
+
+    def clear(self) -> None:
+        self.rows = self.capacity = self.size = 0
+        self.layers = {}
+
+    def make(self, like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        keys, values = (x.new_zeros(self.rows, x.shape[1], self.capacity, x.shape[2]) for x in like)
+        return keys, values
+
+    def _fitting(self, length: int) -> int:
         """How many rows of `length` tokens the memory holds, one at least; all before layers have written."""
         capacity = grown(max(self.capacity, FIRST_CAPACITY), length, self.context)
         row_bytes = capacity * sum(
@@ -37,11 +89,11 @@ class Slots:
         )
         return min(self.max_rows, max(self.memory_bytes // max(row_bytes, 1), 1))
 
-    def reserve(self, rows: int, length: int) -> None:
+    def _reserve(self, rows: int, length: int) -> None:
         """Makes room for so many rows of `length` tokens, which have to fit; what they hold stays."""
         if rows <= self.rows and length <= self.capacity:
             return
-        limit = max(self.fitting(length), rows)
+        limit = max(self._fitting(length), rows)
         self.rows = min(grown(self.rows, rows, self.max_rows), limit)
         self.capacity = grown(max(self.capacity, FIRST_CAPACITY), length, self.context)
         for layer in self.layers:  # one after the other: never two copies of everything
@@ -54,30 +106,6 @@ class Slots:
         new[:rows, :, :capacity] = old[:rows]
         return new
 
-    def write(
-        self, layer: int, rows_N: Tensor, positions_N: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Puts key and value [N, K, D] at places of rows; the buffers of the layer."""
-        if layer not in self.layers:
-            shapes = ((self.rows, x.shape[1], self.capacity, x.shape[2]) for x in (key, value))
-            keys, values = (x.new_zeros(shape) for x, shape in zip((key, value), shapes, strict=True))
-            self.layers[layer] = keys, values
-        keys, values = self.layers[layer]
-        keys[rows_N, :, positions_N] = key
-        values[rows_N, :, positions_N] = value
-        return keys, values
-
-    def move(self, sources: Tensor, targets: Tensor, length: int) -> None:
-        """Copies the first `length` tokens of rows over others."""
-        for buffers in self.layers.values():
-            for buffer in buffers:
-                buffer[targets, :, :length] = buffer[sources, :, :length]
-
-    def clear(self) -> None:
-        """Frees the memory; no row is left."""
-        self.rows = self.capacity = 0
-        self.layers = {}
-
 
 def grown(size: int, wanted: int, limit: int) -> int:
     """The size doubled until it is enough, but not beyond the limit."""
@@ -86,31 +114,6 @@ def grown(size: int, wanted: int, limit: int) -> int:
     while size < wanted:
         size *= 2
     return min(size, limit)
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Prefill:
-    """Attention of whole prompts, each within itself; their keys and values go into slots.
-
-    Token `tokens[n]` of the flat row is stored at `positions[n]` of row `rows[n]`, all [N]: a prompt that is
-    answered several times appears in several rows. `seen`: which tokens are the keys of the segments, where
-    that is not each segment for itself.
-    """
-
-    slots: Slots
-    segments: Segments
-    tokens: Tensor
-    rows: Tensor
-    positions: Tensor
-    seen: Tensor | None = None
-
-    def attend(self, module: nn.Module, heads: Heads) -> Tensor:
-        """As swift.engines.attention.Attending."""
-        stored = (x[0, :, self.tokens].transpose(0, 1) for x in (heads.key, heads.value))
-        self.slots.write(layer_index(module), self.rows, self.positions, *stored)
-        if self.seen is not None:
-            heads = replace(heads, key=heads.key[:, :, self.seen], value=heads.value[:, :, self.seen])
-        return self.segments.attend(module, heads)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -149,18 +152,3 @@ class Decode:
             # A mask of booleans would be turned into this by every layer.
             self.masks[window] = like.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)[:, None, None]
         return self.masks[window]
-
-
-def spare_bytes(device: torch.device) -> int:
-    """Memory that keys and values may take: a share of what is free on a GPU, of all on a CPU."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(SHARE * (torch.cuda.mem_get_info(device)[0] + cached))
-    return int(SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-
-
-def layer_index(module: nn.Module) -> int:
-    """Which layer an attention belongs to, as transformers numbers them for its own caches."""
-    index = module.layer_idx
-    assert isinstance(index, int), type(module)
-    return index
