@@ -61,9 +61,7 @@ def measure(what: str, drawn: int, run: Callable[[], None], **facts: object) -> 
         seconds = time.perf_counter() - started
     memory = round(torch.cuda.max_memory_allocated() / 2**30, 1)
     line = {"what": what, "device": torch.cuda.get_device_name(), **facts, "seconds": round(seconds, 2)}
-    print(
-        json.dumps({**line, "tokens_per_second": round(drawn / seconds), "memory_gib": memory}), flush=True
-    )
+    print(json.dumps({**line, "tokens_per_second": round(drawn / seconds), "memory_gib": memory}), flush=True)
 
 
 def main() -> None:

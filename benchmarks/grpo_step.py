@@ -8,8 +8,8 @@ reward, without a reference, in micro-batches of `--micro` answers; each in a pr
 the other. Without `--shape` it is the built-in model in float32 on this CPU; with it, random weights of a
 true shape in bfloat16 on a GPU, whose answers hardly ever end early. TRL samples `--together` answers at a
 time, where a GPU does not hold all of them. Prints a JSON line for each side: seconds of a step by phase, CPU
-seconds of a step (all threads, of the process alone) and tokens of the answers, all without the first step,
-which warms up. The last line has the ratios.
+seconds of a step (all threads, of the process alone) and tokens of the answers, all without the first step of
+several, which warms up. The last line has the ratios.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from swift.cli.main import run
 from swift.models.hub import resolve_model
-from swift.plugins.callbacks import Callback, StepEvent, extra_callbacks
+from swift.plugins.callbacks import Callback, StartEvent, StepEvent, extra_callbacks
 from swift.plugins.hooks import orms
 
 SUBJECTS = ("the moon", "a clock", "bread", "rivers", "the number seven", "a violin", "snow", "salt")
@@ -83,12 +83,18 @@ def score(completions: list[Any], **_: Any) -> list[float]:
 
 
 def report(side: str, stamps: list[tuple[float, float]], phases: dict[str, float], tokens: float) -> None:
-    """`stamps`: (clock, processor) at the end of each step."""
-    (first, first_cpu), (last, last_cpu) = stamps[0], stamps[-1]
-    steps = len(stamps) - 1
+    """`stamps`: (clock, processor) at the start and at the end of each step."""
+    warm = warming(len(stamps) - 1)
+    (first, first_cpu), (last, last_cpu) = stamps[warm], stamps[-1]
+    steps = len(stamps) - 1 - warm
     figures = {"seconds": (last - first) / steps, "cpu_seconds": (last_cpu - first_cpu) / steps}
     shown = {k: round(v, 2) for k, v in (figures | phases).items()}
     print(json.dumps({"side": side, **shown, "mean_tokens": round(tokens, 1)}), flush=True)
+
+
+def warming(steps: int) -> int:
+    """How many of the first steps do not count."""
+    return int(steps > 1)
 
 
 def stamp() -> tuple[float, float]:
@@ -99,6 +105,9 @@ def run_ours(model: Path, given: argparse.Namespace, folder: Path) -> None:
     rows, stamps = [], []
 
     class Watch(Callback):
+        def on_start(self, _: StartEvent) -> None:
+            stamps.append(stamp())
+
         def on_step(self, event: StepEvent) -> None:
             rows.append(event.row)
             stamps.append(stamp())
@@ -123,7 +132,8 @@ def run_ours(model: Path, given: argparse.Namespace, folder: Path) -> None:
     )  # fmt: skip
     assert code == 0, code
     names = {"rollout": "time/rollout", "score": "time/score", "update": "time/update"}
-    phases = {k: sum(row[name] for row in rows[1:]) / (len(rows) - 1) for k, name in names.items()}
+    late = rows[warming(given.steps) :]
+    phases = {k: sum(row[name] for row in late) / len(late) for k, name in names.items()}
     report("swift", stamps, phases, sum(row["completions/mean_length"] for row in rows) / len(rows))
 
 
@@ -145,7 +155,7 @@ def measure(folder: str) -> None:
     given = read_flags()
     model = make_model(SHAPES[given.shape], Path(folder)) if given.shape else resolve_model(MODEL)
     found = {}
-    for file in ("grpo_step_peer.py", "grpo_step.py"):
+    for file in ("grpo_step.py", "grpo_step_peer.py"):
         command = [sys.executable, str(Path(__file__).with_name(file)), *sys.argv[1:], "--alone"]
         result = subprocess.run(
             [*command, "--model", str(model)], stdout=subprocess.PIPE, text=True, check=True

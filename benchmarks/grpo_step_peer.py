@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from grpo_step import GROUP, RATE, questions, read_flags, report, score, stamp
+from grpo_step import GROUP, RATE, questions, read_flags, report, score, stamp, warming
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -33,6 +33,9 @@ def run_trl(model: Path, given: argparse.Namespace, folder: Path) -> None:
         training_step = timed("update", GRPOTrainer.training_step)
 
     class Watch(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            stamps.append(stamp())
+
         def on_step_end(self, *_: Any, **__: Any) -> None:
             stamps.append(stamp())
 
@@ -53,8 +56,11 @@ def run_trl(model: Path, given: argparse.Namespace, folder: Path) -> None:
         processing_class=AutoTokenizer.from_pretrained(model), callbacks=[Watch()],
     )  # fmt: skip
     trainer.train()
-    steps = given.steps - 1
-    late = {name: sum(times[len(times) // given.steps :]) / steps for name, times in spent.items()}
+    warm = warming(given.steps)
+    late = {
+        name: sum(times[warm * len(times) // given.steps :]) / (given.steps - warm)
+        for name, times in spent.items()
+    }
     lengths = [row["completions/mean_length"] for row in trainer.state.log_history if "reward" in row]
     phases = {
         "rollout": late["rollout"],

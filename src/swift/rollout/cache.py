@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from swift.engines.attention import Attending, Heads, Segments
 from swift.rollout.prompts import Layout
 
-SHARE = 0.6  # of free memory, for keys and values: prompts need room for what is computed on the way
+SHARE, CPU_SHARE = (
+    0.8,
+    0.6,
+)  # of memory, for keys and values: prompts need some for what is computed on the way
 
 
 class Cache(Protocol):
@@ -117,7 +120,7 @@ def spare_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(SHARE * (torch.cuda.mem_get_info(device)[0] + cached))
-    return int(SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return int(CPU_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def layer_index(module: nn.Module) -> int:

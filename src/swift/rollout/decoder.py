@@ -115,7 +115,7 @@ class Decoder:
         )
         self.marks = Marks(max_rows, self.device)
         self.shape: Shape | None = None  # of the rows as they are
-        self.graphs = Graphs(self._forward, max_rows) if paged and can_record(model) else None
+        self.graphs = Graphs(max_rows) if paged and can_record(model) else None
 
     def submit(self, request: Request, listen: Listener | None = None) -> Ticket:
         """Queues a request; `listen` hears of each token and each end, in the thread that steps.
@@ -164,7 +164,7 @@ class Decoder:
         self.rows = []
         self.shape = self.marks.table = None
         self.lengths.zero_()
-        self.graphs = Graphs(self._forward, self.max_rows) if self.graphs else None
+        self.graphs = Graphs(self.max_rows) if self.graphs else None
         self.cache.clear()
 
     def _drop_cancelled(self) -> None:
@@ -187,6 +187,8 @@ class Decoder:
         A group joins as a whole, so that its prompt is read once, unless it never fits.
         """
         chosen: list[list[Row]] = []
+        if not self.waiting:
+            return chosen
         budget = self.prefill_tokens
         longest = max((row.length for row in self.rows), default=0)
         while self.waiting:
@@ -251,7 +253,7 @@ class Decoder:
         """Runs the last token of every row, and draws the next."""
         self._evict(self.cache.grow([row.length for row in self.rows]))  # the last token is not stored yet
         size = len(self.rows)
-        logits_RV = self.graphs.run(size) if self.graphs else self._forward(size)
+        logits_RV = self.graphs.run(self._forward, size) if self.graphs else self._forward(size)
         self.lengths[:size] += 1
         if self.shape is None:
             settings = [row.ticket.request.sampling for row in self.rows]

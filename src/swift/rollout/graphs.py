@@ -26,35 +26,35 @@ def can_record(model: nn.Module) -> bool:
 
 
 class Graphs:
-    """Records `step`, a function of the number of rows that returns logits [R, V], and plays it again.
+    """Records a step, a function of the number of rows that returns logits [R, V], and plays it again.
 
     Everything that it reads has to stay where it is for as long as this lives: weights, keys and values, and
-    the tensors that say what is in which row.
+    the tensors that say what is in which row. The step is not kept: who owns this would never be freed.
     """
 
-    def __init__(self, step: Callable[[int], Tensor], most: int) -> None:
-        self.step, self.most = step, most
+    def __init__(self, most: int) -> None:
+        self.most = most
         self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.pool = torch.cuda.graph_pool_handle()
         self.works = True
 
-    def run(self, rows: int) -> Tensor:
+    def run(self, step: Callable[[int], Tensor], rows: int) -> Tensor:
         """[R, V], good until the next call."""
         padded = padded_rows(rows, self.most)
         if padded not in self.recorded and self.works:
             try:
-                self.recorded[padded] = self._record(padded)
+                self.recorded[padded] = self._record(step, padded)
             except RuntimeError as error:
                 self.works = False
                 reason = str(error).splitlines()[0]
                 warn_once(f"decoding without CUDA graphs, which this model cannot be recorded in: {reason}")
         if not self.works:
-            return self.step(rows)
+            return step(rows)
         graph, logits = self.recorded[padded]
         graph.replay()
         return logits[:rows]
 
-    def _record(self, rows: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _record(self, step: Callable[[int], Tensor], rows: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         # Copies of weights that autocast keeps would be freed while the graph still reads them.
         kept = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
@@ -63,11 +63,11 @@ class Graphs:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self.step(rows)  # compiles kernels and chooses algorithms, which no recording may
+                step(rows)  # compiles kernels and chooses algorithms, which no recording may
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
-                logits = self.step(rows)
+                logits = step(rows)
         finally:
             torch.set_autocast_cache_enabled(kept)
         return graph, logits

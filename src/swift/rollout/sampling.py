@@ -74,6 +74,12 @@ class Shape:
     most_top_k: int  # the largest that cuts
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the model's distribution stays as it is."""
+        shaping = (self.temperature, self.top_k, self.min_p, self.top_p)
+        return not self.has_penalty and all(column is None for column in shaping)
+
+    @property
     def has_penalty(self) -> bool:
         return any(column is not None for column in (self.penalty, self.frequency, self.presence))
 
@@ -147,18 +153,16 @@ def draw(logits_RV: Tensor, shape: Shape, uniform_R: Tensor, marks_RV: Tensor | 
     Log-probabilities are those of the distribution after all settings; a greedy row, whose distribution would
     be a single token, tells those after the penalties alone.
     """
-    scores = shaped(logits_RV.float(), shape, marks_RV)
-    total_R1 = scores.logsumexp(-1, keepdim=True)
-    picked = None if shape.all_greedy else pick((scores - total_R1).exp_(), uniform_R)
+    scores = shaped(logits_RV, shape, marks_RV)
+    probs_RV = scores.softmax(-1, dtype=torch.float32)
+    picked = None if shape.all_greedy else pick(probs_RV, uniform_R)
     if shape.greedy is not None:
         best = scores.argmax(-1)
         picked = best if picked is None else torch.where(shape.greedy, best, picked)
     assert picked is not None
-    chosen = (scores.gather(1, picked[:, None]) - total_R1)[:, 0]
-    if not shape.top_logps:
-        return Drawn(picked, chosen, None, None)
-    top = scores.topk(shape.top_logps)
-    return Drawn(picked, chosen, top.indices, top.values - total_R1)
+    chosen = probs_RV.gather(1, picked[:, None])[:, 0].log()
+    top = probs_RV.topk(shape.top_logps) if shape.top_logps else None
+    return Drawn(picked, chosen, top.indices if top else None, top.values.log() if top else None)
 
 
 def pick(probs_RV: Tensor, uniform_R: Tensor) -> Tensor:
@@ -192,6 +196,9 @@ def shaped(scores: Tensor, shape: Shape, marks_RV: Tensor | None) -> Tensor:
     Sources: repetition penalty arXiv:1909.05858 section 4.1, top-p arXiv:1904.09751, min-p arXiv:2407.01082,
     the others https://platform.openai.com/docs/api-reference/chat/create.
     """
+    if shape.is_plain:
+        return scores
+    scores = scores.float()
     if marks_RV is not None:
         scores = penalised(scores, shape, marks_RV)
     if shape.temperature is not None:
