@@ -33,7 +33,9 @@ PORT, END, CONTEXT = 8127, 2, 400
 LONG = [3 + i * 7 % 400 for i in range(300)]  # longer than two blocks of vLLM's cache of common prefixes
 SHORT = LONG[:20]
 SETTINGS = {"vllm_max_model_len": CONTEXT, "vllm_enforce_eager": True}
-FORMS = ("local", "server")
+ELSEWHERE = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh")
+IS_ROOT = os.getuid() == 0
+FORMS = ("local", "server", *(["elsewhere"] if IS_ROOT else []))
 
 
 @pytest.fixture(scope="module")
@@ -44,34 +46,40 @@ def directory(make_tiny_model_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def engines(directory: Path, tmp_path_factory) -> Iterator[dict[str, RolloutEngine]]:
-    """Each form, started once; the server by the command that users type."""
-    log = (tmp_path_factory.mktemp("server") / "log").open("w")
-    flags = ("--vllm_max_model_len", str(CONTEXT), "--vllm_enforce_eager", "true", "--port", str(PORT))
-    command = ["rollout", "--model", str(directory), "--torch_dtype", "float32", *flags]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "swift", *command],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    """Each form, started once; servers by the command that users type, one with a /dev/shm of its own."""
+    ports = {"server": PORT, "elsewhere": PORT + 1} if IS_ROOT else {"server": PORT}
+    servers = {}
+    for form, port in ports.items():
+        log = (tmp_path_factory.mktemp(form) / "log").open("w")
+        flags = ("--vllm_max_model_len", str(CONTEXT), "--vllm_enforce_eager", "true", "--port", str(port))
+        command = ["rollout", "--model", str(directory), "--torch_dtype", "float32", *flags]
+        servers[form] = subprocess.Popen(
+            [*(ELSEWHERE if form == "elsewhere" else ()), sys.executable, "-m", "swift", *command],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
         terms = {"tokenizer": load_tokenizer(directory), "stop_token_ids": [END]}
         options = {"dtype": torch.float32, "ranks": Ranks(), **terms}
         colocated = VllmRolloutConfig(use_vllm=True, sleep_level=1, **SETTINGS)
-        remote = VllmRolloutConfig(
-            use_vllm=True,
-            vllm_server_host=("127.0.0.1",),
-            vllm_server_port=(PORT,),
-            vllm_server_timeout=900.0,
-        )
         state = torch.random.get_rng_state()
         found = {"local": start_rollout(colocated, directory, **options)}
         assert torch.equal(torch.random.get_rng_state(), state)  # a training's draws stay what they were
-        found["server"] = start_rollout(remote, directory, **options)
-        found["process"] = server
+        for form, port in ports.items():
+            remote = VllmRolloutConfig(
+                use_vllm=True,
+                vllm_server_host=("127.0.0.1",),
+                vllm_server_port=(port,),
+                vllm_server_timeout=900.0,
+            )
+            found[form] = start_rollout(remote, directory, **options)
+            assert bool(found[form].ports) == (form == "elsewhere")  # weights are fetched from there
+        found["process"] = servers["server"]
         yield found
     finally:
-        end(server)
+        for server in servers.values():
+            end(server)
 
 
 def end(server: subprocess.Popen) -> None:
@@ -129,7 +137,7 @@ def test_log_probabilities_are_those_of_the_model(form, engines, directory):
 
 
 def test_both_forms_give_the_same_answers(engines):
-    ours, theirs = (engines[form].generate(REQUESTS) for form in FORMS)
+    ours, theirs = (engines[form].generate(REQUESTS) for form in ("local", "server"))
     assert [[a.token_ids for a in row] for row in ours] == [[a.token_ids for a in row] for row in theirs]
     assert [[a.text for a in row] for row in ours] == [[a.text for a in row] for row in theirs]
 

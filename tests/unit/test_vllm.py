@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from swift.rollout.types import Request, Sampling
 from swift.rollout.vllm_client import VllmServers
 from swift.rollout.vllm_server import server_command
 from swift.rollout.vllm_terms import Terms, first_seed
+from swift.rollout.weight_port import WeightPort, drop, fetch, folders_of
 from swift.rollout.weights import folder_for_weights, write_buckets
 from swift.utils import env
 
@@ -221,12 +223,60 @@ def test_requests_go_to_the_servers_in_turn(serve):
     assert servers.version == 2
 
 
+def test_a_server_elsewhere_fetches_weights(serve):
+    """It does what a worker of vLLM does with what it is told; the tensors come from the training's port."""
+    found: dict[str, torch.Tensor] = {}
+    told: list[list[str]] = []
+
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path != "/collective_rpc":
+            return canned([])(path, body)
+        method, urls = body["method"], body["args"]
+        told.append(urls)
+        if method in ("can_fetch", "receive_urls"):
+            for file in fetch(urls):
+                if method == "receive_urls":
+                    found.update({name: tensor.clone() for name, tensor in load_file(file).items()})
+        if method in ("can_fetch", "drop_urls"):
+            drop(urls)
+        return 200, {"results": [str(method != "can_read")]}
+
+    servers = connect(serve(answer))
+    for version in (1, 2):
+        servers.update_weights(
+            iter([("a", torch.arange(4.0)), ("b", torch.full((2,), version))]), version=version
+        )
+        assert found["a"].tolist() == [0, 1, 2, 3] and found["b"].tolist() == [version] * 2
+    last = told[-1][0]
+    with pytest.raises(OSError, match="404"):  # what is not offered any more is not served
+        list(fetch([last]))
+    drop([last])
+    assert not any(folder.exists() for folder in folders_of([last]))
+    servers.close()
+    with pytest.raises(OSError, match="refused"):
+        list(fetch([last]))
+    drop([last])
+
+
+def test_processes_of_a_host_fetch_a_file_once(tmp_path):
+    (tmp_path / "w").write_bytes(b"weights" * 1000)
+    port = WeightPort("127.0.0.1", 0)
+    with port.offering([tmp_path / "w"]) as urls, ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: next(fetch(urls)), range(4)))
+        assert len(set(found)) == 1 and found[0].read_bytes() == b"weights" * 1000
+        drop(urls)
+    with pytest.raises(ConfigError, match=r"--vllm_server_group_port \d+: nobody can listen at 127"):
+        WeightPort("127.0.0.1", int(port.place.rpartition(":")[2]))
+    port.close()
+
+
 @pytest.mark.parametrize(
     ("replies", "line"),
     [
         ({"collective_rpc": (404, {"detail": "Not Found"})},
          "refused /collective_rpc at the start: Not Found"),
-        ({"collective_rpc": (200, {"results": ["False"]})}, "does not see the files of this host"),
+        ({"collective_rpc": (200, {"results": ["timed out"]})},
+         r"neither sees the files of this host nor can fetch them from 127\.0\.0\.1:\d+: timed out$"),
         ({"v1/completions": (400, {"error": {"message": "bad\nline"}})},
          "refused /v1/completions while answers were asked for: bad$"),
         ({"reset_prefix_cache": (200, {"success": False})},

@@ -88,6 +88,11 @@ class VllmRolloutConfig(VllmConfig):
         unit="s",
         min=1,
     )
+    vllm_server_group_port: int = option(
+        0,
+        "port of this host from which servers on other hosts fetch weights; 0 = any free one",
+        range=(0, 65535),
+    )
     sleep_level: int = option(
         0, "colocated vLLM frees while training: 0 nothing, 1 its cache (weights go to the host), 2 all",
         choices=(0, 1, 2),

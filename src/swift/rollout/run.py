@@ -1,4 +1,4 @@
-"""`swift rollout`: a server of vLLM for a training elsewhere on this host."""
+"""`swift rollout`: a server of vLLM for a training elsewhere."""
 
 import torch
 

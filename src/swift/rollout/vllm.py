@@ -89,7 +89,8 @@ def start_rollout(
     """
     terms = {"tokenizer": tokenizer, "stop_token_ids": stop_token_ids, "ranks": ranks}
     if config.mode == "server":
-        return VllmServers(config.servers, timeout_seconds=config.vllm_server_timeout, **terms)
+        terms |= {"timeout_seconds": config.vllm_server_timeout, "weight_port": config.vllm_server_group_port}
+        return VllmServers(config.servers, **terms)
     if config.vllm_device == "auto":
         spare = spare_gpus()
         if len(spare) >= config.vllm_tensor_parallel_size:

@@ -1,15 +1,18 @@
-"""Answers from vLLM servers that `swift rollout` started; new weights go to them through files of this host.
+"""Answers from vLLM servers that `swift rollout` started; new weights go to them as files.
 
-Every rank asks for its own requests; weights and the wait for a server are rank 0's.
+Servers of this host read the files, those of other hosts fetch them from a port of this one. Every rank asks
+for its own requests; weights and the wait for a server are rank 0's.
 """
 
 import http.client
 import json
 import select
+import socket
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,13 +24,14 @@ from swift.engines.ranks import Ranks
 from swift.rollout.types import Completion, Request
 from swift.rollout.vllm_server import SERVED_NAME
 from swift.rollout.vllm_terms import Terms
+from swift.rollout.weight_port import WeightPort
 from swift.rollout.weights import folder_for_weights, write_buckets
 from swift.utils.log import say
 
 AT_ONCE = 256  # requests under way from one rank
 PROBE_SECONDS = 10.0
 PAUSE_SECONDS = 0.5
-ASKING, SENDING = "while answers were asked for", "while weights were sent"
+STARTING, ASKING, SENDING = "at the start", "while answers were asked for", "while weights were sent"
 
 
 class VllmServers:
@@ -41,33 +45,48 @@ class VllmServers:
         tokenizer: PreTrainedTokenizerBase,
         stop_token_ids: Sequence[int],
         timeout_seconds: float,
+        weight_port: int = 0,
         process: "subprocess.Popen[bytes] | None" = None,
     ) -> None:
         """Waits until all of them answer. `process`: of a server that belongs to this job.
 
-        timeout_seconds: until a server has started; later, without a sign of life from it.
-        Raises ConfigError where one does not come, or has no part in this host's files.
+        timeout_seconds: until a server has started; later, without a sign of life from it. `weight_port`: of
+        this host, for servers elsewhere; 0 = any. Raises ConfigError where a server does not come, or cannot
+        have this host's files.
         """
         self.servers = [Server(url, timeout_seconds) for url in urls]
         self.ranks, self.terms = ranks, Terms(tokenizer, tuple(stop_token_ids))
         self.process, self.version = process, 0
+        self.weight_port = weight_port
+        self.ports: dict[str, WeightPort] = {}  # by address of this host
         self.pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="rollout")
         if ranks.is_main:
             for server in self.servers:
                 server.wait(process)
-                self._check_host(server)
+                server.fetches_from = self._open_port(server)
         self.context = ranks.share(min(s.context() for s in self.servers) if ranks.is_main else 0)
 
-    def _check_host(self, server: "Server") -> None:
+    def _open_port(self, server: "Server") -> WeightPort | None:
+        """Where the server fetches weights from; None where it sees the files of this host."""
         with folder_for_weights() as folders:
             probe = folders[0] / "probe"
             probe.touch()
-            seen = server.call("can_read", str(probe), phase="at the start")
-        if set(seen) != {"True"}:
+            if set(server.call("can_read", str(probe), phase=STARTING)) == {"True"}:
+                return None
+            address = server.own_address()
+            if address not in self.ports:
+                self.ports[address] = WeightPort(address, self.weight_port)
+            port = self.ports[address]
+            with port.offering([probe]) as [url]:
+                said = set(server.call("can_fetch", url, phase=STARTING))
+        if said != {"True"}:
             raise ConfigError(
-                f"the rollout server {server.place} does not see the files of this host",
-                hint="weights reach servers on the training's own host alone; other hosts are not there yet",
+                f"the rollout server {server.place} neither sees the files of this host nor can fetch them "
+                f"from {port.place}: {' '.join(sorted(said - {'True'}))}",
+                hint="open that port to it; --vllm_server_group_port names a certain one",
             )
+        say(f"the rollout server {server.place} fetches weights from {port.place}")
+        return port
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         longest = max((len(request.token_ids) for request in requests), default=0)
@@ -108,10 +127,10 @@ class VllmServers:
     def _send(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         with folder_for_weights() as folders:
             try:
-                files = [str(path) for path in write_buckets(weights, folders)]
+                files = write_buckets(weights, folders)
             except OSError as error:
                 raise ConfigError(f"weights for the rollout servers: {folders[-1]}: {error}") from error
-            list(self.pool.map(lambda s: s.call("receive_files", *files, phase=SENDING), self.servers))
+            list(self.pool.map(lambda server: server.take_weights(files), self.servers))
         for server in self.servers:
             # Keys and values of the old weights would go on answering for prompts that come again.
             if not server.ask("POST", "/reset_prefix_cache", {}, phase=SENDING).get("success", True):
@@ -130,6 +149,8 @@ class VllmServers:
         for server in self.servers:
             server.given_up = True  # --async_generate: nobody waits for what is under way
         self.pool.shutdown(cancel_futures=True)
+        for port in self.ports.values():
+            port.close()
         if self.process is not None:
             self.process.terminate()
             self.process.wait()
@@ -147,6 +168,21 @@ class Server:
         self.place, self.kind, self.way = f"{self.host}:{self.port}", kind, way
         self.timeout_seconds = timeout_seconds
         self.given_up = False
+        self.fetches_from: WeightPort | None = None  # where it does not see the files of this host
+
+    def own_address(self) -> str:
+        """This host's, as the server can reach it: that from which the server is reached."""
+        with socket.create_connection((self.host, self.port), self.timeout_seconds) as connection:
+            return str(connection.getsockname()[0])
+
+    def take_weights(self, files: Sequence[Path]) -> None:
+        """Has every worker of it load them."""
+        if self.fetches_from is None:
+            self.call("receive_files", *map(str, files), phase=SENDING)
+            return
+        with self.fetches_from.offering(files) as urls:
+            self.call("receive_urls", *urls, phase=SENDING)
+            self.call("drop_urls", *urls, phase=SENDING)
 
     def wait(self, process: "subprocess.Popen[bytes] | None" = None) -> None:
         """Until it has loaded its model."""
@@ -176,7 +212,7 @@ class Server:
 
     def context(self) -> int:
         """Tokens of a prompt with its answer."""
-        return int(self.ask("GET", "/v1/models", None, phase="at the start")["data"][0]["max_model_len"])
+        return int(self.ask("GET", "/v1/models", None, phase=STARTING)["data"][0]["max_model_len"])
 
     def call(self, method: str, *arguments: str, phase: str) -> list[Any]:
         """What each worker of the server returns from a method of vllm_worker.py."""

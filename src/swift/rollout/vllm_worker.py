@@ -13,6 +13,8 @@ from torch import Tensor
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.platforms import current_platform
 
+from swift.rollout.weight_port import drop, fetch
+
 
 class WeightReceiver:
     """Methods that `collective_rpc` calls by name."""
@@ -33,9 +35,26 @@ class WeightReceiver:
         """The same from safetensors files, one tensor at a time."""
         self.receive(read_tensors(paths))
 
+    def receive_urls(self, *urls: str) -> None:
+        """The same from files of another host."""
+        self.receive(read_tensors(map(str, fetch(urls))))
+
+    def drop_urls(self, *urls: str) -> None:
+        """Deletes what was fetched, after every worker has read it."""
+        drop(urls)
+
     def can_read(self, path: str) -> bool:
         """Whether a file of the training's host is one of this host too."""
         return Path(path).is_file()
+
+    def can_fetch(self, url: str) -> bool | str:
+        """Whether files of the training's host can be had from there; else why not."""
+        try:
+            return all(path.is_file() for path in fetch([url]))
+        except OSError as error:
+            return str(error)
+        finally:
+            drop([url])
 
 
 def read_tensors(paths: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
