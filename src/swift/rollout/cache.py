@@ -29,6 +29,11 @@ class Cache(Protocol):
         """Whether it is known what a token takes: not before layers have written."""
         ...
 
+    @property
+    def most(self) -> int:
+        """Tokens of the longest row that memory holds, as far as that is known."""
+        ...
+
     def join(self, length: int, count: int, longest: int, *, whole: bool) -> int:
         """Makes room for answers to one prompt of `length` tokens; how many rows have joined.
 
