@@ -65,7 +65,6 @@ class Page:
 
 
 def inspection_page(found: Inspection, title: str, subtitle: str) -> Page:
-    """An inspection as words."""
     tokens = found.tokens
     tiles = [
         (f"{found.kept:,}", f"rows kept of {found.rows:,}"),
