@@ -39,7 +39,6 @@ from swift.data.encode import (
 )
 from swift.data.rows import Rows
 from swift.data.shapes import SHAPES
-from swift.template.chat import ChatTemplate
 from swift.template.tokenize import Encoded, fast_backend
 from swift.utils import env
 from swift.utils.files import write_json
@@ -90,13 +89,9 @@ def describe_encoder(encoder: Encoder) -> dict[str, Any]:
     flags = dataclasses.asdict(template.config)
     kept = {name: value for name, value in flags.items() if name not in _NOT_FOR_TRAINING}
     settings = {**kept, "system": template.system, "max_length": encoder.max_length}
-    return {"settings": settings, "tokenizer": digest_tokenizer(template)}
-
-
-def digest_tokenizer(template: ChatTemplate) -> str:
     specials = json.dumps(template.tokenizer.special_tokens_map, sort_keys=True, default=str)
     known = (fast_backend(template).to_str(), template.source, specials)
-    return hashlib.sha256("\0".join(known).encode()).hexdigest()
+    return {"settings": settings, "tokenizer": hashlib.sha256("\0".join(known).encode()).hexdigest()}
 
 
 def _digest_code(plugins: Sequence[str]) -> str:

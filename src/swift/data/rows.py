@@ -10,7 +10,7 @@ import json
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -174,11 +174,10 @@ class Rows(Sequence[Row]):
 
     def take(self, choose: Callable[["Rows"], Any], recipe: Any) -> "Rows":
         """The rows with the numbers that `choose` returns, once they are asked for."""
-        return Rows(
-            self.parts,
+        return replace(
+            self,
             choose=lambda: self.numbers[np.asarray(choose(self), dtype=np.int64)],
             recipe=[self.recipe, recipe],
-            columns=self.columns,
         )
 
     def rename(self, columns: dict[str, Any]) -> "Rows":
@@ -188,7 +187,7 @@ class Rows(Sequence[Row]):
             _check_columns(self, columns)
             return self.numbers
 
-        return Rows(self.parts, choose=choose, recipe=self.recipe, columns=columns)
+        return replace(self, choose=choose, columns=columns)
 
     def check_unchanged(self) -> None:
         """Raises ConfigError where a file is no longer the one that the digest is of."""

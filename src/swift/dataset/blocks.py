@@ -55,8 +55,6 @@ class Shown:
 
 @dataclass(frozen=True)
 class Page:
-    """A whole result."""
-
     title: str
     subtitle: str
     tiles: list[tuple[str, str]]  # (number, what it counts)
