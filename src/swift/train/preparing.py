@@ -262,7 +262,7 @@ def make_feed(
         return StoredFeed(rows, plan)
     return StreamFeed(
         stream, micro_batch_size=plan.micro_batch_size, accumulation=plan.accumulation,
-        data_world=plan.data_world, first_step=resumption.state.step if resumption else 0,
+        data_world=plan.data_world, next_step=resumption.state.step if resumption else 0,
     )  # fmt: skip
 
 
