@@ -4,7 +4,7 @@ Not here: batches and losses (schedule.py), process groups (setup.py), files (ch
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,16 +149,14 @@ class MegatronEngine:
             "class_logits": (count, self.settings.head),
             "embeddings": (count, width),
         }
+        source = parallel_state.get_pipeline_model_parallel_last_rank()
+        group = parallel_state.get_pipeline_model_parallel_group()
         for name in sorted(needs):
             dtype = torch.bool if name == "correct" else torch.promote_types(self.dtype, torch.float32)
             values = None if stats is None else getattr(stats, name)
             if values is None:
                 values = torch.empty(shapes.get(name, (batch.num_tokens,)), dtype=dtype, device=self.device)
             values = values.to(dtype)
-            source, group = (
-                parallel_state.get_pipeline_model_parallel_last_rank(),
-                parallel_state.get_pipeline_model_parallel_group(),
-            )
             dist.broadcast(values, source, group=group)
             shared[name] = values
         return TokenStats(**shared)
@@ -264,14 +262,9 @@ class MegatronEngine:
         )
         yield  # makes it the context manager that the protocol asks for
 
-    @contextmanager
-    def set_aside(self, *, weights: bool, moments: bool) -> Iterator[None]:
-        if self.device.type != "cuda":
-            yield
-            return
-        with set_aside(self.movable(weights=weights, moments=moments)):
-            torch.cuda.empty_cache()
-            yield
+    def set_aside(self, *, weights: bool, moments: bool) -> AbstractContextManager[None]:
+        on_gpu = self.device.type == "cuda"
+        return set_aside(self.movable(weights=weights, moments=moments) if on_gpu else ())
 
     def movable(self, *, weights: bool, moments: bool) -> Iterator[Tensor]:
         """Tensors whose memory nothing needs between two steps; masters go with the moments."""
@@ -283,7 +276,6 @@ class MegatronEngine:
                 yield from (x for x in (master, *state.values()) if torch.is_tensor(x) and x.dim())
 
     def drop_reference(self) -> None:
-        """Frees the frozen copy, once nothing asks for it any more."""
         self.frozen = None
         torch.cuda.empty_cache()
 

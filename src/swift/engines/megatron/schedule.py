@@ -161,6 +161,25 @@ Consume = Callable[[TokenStats, Batch, Laid], Any]
 Taught = tuple[Batch, Rows | None]  # with what a teacher beside the model says there
 
 
+def run_batches(
+    chunks: Sequence[nn.Module], batches: Sequence[Taught], step: Callable[..., Any], *, train: bool
+) -> list[Any]:
+    """What the function that `step` gives out made of each batch; on the last stage, empty elsewhere."""
+    iterators = [iter(batches) for _ in chunks]
+    return list(
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=list(chunks),
+            num_microbatches=len(batches),
+            seq_length=batches[0][0].num_tokens,
+            micro_batch_size=1,
+            forward_only=not train,
+            collect_non_loss_data=not train,
+        )
+    )
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Runs micro-batches through the chunks of this rank, together with the other stages."""
@@ -182,25 +201,6 @@ class Schedule:
 
         return output, finish
 
-    def _run(
-        self, chunks: Sequence[nn.Module], batches: Sequence[Taught], step: Callable[..., Any], *, train: bool
-    ) -> list[Any]:
-        """What `consume` gave for each batch; on the last stage, empty elsewhere."""
-        iterators = [iter(batches) for _ in chunks]
-        several = len(chunks) > 1
-        return list(
-            get_forward_backward_func()(
-                forward_step_func=step,
-                data_iterator=iterators if several else iterators[0],
-                model=list(chunks),
-                num_microbatches=len(batches),
-                seq_length=batches[0][0].num_tokens,
-                micro_batch_size=1,
-                forward_only=not train,
-                collect_non_loss_data=not train,
-            )
-        )
-
     def forward(
         self, chunks: Sequence[nn.Module], batches: Sequence[Taught], needs: frozenset[str], consume: Consume
     ) -> list[Any]:
@@ -208,7 +208,7 @@ class Schedule:
         if not batches:  # as many on all ranks
             return []
         with torch.no_grad():
-            return self._run(chunks, batches, partial(self._step, consume, needs), train=False)
+            return run_batches(chunks, batches, partial(self._step, consume, needs), train=False)
 
     def forward_backward(
         self,
@@ -224,10 +224,7 @@ class Schedule:
             result = objective(stats, batch.to(self.form.device))
             loss = sum(term / max(units[unit], 1) for unit, term in result.terms.items())
             reported = (laid.labels_t != IGNORED).sum().int()
-            return (
-                loss * max(tokens, 1),
-                reported,
-                LossSum({unit: term.detach() for unit, term in result.terms.items()}, result.metrics),
-            )
+            kept = LossSum({unit: term.detach() for unit, term in result.terms.items()}, result.metrics)
+            return loss * max(tokens, 1), reported, kept
 
-        return self._run(chunks, batches, partial(self._step, lose, objective.needs), train=True)
+        return run_batches(chunks, batches, partial(self._step, lose, objective.needs), train=True)
