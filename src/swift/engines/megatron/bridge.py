@@ -67,16 +67,12 @@ class Bridge:
 
     def __init__(self, hf_config: PretrainedConfig, settings: Settings) -> None:
         self.spare = {"lm_head.weight"} if hf_config.tie_word_embeddings or settings.head else set()
-        self.rows = rows_of(
-            hf_config.model_type, tied=bool(hf_config.tie_word_embeddings), head=bool(settings.head)
-        )
+        self.rows = rows_of(hf_config, head=bool(settings.head))
         self.vocabulary, self.settings = hf_config.vocab_size, settings
         self.block = block_of(hf_config)
         # Layers that predict tokens further on follow the model's own.
-        self.further = range(
-            settings.num_layers,
-            settings.num_layers + (getattr(hf_config, "num_nextn_predict_layers", None) or 0),
-        )
+        count = getattr(hf_config, "num_nextn_predict_layers", None) or 0
+        self.further = range(settings.num_layers, settings.num_layers + count)
 
     def load(
         self,

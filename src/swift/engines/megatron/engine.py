@@ -29,9 +29,9 @@ from swift.engines.megatron.bridge import Bridge
 from swift.engines.megatron.checkpoint import Files, load_checkpoint, parts_of, take_snapshot
 from swift.engines.megatron.context import ContextRanks
 from swift.engines.megatron.lora import adapters_of
-from swift.engines.megatron.schedule import Form, Schedule, Taught, keep_rows
+from swift.engines.megatron.schedule import Form, KeptRows, Schedule, Taught
 from swift.engines.megatron.settings import Settings
-from swift.engines.megatron.teacher import rows_of, withhold
+from swift.engines.megatron.teacher import rows_of
 from swift.engines.megatron.weights import stream_weights
 from swift.engines.offload import set_aside
 from swift.engines.optim import build_scheduler
@@ -87,7 +87,8 @@ class MegatronEngine:
         self.plain = list(chunks)  # without their wrappers
         self.frozen = None if frozen is None else [chunk.requires_grad_(False).eval() for chunk in frozen]
         for chunk in (*self.plain, *(self.frozen or ())):
-            keep_rows(chunk)
+            if chunk.post_process:
+                chunk.kept = KeptRows(chunk.output_layer)
         form = Form(settings, vocabulary, self.device, context or ContextRanks(), temperature, verdict)
         self.schedule = Schedule(form)
         self.num_parameters = count_parameters(self.plain, ranks)
@@ -198,7 +199,8 @@ class MegatronEngine:
         if "teacher" not in needs or self.frozen is None:
             return alone
         last = self.frozen[-1]
-        withhold(self.frozen)
+        if last.post_process:  # it gives logits by `rows_of` alone from now on
+            last.kept.withholds = True
         found = self.schedule.forward(self.frozen, alone, frozenset(), lambda *_: rows_of(last))
         return list(zip(batches, found, strict=True)) if found else alone
 

@@ -231,8 +231,7 @@ def weights_of(row: Row) -> tuple[str, ...]:
 
 def check_places(hf: PretrainedConfig, outline: Outline) -> None:
     """ConfigError for an adapter beside something that has none here."""
-    rows = rows_of(hf.model_type, tied=bool(hf.tie_word_embeddings)).values()
-    places = {name for row in rows if row.kind in KINDS for name in weights_of(row)}
+    places = {name for row in rows_of(hf).values() if row.kind in KINDS for name in weights_of(row)}
     for name in outline.factors:
         if re.sub(r"(?<=\.layers\.)\d+(?=\.)", "{}", name) not in places:
             raise ConfigError(
@@ -245,7 +244,7 @@ def add_adapters(
     chunks: Sequence[GPTModel], hf: PretrainedConfig, settings: Settings, outline: Outline
 ) -> None:
     """Freezes the chunks of this rank and puts its share of all adapters beside their layers."""
-    rows = rows_of(hf.model_type, tied=bool(hf.tie_word_embeddings))
+    rows = rows_of(hf)
     for chunk in chunks:
         chunk.requires_grad_(False)
         every = [m for m in chunk.modules() if isinstance(m, GroupedExperts)]

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
@@ -55,14 +54,11 @@ class Form:
     temperature: float = 1.0  # logits are divided by it
     verdict: tuple[int, int] | None = None  # tokens whose logits make up scores: yes and no
 
-    @property
-    def multiple(self) -> int:
-        """What the number of tokens of a rank must be a multiple of."""
-        return self.settings.tensor_model_parallel_size if self.settings.sequence_parallel else 1
-
     def lay_out(self, batch: Batch, needs: frozenset[str] = frozenset()) -> Laid:
         """Values on the host decide all shapes, so nothing here waits for the device."""
-        whole = self.context.pad(batch, self.multiple)
+        # Tensor ranks may each take a part of the tokens of this one.
+        multiple = self.settings.tensor_model_parallel_size if self.settings.sequence_parallel else 1
+        whole = self.context.pad(batch, multiple)
         wanted_T = whole.trained
         if needs & HEADS:  # which look at the last token of each segment
             ends_S = batch.segment_lengths().cumsum(0) - 1
@@ -149,12 +145,6 @@ class KeptRows:
         if self.withholds:
             self.entered, hidden = hidden, hidden[:1]
         return (hidden, *inputs[1:])
-
-
-def keep_rows(chunk: GPTModel) -> None:
-    """Prepares the output layer of a chunk that has one."""
-    if chunk.post_process:
-        chunk.kept = KeptRows(chunk.output_layer)
 
 
 Consume = Callable[[TokenStats, Batch, Laid], Any]

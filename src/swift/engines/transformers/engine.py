@@ -125,8 +125,7 @@ class TransformersEngine:
         self.frozen_moves = frozen_moves
         self.scheduler = schedules[0] or build_scheduler(self.wrapped.optimizer, config, total_steps)
         if resume_from:
-            parts = (model, self.wrapped, self.scheduler, resume_from)
-            checkpoint.load_state(*parts, ranks=self.ranks)
+            checkpoint.load_state(model, self.wrapped, self.scheduler, resume_from, ranks=self.ranks)
         begin_training(self.wrapped.optimizer)
 
     def _freeze(self, model: PreTrainedModel) -> PreTrainedModel:

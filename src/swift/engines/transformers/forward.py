@@ -134,12 +134,8 @@ def score_segments(model: nn.Module, batch: Batch, needs: frozenset[str], layout
     last_S = batch.segment_lengths().cumsum(0) - 1
     is_language_model = "embeddings" in needs or layout.verdict is not None
     head = find_head(model, "lm_head" if is_language_model else "score")
-    if layout.flat:
-        arguments = flat_arguments(batch, layout)
-    else:
-        arguments, index_T = padded_arguments(batch, layout.device)
-        last_S = index_T[last_S]
-    last_S = last_S.to(layout.device)
+    arguments, index_T = lay_out(batch, layout)
+    last_S = (last_S if index_T is None else index_T[last_S]).to(layout.device)
     if is_language_model and layout.flat:  # whose head would make logits of every token
         arguments["logits_to_keep"], last_S = last_S, torch.arange(batch.num_segments, device=layout.device)
     with watched(head) as calls:
