@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from swift.config.optim import OptimConfig
 from swift.config.option import ConfigError
 from swift.data.collate import collate
-from swift.engines.attention import segmented_sdpa
+from swift.engines.attention import Heads, segmented_sdpa
 from swift.engines.transformers.engine import TransformersEngine
 from swift.objectives.sft import Sft
 from swift.template.tokenize import Encoded
@@ -117,7 +117,8 @@ def test_a_changed_row_leaves_the_others_alone(tiny_llama_dir):
 def test_sliding_windows_are_respected():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, h, 12, 8, dtype=torch.float64) for h in (4, 2, 2))
-    ours = segmented_sdpa(q, k, v, [7, 5], None, 3, 0.0)
+    heads = Heads(q, k, v, scaling=None, window=3, dropout=0.0)
+    ours = segmented_sdpa(heads, [7, 5], [7, 5])
     bias = torch.full((12, 12), float("-inf"), dtype=torch.float64)
     for i in range(12):
         low = 0 if i < 7 else 7

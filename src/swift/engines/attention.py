@@ -5,7 +5,7 @@ Not here: the choice between this and padding (forward.py).
 """
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from swift.engines.sequence_parallel import SequenceRanks
+from swift.engines.sequence_parallel import ALONE, SequenceRanks
 
 try:  # torch's own variable-length flash kernel, the fast path on a GPU
     from torch.nn.attention.varlen import varlen_attn
@@ -21,10 +21,7 @@ except ImportError:  # torch < 2.10
     varlen_attn = None
 
 FLAT_ATTENTION = "swift_flat"
-PLAIN_LAYERS = {
-    "full_attention",
-    "sliding_attention",
-}  # of transformers; what this can do
+PLAIN_LAYERS = {"full_attention", "sliding_attention"}  # of transformers; what this can do
 VARLEN_PARAMETERS = set(inspect.signature(varlen_attn).parameters) if varlen_attn else set()
 LONG_SEGMENT = 2048  # tokens
 HAS_VARLEN = "window_size" in VARLEN_PARAMETERS  # 2.10 has another signature
@@ -57,7 +54,7 @@ class Segments:
 
     lengths: list[int]
     bounds: Tensor  # int32 [S + 1], cumulative
-    sequence: SequenceRanks | None = None  # ranks that share the batch; the segments are of the whole
+    sequence: SequenceRanks = ALONE  # ranks that share the batch; the segments are of the whole
     keys: "Segments | None" = None  # of keys and values, where queries are only the last tokens of each
 
     @classmethod
@@ -66,7 +63,7 @@ class Segments:
         lengths: list[int],
         device: torch.device,
         *,
-        sequence: SequenceRanks | None = None,
+        sequence: SequenceRanks = ALONE,
         keys: "Segments | None" = None,
     ) -> "Segments":
         bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -74,40 +71,28 @@ class Segments:
 
     def attend(self, _module: nn.Module, heads: Heads) -> Tensor:
         """As Attending; where T is spread over ranks, the tensors are slices of the whole."""
-        tensors, how = (heads.query, heads.key, heads.value), (heads.scaling, heads.window, heads.dropout)
-        if self.sequence is None:
-            return attend(*tensors, self, *how)
-        return self.sequence.spread_tokens(attend(*self.sequence.spread_heads(*tensors), self, *how))
+        if self.sequence.size == 1:
+            return attend(heads, self)
+        query, key, value = self.sequence.spread_heads(heads.query, heads.key, heads.value)
+        return self.sequence.spread_tokens(attend(replace(heads, query=query, key=key, value=value), self))
 
 
-def window_mask(length: int, window: int, device: torch.device, keys: int | None = None) -> Tensor:
-    """[L, keys] bool: token i sees the last `window` tokens up to and including itself.
-
-    The last token is the last key; without `keys` there are L of them.
-    """
-    keys = keys or length
+def window_mask(length: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """[L, keys] bool: token i sees the last `window` tokens up to itself. The last token is the last key."""
     distance = torch.arange(keys - length, keys, device=device)[:, None] - torch.arange(keys, device=device)
     return (distance >= 0) & (distance < window)
 
 
-def segmented_sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: list[int],
-    scaling: float | None,
-    window: int | None,
-    dropout: float,
-    key_lengths: list[int] | None = None,
-) -> Tensor:
+def segmented_sdpa(heads: Heads, lengths: list[int], key_lengths: list[int]) -> Tensor:
     """[1, H, T, D] causal attention, one SDPA call a segment: exact, linear in the number of segments."""
-    outputs, options = [], {"scale": scaling, "dropout_p": dropout, "enable_gqa": True}
-    queries = query.split(lengths, dim=2)
-    keys, values = (t.split(key_lengths or lengths, dim=2) for t in (key, value))
+    outputs, window = [], heads.window
+    options = {"scale": heads.scaling, "dropout_p": heads.dropout, "enable_gqa": True}
+    queries = heads.query.split(lengths, dim=2)
+    keys, values = (t.split(key_lengths, dim=2) for t in (heads.key, heads.value))
     for q, k, v in zip(queries, keys, values, strict=True):
         length, seen = q.shape[2], k.shape[2]
         masked = length < seen or (window and window < seen)
-        mask = window_mask(length, window or seen, q.device, seen) if masked else None
+        mask = window_mask(length, seen, window or seen, q.device) if masked else None
         causal = mask is None
         outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, **options))
     return torch.cat(outputs, dim=2)
@@ -151,25 +136,17 @@ def prefers_loop(segments: Segments, window: int | None) -> bool:
     return not masked and sum(lengths) >= LONG_SEGMENT * len(lengths)
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Segments,
-    scaling: float | None,
-    sliding_window: int | None,
-    dropout: float,
-) -> Tensor:
+def attend(heads: Heads, segments: Segments) -> Tensor:
     """[1, H, T, D] by the fastest kernel that is exact here."""
-    keys = segments.keys or segments
-    suits_varlen = HAS_VARLEN and query.is_cuda and dropout == 0 and query.element_size() == 2
-    if suits_varlen and not prefers_loop(segments, sliding_window):
-        left = -1 if sliding_window is None else sliding_window - 1
-        q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
+    keys, query = segments.keys or segments, heads.query
+    suits_varlen = HAS_VARLEN and query.is_cuda and heads.dropout == 0 and query.element_size() == 2
+    if suits_varlen and not prefers_loop(segments, heads.window):
+        left = -1 if heads.window is None else heads.window - 1
+        q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, heads.key, heads.value))
         shape = (segments.bounds, keys.bounds, max(segments.lengths), max(keys.lengths))
-        output = varlen_attn(q, k, v, *shape, scale=scaling, window_size=(left, 0), **VARLEN_GROUPS)
+        output = varlen_attn(q, k, v, *shape, scale=heads.scaling, window_size=(left, 0), **VARLEN_GROUPS)
         return output.unsqueeze(0).transpose(1, 2)
-    return segmented_sdpa(query, key, value, segments.lengths, scaling, sliding_window, dropout, keys.lengths)
+    return segmented_sdpa(heads, segments.lengths, keys.lengths)
 
 
 AttentionInterface.register(FLAT_ATTENTION, flat_attention)

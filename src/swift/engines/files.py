@@ -5,7 +5,7 @@ Not here: what goes into them (checkpoint.py of each engine), tensors cut over p
 
 import io
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from swift.engines.slices import write_tensors
 from swift.models.directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from swift.utils.files import write_json
 
 SCHEDULER, RANDOM = "scheduler.pt", "rng_state.pth"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -64,11 +65,20 @@ def split_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def shard_names(count: int) -> list[str]:
-    """As transformers names what it reads: one model.safetensors, or model-00001-of-00002.safetensors ..."""
-    if count == 1:
-        return [WEIGHTS]
-    return [f"{Path(WEIGHTS).stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+def cut_into_files(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
+    """The tensors of each file: of model.safetensors, or of model-00001-of-00002.safetensors ..."""
+    shards = split_shards(sizes, limit)
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    count = len(shards)
+    return {f"{Path(WEIGHTS).stem}-{i:05d}-of-{count:05d}.safetensors": s for i, s in enumerate(shards, 1)}
+
+
+def write_index(into: Path, files: Mapping[str, Iterable[str]], total: int) -> None:
+    """Where the tensors of a model of `total` bytes are; one file needs no index."""
+    if len(files) > 1:
+        places = {tensor: name for name, tensors in files.items() for tensor in tensors}
+        write_json(into / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
 def random_file(rank: int) -> str:
@@ -86,14 +96,15 @@ def random_states() -> dict[str, Any]:
     }
 
 
-def load_random(path: Path, rank: int) -> None:
-    """The inverse of `random_states`. A rank that the saving job did not have keeps its fresh seed."""
+def load_random(path: Path, rank: int) -> dict[str, Any] | None:
+    """The inverse of `random_states`; what was saved. None: the saving job had no such rank, seeds stay."""
     if not (path / random_file(rank)).exists():
-        return
+        return None
     # The states hold numpy arrays and tuples; they are ours, and their hash was checked before.
-    states = torch.load(path / random_file(rank), weights_only=False)
+    states: dict[str, Any] = torch.load(path / random_file(rank), weights_only=False)
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+    return states

@@ -14,13 +14,7 @@ from torch.distributed.run import parse_args, run
 from swift.utils import env
 from swift.utils.log import say
 
-FORWARDED = {
-    "NPROC_PER_NODE": "--nproc_per_node",
-    "NNODES": "--nnodes",
-    "NODE_RANK": "--node_rank",
-    "MASTER_ADDR": "--master_addr",
-    "MASTER_PORT": "--master_port",
-}
+FORWARDED = ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 MODULES = {"swift": "swift", "megatron": "swift.cli.megatron"}  # behind `python -m`, by command
 SHUTDOWN_SECONDS = "600"  # from passing on SIGTERM to SIGKILL
 
@@ -37,7 +31,7 @@ def launch_on_gpus(program: str, argv: Sequence[str]) -> int | None:
 
 def launch(program: str, argv: Sequence[str]) -> int:
     """`program argv...` in every process of this node; the exit code of the first that failed."""
-    options = [f"{flag}={value}" for name, flag in FORWARDED.items() if (value := env.read(name))]
+    options = [f"--{name.lower()}={value}" for name in FORWARDED if (value := env.read(name))]
     if not env.read("MASTER_PORT") and env.read("NNODES", "1") == "1":
         options.append("--standalone")  # a free port, so that two jobs on one machine do not meet
     # torchrun sets the first with a warning of five lines, and would kill after 30 s what is being saved.

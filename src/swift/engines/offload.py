@@ -47,6 +47,7 @@ def set_aside(tensors: Iterable[Tensor]) -> Iterator[None]:
             waiting[place] = storage, _bytes_of(storage).to("cpu", copy=True)
     for storage, _ in waiting.values():
         storage.resize_(0)
+    torch.cuda.empty_cache()
     try:
         yield
     finally:

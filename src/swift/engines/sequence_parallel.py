@@ -20,31 +20,26 @@ from torch.distributed import ProcessGroup
 from swift.batch import IGNORED, Batch
 
 
-def pad_tokens(batch: Batch, multiple: int) -> Batch:
-    """T made a multiple by an untrained segment at the end; `token` and `segment` are left alone."""
-    missing = -batch.num_tokens % multiple
-    if not missing:
-        return batch
-    return replace(
-        batch,
-        input_ids=F.pad(batch.input_ids, (0, missing)),
-        labels=F.pad(batch.labels, (0, missing), value=IGNORED),
-        segment_ids=F.pad(batch.segment_ids, (0, missing), value=batch.num_segments),
-        num_segments=batch.num_segments + 1,
-    )
-
-
 @dataclass(frozen=True)
 class SequenceRanks:
-    """This process among those that share a batch."""
+    """This process among those that share a batch; alone by default."""
 
-    rank: int
-    size: int
+    rank: int = 0
+    size: int = 1
     group: ProcessGroup | None = None
 
-    def pad(self, batch: Batch) -> Batch:
-        """T made a multiple of N."""
-        return pad_tokens(batch, self.size)
+    def pad(self, batch: Batch, multiple: int = 1) -> Batch:
+        """t made a multiple by an untrained segment at the end; `token` and `segment` are left alone."""
+        missing = -batch.num_tokens % (self.size * multiple)
+        if not missing:
+            return batch
+        return replace(
+            batch,
+            input_ids=F.pad(batch.input_ids, (0, missing)),
+            labels=F.pad(batch.labels, (0, missing), value=IGNORED),
+            segment_ids=F.pad(batch.segment_ids, (0, missing), value=batch.num_segments),
+            num_segments=batch.num_segments + 1,
+        )
 
     def own(self, values: Tensor) -> Tensor:
         """The slice [..., t] of this rank."""
@@ -57,8 +52,12 @@ class SequenceRanks:
         return torch.cat(parts)
 
     def gather(self, values_t: Tensor) -> Tensor:
-        """[T] on every rank."""
-        return gather_stats(values_t, self)
+        """[T] on every rank, each of which computes the same loss: backward keeps the own tokens."""
+        if self.size == 1:
+            return values_t
+        if values_t.dtype == torch.bool:
+            return Gather.apply(values_t.to(torch.uint8), self).bool()
+        return Gather.apply(values_t, self)
 
     def spread_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[1, H, t, D] and twice [1, K, t, D] -> [1, H / N, T, D] and key-value heads that go with them.
@@ -73,6 +72,9 @@ class SequenceRanks:
     def spread_tokens(self, output: Tensor) -> Tensor:
         """[1, H / N, T, D] -> [1, H, t, D]."""
         return Exchange.apply(output, 2, 1, self)
+
+
+ALONE = SequenceRanks()
 
 
 class Exchange(Function):
@@ -96,18 +98,11 @@ def exchange(tensor: Tensor, cut: int, join: int, ranks: SequenceRanks) -> Tenso
     return torch.cat(arrived.unbind(0), dim=join)
 
 
-def gather_stats(values_t: Tensor, ranks: Any) -> Tensor:
-    """[t] of each rank -> [T] on all, each of which computes the same loss: backward keeps the own tokens."""
-    if values_t.dtype == torch.bool:
-        return Gather.apply(values_t.to(torch.uint8), ranks).bool()
-    return Gather.apply(values_t, ranks)
-
-
 class Gather(Function):
-    """[t] of each rank -> [T] on all of them, as replicas. `ranks` can `join` and know their `own`."""
+    """[t] of each rank -> [T] on all of them, as replicas."""
 
     @staticmethod
-    def forward(ctx: Any, values_t: Tensor, ranks: Any) -> Tensor:
+    def forward(ctx: Any, values_t: Tensor, ranks: SequenceRanks) -> Tensor:
         ctx.ranks = ranks
         return ranks.join(values_t)
 

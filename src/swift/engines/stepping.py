@@ -32,10 +32,7 @@ def collect_sums(results: Sequence[LossSum], units: Sequence[dict[str, int]]) ->
     for result, counts in zip(results, units, strict=True):
         for unit, term in result.terms.items():
             names.append(f"loss/{unit}")
-            values += [
-                term.detach().double(),
-                torch.tensor(counts[unit], dtype=torch.float64, device=term.device),
-            ]
+            values += [term.detach().double(), term.new_tensor(counts[unit], dtype=torch.float64)]
         for name, (total, count) in result.metrics.items():
             names.append(name)
             values += [total.detach().double(), count.double()]

@@ -59,7 +59,7 @@ class Classification(Objective):
         logits_SC = stats.class_logits
         assert logits_SC is not None, "Classification needs class_logits"
         label = column(batch, "label", logits_SC.detach())
-        if self.problem_type == "single_label_classification":
+        if self.is_one_class:
             label = label[:, 0] if is_filler(batch) else label
         else:
             label = label.view_as(logits_SC)

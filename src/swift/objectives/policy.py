@@ -159,11 +159,6 @@ class Policy(Objective):
     def needs(self) -> frozenset[str]:
         return frozenset({"logps", "entropy"} if self.rule.log_entropy else {"logps"})
 
-    @property
-    def has_reference(self) -> bool:
-        """Batches need ref_logps."""
-        return self.rule.beta != 0
-
     def units(self, batch: Batch) -> dict[str, int]:
         unit = LOSSES[self.rule.loss_type][1]
         idle, idle_tokens = batch.segment[IDLE].sum(0).tolist() if IDLE in batch.segment else (0, 0)
@@ -183,7 +178,7 @@ class Policy(Objective):
         at = Ratios(level_T.exp(), advantage_T, logps_T)
         loss_T = token_rule(at, rule) * self._weights(logps_T.detach(), old_T, advantage_T, batch)
         metrics = self._clip_metrics(at, batch)
-        if self.has_reference:
+        if rule.beta:
             kl_T = k3(logps_T, column(batch, "ref_logps", logps_T)) * batch.trained
             metrics["kl"] = weighted(kl_T, batch.trained)
             loss_T = loss_T + (0.0 if rule.kl_in_reward else rule.beta) * kl_T

@@ -34,10 +34,10 @@ class Reward(Objective):
         assert stats.scores is not None, "Reward needs scores"
         scores = pair_up(stats.scores)
         lead_P = scores[:, 0] - scores[:, 1]
-        margin_P = (
-            pair_up(batch.segment["margin"].to(lead_P.dtype))[:, 0] if "margin" in batch.segment else 0.0
-        )
-        loss_P = -F.logsigmoid(lead_P - margin_P) + self.center * scores.sum(1).square()
+        ahead_P = lead_P
+        if "margin" in batch.segment:
+            ahead_P = lead_P - pair_up(batch.segment["margin"].to(lead_P.dtype))[:, 0]
+        loss_P = -F.logsigmoid(ahead_P) + self.center * scores.sum(1).square()
         metrics = {
             "rewards/chosen": mean_of(scores[:, 0]),
             "rewards/rejected": mean_of(scores[:, 1]),

@@ -29,13 +29,12 @@ class Sft(Objective):
 
     @property
     def needs(self) -> frozenset[str]:
-        wanted = {
-            "logps": True,
-            "correct": True,
-            "mean_logps": self.config.label_smoothing_factor > 0,
-            "router_logits": self.config.router_aux_loss_coef > 0,
-        }
-        return frozenset(name for name, is_wanted in wanted.items() if is_wanted)
+        wanted = {"logps", "correct"}
+        if self.config.label_smoothing_factor > 0:
+            wanted.add("mean_logps")
+        if self.config.router_aux_loss_coef > 0:
+            wanted.add("router_logits")
+        return frozenset(wanted)
 
     def units(self, batch: Batch) -> dict[str, int]:
         units = {"tokens": int(batch.trained.sum())}
@@ -84,9 +83,8 @@ class Sft(Objective):
         """Sum and count of every channel, also of those without a row here: all ranks log the same names."""
         count = len(self.channels)
         none_S = batch.segment_ids.new_full((batch.num_segments,), -1)
-        channel_T = (batch.segment.get("channel", none_S).long() % (count + 1))[
-            batch.segment_ids
-        ]  # -1, no channel, is the last place
+        channel_S = batch.segment.get("channel", none_S).long() % (count + 1)  # -1, none, is the last place
+        channel_T = channel_S[batch.segment_ids]
         zeros = nll_T.new_zeros(count + 1, dtype=torch.float64)
         totals = zeros.index_add(0, channel_T, nll_T.double())
         counts = zeros.index_add(0, channel_T, batch.trained.double())

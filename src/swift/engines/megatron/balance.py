@@ -104,14 +104,13 @@ class BalancedRouter(TopKRouter):
 
 def watch_batches(chunk: GPTModel) -> None:
     """Tells the routers of a chunk which batch its layers are called with, also when they are recomputed."""
+
+    def tell(layer: nn.Module, _inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        layer.mlp.router.flat = named["packed_seq_params"]
+
     for layer in chunk.decoder.layers:
         if layer.is_moe_layer:
-            layer.register_forward_pre_hook(tell_router, with_kwargs=True)
-
-
-def tell_router(layer: nn.Module, _inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-    """Before a layer is called."""
-    layer.mlp.router.flat = named["packed_seq_params"]
+            layer.register_forward_pre_hook(tell, with_kwargs=True)
 
 
 def take_sums(chunks: Sequence[GPTModel]) -> dict[str, Tensor]:

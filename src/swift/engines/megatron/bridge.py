@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from swift.config.option import ConfigError
+from swift.engines.files import INDEX
 from swift.engines.megatron.pieces import KINDS, Box, Cut, Piece, Shape
 from swift.engines.megatron.settings import Settings
 from swift.engines.megatron.tables import rows_of
 from swift.models.directory import check_model_directory, read_json, weight_files
 from swift.utils.log import warn_once
 
-INDEX = "model.safetensors.index.json"
 IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 EXPERT = re.compile(r"(?<=\.experts\.linear_fc[12]\.weight)\d+$")
 # Constants that old checkpoints hold and models work out by themselves.
@@ -57,22 +57,22 @@ class Whole:
     dtype: torch.dtype
     holders: dict[Box, list[int]] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 class Bridge:
     """Loads and exports the chunks of one model. `settings` are those that the chunks were built with."""
 
     def __init__(self, hf_config: PretrainedConfig, settings: Settings) -> None:
         self.spare = {"lm_head.weight"} if hf_config.tie_word_embeddings or settings.head else set()
-        self.rows = rows_of(
-            hf_config.model_type, tied=bool(hf_config.tie_word_embeddings), head=bool(settings.head)
-        )
+        self.rows = rows_of(hf_config, head=bool(settings.head))
         self.vocabulary, self.settings = hf_config.vocab_size, settings
         self.block = block_of(hf_config)
         # Layers that predict tokens further on follow the model's own.
-        self.further = range(
-            settings.num_layers,
-            settings.num_layers + (getattr(hf_config, "num_nextn_predict_layers", None) or 0),
-        )
+        count = getattr(hf_config, "num_nextn_predict_layers", None) or 0
+        self.further = range(settings.num_layers, settings.num_layers + count)
 
     def load(
         self,
@@ -186,7 +186,9 @@ class Bridge:
         if ".experts." not in short:
             pieces = KINDS[row.kind](shape, self._cut(expert=False))
             return [(row.files[piece.file].format(layer), piece) for piece in pieces]
-        local = parallel_state.get_expert_model_parallel_rank() * self._local_experts
+        assert self.settings.num_moe_experts is not None
+        count = self.settings.num_moe_experts // self.settings.expert_model_parallel_size
+        local = parallel_state.get_expert_model_parallel_rank() * count
         number = EXPERT.search(short)
         found = []
         for i in [int(number[0])] if number else range(shape[0]):
@@ -194,11 +196,6 @@ class Bridge:
                 place = piece if number else replace(piece, target=((i, i + 1), *piece.target))
                 found.append((row.files[piece.file].format(layer).replace("*", str(local + i)), place))
         return found
-
-    @property
-    def _local_experts(self) -> int:
-        assert self.settings.num_moe_experts is not None
-        return self.settings.num_moe_experts // self.settings.expert_model_parallel_size
 
     def _cut(self, *, expert: bool) -> Cut:
         kind = "expert_tensor" if expert else "tensor_model"

@@ -10,7 +10,7 @@ Not here: the formats themselves (dist_checkpoint.py, bridge.py).
 
 import copy
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -26,17 +26,16 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from swift.engines.files import (
-    INDEX,
     SCHEDULER,
     SHARD_BYTES,
     Writer,
     adapter_writer,
+    cut_into_files,
     keep_bytes,
     load_random,
     random_file,
     random_states,
-    shard_names,
-    split_shards,
+    write_index,
 )
 from swift.engines.megatron import dist_checkpoint
 from swift.engines.megatron.bridge import Bridge
@@ -125,9 +124,10 @@ def first_step_taken(optimizer: MegatronOptimizer) -> Iterator[None]:
 
 def take_snapshot(engine: "MegatronEngine", path: Path, *, resumable: bool) -> Snapshot:
     """A copy of what this rank will write into `path`. Called by all ranks."""
-    ranks, into = engine.ranks, path / iteration(engine.step)
+    ranks, step = engine.ranks, engine.step
+    into = path / iteration(step)
     state = sharded_state(engine, optimizer=resumable, is_loading=False)
-    writing = dist_checkpoint.prepare(state | {"checkpoint_version": 3.0, "iteration": engine.step})
+    writing = dist_checkpoint.prepare(state | {"checkpoint_version": 3.0, "iteration": step})
     if ranks.is_main:
         into.mkdir()
     ranks.collect(None)
@@ -138,14 +138,13 @@ def take_snapshot(engine: "MegatronEngine", path: Path, *, resumable: bool) -> S
     if resumable:
         states = random_states() | {"tracker": get_cuda_rng_tracker().get_states()}
         writers.append(keep_bytes(random_file(ranks.rank), states))
-        rest = {"schedule": engine.scheduler.state_dict(), "step": engine.step}
+        rest = {"schedule": engine.scheduler.state_dict(), "step": step}
         writers += [keep_bytes(SCHEDULER, rest)] if ranks.is_main else []
 
     def finish() -> None:
         writing.finish(into)
-        write_text(path / TRACKER, str(engine_step))
+        write_text(path / TRACKER, str(step))
 
-    engine_step = engine.step
     return Snapshot(size, lambda: [file for writer in writers for file in writer(path)], finish)
 
 
@@ -161,12 +160,10 @@ def take_adapters(engine: "MegatronEngine") -> tuple[int, Writer]:
 
 def take_weights(engine: "MegatronEngine") -> tuple[int, Writer]:
     """Bytes and writer of this rank's model*.safetensors; rank 0 adds what is around them."""
-    bridge, ranks, files = Bridge(engine.files.config, engine.settings), engine.ranks, engine.files
-    wholes = bridge.wholes(engine.plain)
-    sizes = {name: whole.dtype.itemsize * torch.Size(whole.shape).numel() for name, whole in wholes.items()}
-    shards = split_shards(sizes, SHARD_BYTES)
-    names = shard_names(len(shards))
-    keeper = {key: i % ranks.world for i, shard in enumerate(shards) for key in shard}
+    bridge, ranks = Bridge(engine.files.config, engine.settings), engine.ranks
+    sizes = {name: whole.nbytes for name, whole in bridge.wholes(engine.plain).items()}
+    files = cut_into_files(sizes, SHARD_BYTES)
+    keeper = {key: i % ranks.world for i, keys in enumerate(files.values()) for key in keys}
     held = {
         key: tensor
         for key, tensor in bridge.export(engine.plain, writer=keeper.__getitem__)
@@ -175,34 +172,25 @@ def take_weights(engine: "MegatronEngine") -> tuple[int, Writer]:
 
     def write(into: Path) -> list[Path]:
         if ranks.is_main:
-            write_surroundings(into, files, engine.dtype, names, shards, sum(sizes.values()))
+            write_configs(into, engine.files, engine.dtype)
+            write_index(into, files, sum(sizes.values()))
         return [
-            write_tensors(into / name, {key: held[key] for key in shard}, {"format": "pt"})
-            for name, shard in zip(names, shards, strict=True)
-            if keeper[shard[0]] == ranks.rank
+            write_tensors(into / name, {key: held[key] for key in keys}, {"format": "pt"})
+            for name, keys in files.items()
+            if keeper[keys[0]] == ranks.rank
         ]
 
     return sum(tensor.nbytes for tensor in held.values()), write
 
 
-def write_surroundings(
-    into: Path,
-    files: Files,
-    dtype: torch.dtype,
-    names: Sequence[str],
-    shards: Sequence[Sequence[str]],
-    total: int,
-) -> None:
-    """config.json, generation_config.json and, of several files, their index."""
+def write_configs(into: Path, files: Files, dtype: torch.dtype) -> None:
+    """config.json and generation_config.json."""
     config = files.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
     config.pop("quantization_config", None)  # whose weights have become plain ones
     write_json(into / "config.json", config)
     generation = files.source / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, into / generation.name)
-    if len(shards) > 1:
-        places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        write_json(into / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
 def load_checkpoint(engine: "MegatronEngine", path: Path, *, optimizer: bool, random: bool) -> None:
@@ -219,14 +207,6 @@ def load_checkpoint(engine: "MegatronEngine", path: Path, *, optimizer: bool, ra
     else:
         engine.optimizer.reload_model_params()
     if random:
-        load_random(path, engine.ranks.rank)
-        load_tracker(path, engine.ranks.rank)
-
-
-def load_tracker(path: Path, rank: int) -> None:
-    """Random states that differ between tensor-parallel ranks; a rank that was not there keeps its own."""
-    file = path / random_file(rank)
-    if file.exists():
-        # Ours, and its hash was checked before.
-        states: dict[str, Tensor] = torch.load(file, weights_only=False)["tracker"]
-        get_cuda_rng_tracker().set_states(states)
+        states = load_random(path, engine.ranks.rank)
+        if states:  # also those that differ between tensor-parallel ranks
+            get_cuda_rng_tracker().set_states(states["tracker"])

@@ -17,11 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
-from torch.distributed import ProcessGroup
 
 from swift.batch import Batch
 from swift.engines.attention import Segments
-from swift.engines.sequence_parallel import SequenceRanks, gather_stats, pad_tokens
+from swift.engines.sequence_parallel import SequenceRanks
 
 Kind = Literal["all_gather", "a2a"]
 
@@ -39,12 +38,9 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class ContextRanks:
+class ContextRanks(SequenceRanks):
     """This process among those that share a batch."""
 
-    rank: int = 0
-    size: int = 1
-    group: ProcessGroup | None = None
     kind: Kind = "all_gather"
 
     def chunks(self, rank: int) -> tuple[int, ...]:
@@ -55,23 +51,14 @@ class ContextRanks:
     def num_chunks(self) -> int:
         return self.size * len(self.chunks(0))
 
-    @property
-    def heads(self) -> SequenceRanks:
-        """The exchange of tokens for heads."""
-        return SequenceRanks(self.rank, self.size, self.group)
-
     def pad(self, batch: Batch, multiple: int = 1) -> Batch:
-        """Chunks made equal and t a multiple of `multiple`, by an untrained segment at the end."""
-        return pad_tokens(batch, math.lcm(self.num_chunks, self.size * multiple))
+        """As there, and all chunks made equal."""
+        return super().pad(batch, math.lcm(self.num_chunks // self.size, multiple))
 
     def own(self, values: Tensor) -> Tensor:
         """[..., T] -> [..., t] of this rank."""
         parts = values.chunk(self.num_chunks, dim=-1)
         return torch.cat([parts[i] for i in self.chunks(self.rank)], dim=-1)
-
-    def gather(self, values_t: Tensor) -> Tensor:
-        """[t] -> [T] on every rank."""
-        return values_t if self.size == 1 else gather_stats(values_t, self)
 
     def join(self, tokens: Tensor) -> Tensor:
         """[t, ...] -> [T, ...] in order, without gradients."""

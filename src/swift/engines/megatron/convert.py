@@ -11,24 +11,22 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from swift.batch import Batch
 from swift.config.layout import Layout
-from swift.engines.files import INDEX, shard_names, split_shards
+from swift.engines.files import cut_into_files, write_index
 from swift.engines.megatron.bridge import Bridge, Seen
 from swift.engines.megatron.context import ContextRanks
 from swift.engines.megatron.dist_checkpoint import load_model, save_model
 from swift.engines.megatron.model import build_chunks
-from swift.engines.megatron.schedule import Form
+from swift.engines.megatron.schedule import Form, Taught, run_batches
 from swift.engines.megatron.settings import Settings, model_settings
 from swift.engines.megatron.setup import join_model_parallel, leave_model_parallel
 from swift.engines.ranks import Ranks, join_ranks, leave_ranks
 from swift.engines.slices import write_tensors
-from swift.utils.files import write_json
 
 TIMEOUT_SECONDS = 7200  # that ranks wait for the slowest disk among them
 
@@ -80,29 +78,25 @@ def read_weights(model: Model, source: Path, *, is_hf: bool, seen: Seen) -> None
 
 def write_mcore(model: Model, directory: Path, seen: Seen) -> None:
     """directory/iter_0000001 and the file that names it."""
-    save_model(model.chunks, directory, 1, seen)
+    save_model(model.chunks, directory, seen)
 
 
 def write_hf(model: Model, directory: Path, *, ranks: Ranks, shard_bytes: int, seen: Seen) -> None:
     """model*.safetensors and their index; every rank writes files, and holds one of them at a time."""
-    wholes = model.bridge.wholes(model.chunks)
-    sizes = {name: torch.Size(w.shape).numel() * w.dtype.itemsize for name, w in wholes.items()}
-    shards = split_shards(sizes, shard_bytes)
-    names = shard_names(len(shards))
-    place = {key: i for i, shard in enumerate(shards) for key in shard}
+    sizes = {name: whole.nbytes for name, whole in model.bridge.wholes(model.chunks).items()}
+    files = cut_into_files(sizes, shard_bytes)
+    keeper = {key: i % ranks.world for i, keys in enumerate(files.values()) for key in keys}
+    ends = {keys[-1]: name for name, keys in files.items()}
     held: dict[str, Tensor] = {}
-    for key, tensor in model.bridge.export(model.chunks, writer=lambda key: place[key] % ranks.world):
+    for key, tensor in model.bridge.export(model.chunks, writer=keeper.__getitem__):
         if tensor is not None:
             held[key] = tensor
-        if key == shards[place[key]][-1] and held:
-            write_tensors(directory / names[place[key]], held, {"format": "pt"})
+        if key in ends and held:
+            write_tensors(directory / ends[key], held, {"format": "pt"})
             held = {}
         seen(sizes[key])
-    if len(shards) > 1 and ranks.is_main:
-        total = {"total_size": sum(sizes.values())}
-        write_json(
-            directory / INDEX, {"metadata": total, "weight_map": {k: names[i] for k, i in place.items()}}
-        )
+    if ranks.is_main:
+        write_index(directory, files, sum(sizes.values()))
 
 
 def round_to(model: Model, dtype: torch.dtype) -> None:
@@ -166,22 +160,12 @@ def compute_logits(model: Model, ids: Tensor, *, ranks: Ranks, device: torch.dev
         whole = gather_from_tensor_model_parallel_region(logits)
         return whole[0, : len(ids), :vocabulary].float().cpu()
 
-    def step(rows: Iterator[Batch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Tensor]]:
-        laid = form.lay_out(next(rows))
+    def step(rows: Iterator[Taught], chunk: nn.Module) -> tuple[Tensor, Callable[..., Tensor]]:
+        laid = form.lay_out(next(rows)[0])
         return chunk(laid.ids_t[None], None, None, packed_seq_params=laid.flat), finish
 
     # Stages with several chunks take rows in rounds of as many as there are stages.
     count = settings.pipeline_model_parallel_size if len(model.chunks) > 1 else 1
-    iterators = [iter([row] * count) for _ in model.chunks]
-    found = get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=iterators if len(iterators) > 1 else iterators[0],
-        model=model.chunks if len(iterators) > 1 else model.chunks[0],
-        num_microbatches=count,
-        seq_length=len(ids),
-        micro_batch_size=1,
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
+    found = run_batches(model.chunks, [(row, None)] * count, step, train=False)
     everyones = ranks.collect(found[0] if found and ranks.rank == ranks.speakers[0] else None)
     return next(logits for logits in everyones if logits is not None) if ranks.is_main else None

@@ -143,7 +143,9 @@ def read(directory: Path, state: dict[str, Any], beside: Collection[str] = ()) -
     metadata = read_metadata(directory)
     objects = set(metadata.state_dict_metadata)
     kept = {name: without_missing(part, objects) for name, part in state.items()}
-    refuse(find_fault(kept.values(), metadata, directory, beside))
+    faults = [fault for fault in collect(find_fault(kept.values(), metadata, directory, beside)) if fault]
+    if faults:  # all ranks end with the first that any of them has found
+        raise ConfigError(faults[0])
     return dist_checkpointing.load(kept, str(directory))
 
 
@@ -186,11 +188,8 @@ def find_fault(
     """Why this rank cannot have its weights, or what files hold beyond all ranks' own; None = all fits."""
     wanted = {tensor.key: tensor for part in parts for tensor in tensors_of(part)}
     everyones = set().union(*collect(set(wanted)))
-    held = {
-        key: tuple(about.size)
-        for key, about in metadata.state_dict_metadata.items()
-        if hasattr(about, "size")
-    }
+    about = metadata.state_dict_metadata
+    held = {key: tuple(entry.size) for key, entry in about.items() if hasattr(entry, "size")}
     for key, tensor in wanted.items():
         shape = tuple(tensor.global_shape)
         found = held.get(key)
@@ -213,13 +212,6 @@ def tensors_of(part: Any) -> list[ShardedTensor]:
     return found
 
 
-def refuse(fault: str | None) -> None:
-    """Ends all ranks with the first fault that any of them has found."""
-    faults = [found for found in collect(fault) if found]
-    if faults:
-        raise ConfigError(faults[0])
-
-
 def model_state(chunks: Sequence[nn.Module]) -> dict[str, Any]:
     """The weights of this rank as sharded states, named as megatron-core's own trainer names them."""
     names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
@@ -238,14 +230,11 @@ def put(chunks: Sequence[nn.Module], state: Mapping[str, Any], may_lack: tuple[s
         assert not [name for name in absent if not name.endswith(("_extra_state", *may_lack))], absent
 
 
-def save_model(
-    chunks: Sequence[nn.Module], directory: Path, iteration: int = 1, seen: Seen = lambda _: None
-) -> None:
+def save_model(chunks: Sequence[nn.Module], directory: Path, seen: Seen = lambda _: None) -> None:
     """Writes weights as directory/iter_0000001, and the file that names it. Called by all ranks."""
-    state = model_state(chunks) | {"checkpoint_version": 3.0, "iteration": iteration}
-    write(directory / f"iter_{iteration:07d}", state, seen)
+    write(directory / "iter_0000001", model_state(chunks) | {"checkpoint_version": 3.0, "iteration": 1}, seen)
     if dist.get_rank() == 0:
-        write_text(directory / TRACKER, str(iteration))
+        write_text(directory / TRACKER, "1")
 
 
 def load_model(chunks: Sequence[nn.Module], weights: Path, *, new_head: bool = False) -> None:

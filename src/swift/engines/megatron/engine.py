@@ -4,7 +4,7 @@ Not here: batches and losses (schedule.py), process groups (setup.py), files (ch
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,9 @@ from swift.engines.megatron.bridge import Bridge
 from swift.engines.megatron.checkpoint import Files, load_checkpoint, parts_of, take_snapshot
 from swift.engines.megatron.context import ContextRanks
 from swift.engines.megatron.lora import adapters_of
-from swift.engines.megatron.schedule import Form, Schedule, Taught, keep_rows
+from swift.engines.megatron.schedule import Form, KeptRows, Schedule, Taught
 from swift.engines.megatron.settings import Settings
-from swift.engines.megatron.teacher import rows_of, withhold
+from swift.engines.megatron.teacher import rows_of
 from swift.engines.megatron.weights import stream_weights
 from swift.engines.offload import set_aside
 from swift.engines.optim import build_scheduler
@@ -87,7 +87,8 @@ class MegatronEngine:
         self.plain = list(chunks)  # without their wrappers
         self.frozen = None if frozen is None else [chunk.requires_grad_(False).eval() for chunk in frozen]
         for chunk in (*self.plain, *(self.frozen or ())):
-            keep_rows(chunk)
+            if chunk.post_process:
+                chunk.kept = KeptRows(chunk.output_layer)
         form = Form(settings, vocabulary, self.device, context or ContextRanks(), temperature, verdict)
         self.schedule = Schedule(form)
         self.num_parameters = count_parameters(self.plain, ranks)
@@ -149,16 +150,14 @@ class MegatronEngine:
             "class_logits": (count, self.settings.head),
             "embeddings": (count, width),
         }
+        source = parallel_state.get_pipeline_model_parallel_last_rank()
+        group = parallel_state.get_pipeline_model_parallel_group()
         for name in sorted(needs):
             dtype = torch.bool if name == "correct" else torch.promote_types(self.dtype, torch.float32)
             values = None if stats is None else getattr(stats, name)
             if values is None:
                 values = torch.empty(shapes.get(name, (batch.num_tokens,)), dtype=dtype, device=self.device)
             values = values.to(dtype)
-            source, group = (
-                parallel_state.get_pipeline_model_parallel_last_rank(),
-                parallel_state.get_pipeline_model_parallel_group(),
-            )
             dist.broadcast(values, source, group=group)
             shared[name] = values
         return TokenStats(**shared)
@@ -200,7 +199,8 @@ class MegatronEngine:
         if "teacher" not in needs or self.frozen is None:
             return alone
         last = self.frozen[-1]
-        withhold(self.frozen)
+        if last.post_process:  # it gives logits by `rows_of` alone from now on
+            last.kept.withholds = True
         found = self.schedule.forward(self.frozen, alone, frozenset(), lambda *_: rows_of(last))
         return list(zip(batches, found, strict=True)) if found else alone
 
@@ -264,14 +264,9 @@ class MegatronEngine:
         )
         yield  # makes it the context manager that the protocol asks for
 
-    @contextmanager
-    def set_aside(self, *, weights: bool, moments: bool) -> Iterator[None]:
-        if self.device.type != "cuda":
-            yield
-            return
-        with set_aside(self.movable(weights=weights, moments=moments)):
-            torch.cuda.empty_cache()
-            yield
+    def set_aside(self, *, weights: bool, moments: bool) -> AbstractContextManager[None]:
+        on_gpu = self.device.type == "cuda"
+        return set_aside(self.movable(weights=weights, moments=moments) if on_gpu else ())
 
     def movable(self, *, weights: bool, moments: bool) -> Iterator[Tensor]:
         """Tensors whose memory nothing needs between two steps; masters go with the moments."""
@@ -283,7 +278,6 @@ class MegatronEngine:
                 yield from (x for x in (master, *state.values()) if torch.is_tensor(x) and x.dim())
 
     def drop_reference(self) -> None:
-        """Frees the frozen copy, once nothing asks for it any more."""
         self.frozen = None
         torch.cuda.empty_cache()
 

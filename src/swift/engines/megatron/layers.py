@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from swift.batch import Batch
-from swift.engines.attention import attend
+from swift.engines.attention import Heads, attend
 from swift.engines.megatron.context import ContextRanks, Stretch
 from swift.engines.megatron.settings import Settings
 from swift.objectives.sft import has_trained
@@ -137,10 +137,10 @@ class CoreAttention(MegatronModule):
             key, value = context.gather_keys(torch.cat((key, value), -1)).split(key.shape[-1], -1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if spread and context.kind == "a2a":
-            q, k, v = context.heads.spread_heads(q, k, v)
+            q, k, v = context.spread_heads(q, k, v)
         output = self.attend(q, k, v, flat.stretches)
         if spread and context.kind == "a2a":
-            output = context.heads.spread_tokens(output)
+            output = context.spread_tokens(output)
         return output.permute(2, 0, 1, 3).flatten(2)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, stretches: tuple[Stretch, ...]) -> Tensor:
@@ -150,5 +150,5 @@ class CoreAttention(MegatronModule):
         queries = query.split([sum(stretch.queries.lengths) for stretch in stretches], dim=2)
         for q, stretch in zip(queries, stretches, strict=True):
             k, v = (x[:, :, stretch.first_key : stretch.last_key] for x in (key, value))
-            outputs.append(attend(q, k, v, stretch.queries, self.scale, self.window, dropout))
+            outputs.append(attend(Heads(q, k, v, self.scale, self.window, dropout), stretch.queries))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)

@@ -1,4 +1,4 @@
-"""A vocabulary that is cut over tensor-parallel ranks, seen as objectives see it: `LogitsView`.
+"""A vocabulary that is cut over tensor-parallel ranks, asked for what `DenseLogits` is asked for.
 
 Every rank gets the same stats and computes the same loss from them; its gradient is that of its own columns.
 Shapes: T = tokens of the batch, N = those with logits, V = vocabulary, v = this rank's columns of it.
@@ -34,12 +34,7 @@ class Normalised(Function):
     ) -> tuple[Tensor, Tensor]:
         rows = rows_at_once(logits_Nv)
         parts = logits_Nv.split(rows)
-        highest_N = (
-            torch.cat([part.amax(-1) for part in parts]).to(
-                torch.promote_types(logits_Nv.dtype, torch.float32)
-            )
-            / heat
-        )
+        highest_N = widen(torch.cat([part.amax(-1) for part in parts])) / heat
         dist.all_reduce(highest_N, dist.ReduceOp.MAX, group=group)
         sums = zip(parts, highest_N.split(rows), strict=True)
         total_N = torch.cat([fused(sum_exp)(part, high, heat) for part, high in sums])
@@ -131,8 +126,7 @@ class ShardedLogits:
         dist.all_reduce(best_N, dist.ReduceOp.MAX, group=self.group)
         at_N = torch.where(highest_N == best_N, at_N + self.first, self.vocabulary)
         dist.all_reduce(at_N, dist.ReduceOp.MIN, group=self.group)
-        hit_N = at_N == labels_T[self.positions_N]
-        return torch.zeros_like(labels_T, dtype=torch.bool).index_copy(0, self.positions_N, hit_N)
+        return self.place(at_N == labels_T[self.positions_N], labels_T)
 
     def _mean(self, logits_Nv: Tensor) -> Tensor:
         total_N = logits_Nv.sum(-1, dtype=torch.promote_types(logits_Nv.dtype, torch.float32))

@@ -107,14 +107,12 @@ class LinearAdapter(Adapter):
         self.by_column, is_whole = isinstance(layer, ColumnParallelLinear), isinstance(layer, WholeLinear)
         self.outer = bool(layer.explicit_expert_comm)
         sequence = bool(layer.sequence_parallel) and not self.outer
-        self.across = choose_exchange(
-            by_column=self.by_column, sequence=sequence, alone=self.outer or is_whole
-        )
+        alone = self.outer or is_whole
+        self.across = choose_exchange(by_column=self.by_column, sequence=sequence, alone=alone)
         ranks = parallel_state.get_tensor_model_parallel_world_size()
         # Where ranks hold different activations they draw different numbers.
         self.draws_apart = ranks > 1 and (sequence or not self.by_column)
-        for factors in present:
-            end = factors.stem.rpartition(".")[2]
+        for end, factors in zip(filter(None, self.names), present, strict=True):
             for side, name, whole in zip("AB", factors.names, (factors.a, factors.b), strict=True):
                 is_cut = not is_whole and (side == "B") == self.by_column
                 share = tensor_share(name, tuple(whole.shape), 0 if self.by_column else 1, is_cut=is_cut)
@@ -183,12 +181,12 @@ class ExpertAdapter(Adapter):
         parts = 2 if self.is_first else 1
         a = factors.a.view(total, factors.rank, -1)
         b = factors.b.view(parts, -1, factors.rank, total).permute(3, 0, 1, 2)
-        for side, name, whole, axis in zip("AB", factors.names, (a, b), (2, 2), strict=True):
+        for side, name, whole in zip("AB", factors.names, (a, b), strict=True):
             is_cut = side != self.whole_side
-            share = expert_share(name, tuple(whole.shape), experts.groups, axis, is_cut=is_cut)
+            share = expert_share(name, tuple(whole.shape), experts.groups, is_cut=is_cut)
             parameter = self.hold(side, share, whole.contiguous())
             # As the layer's own weight; but each gradient enters the norm once.
-            set_tensor_model_parallel_attributes(parameter, True, axis, 1)
+            set_tensor_model_parallel_attributes(parameter, True, 2, 1)
             parameter.allreduce = layer.weight.allreduce  # type: ignore[attr-defined]
             parameter.shared = not is_cut and self.group.rank() > 0  # type: ignore[attr-defined]
 
@@ -216,10 +214,10 @@ def tensor_share(name: str, whole: Shape, axis: int, *, is_cut: bool) -> Share:
     return Share(name, whole, ((axis, rank, ranks),) if is_cut else (), (0, 0 if is_cut else rank, copy))
 
 
-def expert_share(name: str, whole: Shape, groups: Any, axis: int, *, is_cut: bool) -> Share:
-    """Of factors of experts, which are spread over expert ranks."""
+def expert_share(name: str, whole: Shape, groups: Any, *, is_cut: bool) -> Share:
+    """Of factors of experts, which are spread over expert ranks and cut along axis 2 or the same on these."""
     rank = groups.expt_tp.rank()
-    inner = ((axis, rank, groups.expt_tp.size()),) if is_cut else ()
+    inner = ((2, rank, groups.expt_tp.size()),) if is_cut else ()
     cuts = ((0, groups.ep.rank(), groups.ep.size()), *inner)
     return Share(name, whole, cuts, (0, 0 if is_cut else rank, groups.expt_dp.rank()))
 
@@ -233,8 +231,7 @@ def weights_of(row: Row) -> tuple[str, ...]:
 
 def check_places(hf: PretrainedConfig, outline: Outline) -> None:
     """ConfigError for an adapter beside something that has none here."""
-    rows = rows_of(hf.model_type, tied=bool(hf.tie_word_embeddings)).values()
-    places = {name for row in rows if row.kind in KINDS for name in weights_of(row)}
+    places = {name for row in rows_of(hf).values() if row.kind in KINDS for name in weights_of(row)}
     for name in outline.factors:
         if re.sub(r"(?<=\.layers\.)\d+(?=\.)", "{}", name) not in places:
             raise ConfigError(
@@ -247,11 +244,11 @@ def add_adapters(
     chunks: Sequence[GPTModel], hf: PretrainedConfig, settings: Settings, outline: Outline
 ) -> None:
     """Freezes the chunks of this rank and puts its share of all adapters beside their layers."""
-    rows = rows_of(hf.model_type, tied=bool(hf.tie_word_embeddings))
+    rows = rows_of(hf)
     for chunk in chunks:
         chunk.requires_grad_(False)
-        experts = {id(m.linear_fc1): m for m in chunk.modules() if isinstance(m, GroupedExperts)}
-        experts |= {id(m.linear_fc2): m for m in chunk.modules() if isinstance(m, GroupedExperts)}
+        every = [m for m in chunk.modules() if isinstance(m, GroupedExperts)]
+        experts = {id(layer): m for m in every for layer in (m.linear_fc1, m.linear_fc2)}
         for name, layer in list(chunk.named_modules()):
             inside = IN_LAYER.match(name)
             row = rows.get(f"{name[inside.end() :]}.weight") if inside else None

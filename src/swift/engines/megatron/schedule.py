@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
@@ -55,14 +54,11 @@ class Form:
     temperature: float = 1.0  # logits are divided by it
     verdict: tuple[int, int] | None = None  # tokens whose logits make up scores: yes and no
 
-    @property
-    def multiple(self) -> int:
-        """What the number of tokens of a rank must be a multiple of."""
-        return self.settings.tensor_model_parallel_size if self.settings.sequence_parallel else 1
-
     def lay_out(self, batch: Batch, needs: frozenset[str] = frozenset()) -> Laid:
         """Values on the host decide all shapes, so nothing here waits for the device."""
-        whole = self.context.pad(batch, self.multiple)
+        # Tensor ranks may each take a part of the tokens of this one.
+        multiple = self.settings.tensor_model_parallel_size if self.settings.sequence_parallel else 1
+        whole = self.context.pad(batch, multiple)
         wanted_T = whole.trained
         if needs & HEADS:  # which look at the last token of each segment
             ends_S = batch.segment_lengths().cumsum(0) - 1
@@ -151,14 +147,27 @@ class KeptRows:
         return (hidden, *inputs[1:])
 
 
-def keep_rows(chunk: GPTModel) -> None:
-    """Prepares the output layer of a chunk that has one."""
-    if chunk.post_process:
-        chunk.kept = KeptRows(chunk.output_layer)
-
-
 Consume = Callable[[TokenStats, Batch, Laid], Any]
 Taught = tuple[Batch, Rows | None]  # with what a teacher beside the model says there
+
+
+def run_batches(
+    chunks: Sequence[nn.Module], batches: Sequence[Taught], step: Callable[..., Any], *, train: bool
+) -> list[Any]:
+    """What the function that `step` gives out made of each batch; on the last stage, empty elsewhere."""
+    iterators = [iter(batches) for _ in chunks]
+    return list(
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=list(chunks),
+            num_microbatches=len(batches),
+            seq_length=batches[0][0].num_tokens,
+            micro_batch_size=1,
+            forward_only=not train,
+            collect_non_loss_data=not train,
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -182,25 +191,6 @@ class Schedule:
 
         return output, finish
 
-    def _run(
-        self, chunks: Sequence[nn.Module], batches: Sequence[Taught], step: Callable[..., Any], *, train: bool
-    ) -> list[Any]:
-        """What `consume` gave for each batch; on the last stage, empty elsewhere."""
-        iterators = [iter(batches) for _ in chunks]
-        several = len(chunks) > 1
-        return list(
-            get_forward_backward_func()(
-                forward_step_func=step,
-                data_iterator=iterators if several else iterators[0],
-                model=list(chunks),
-                num_microbatches=len(batches),
-                seq_length=batches[0][0].num_tokens,
-                micro_batch_size=1,
-                forward_only=not train,
-                collect_non_loss_data=not train,
-            )
-        )
-
     def forward(
         self, chunks: Sequence[nn.Module], batches: Sequence[Taught], needs: frozenset[str], consume: Consume
     ) -> list[Any]:
@@ -208,7 +198,7 @@ class Schedule:
         if not batches:  # as many on all ranks
             return []
         with torch.no_grad():
-            return self._run(chunks, batches, partial(self._step, consume, needs), train=False)
+            return run_batches(chunks, batches, partial(self._step, consume, needs), train=False)
 
     def forward_backward(
         self,
@@ -224,10 +214,7 @@ class Schedule:
             result = objective(stats, batch.to(self.form.device))
             loss = sum(term / max(units[unit], 1) for unit, term in result.terms.items())
             reported = (laid.labels_t != IGNORED).sum().int()
-            return (
-                loss * max(tokens, 1),
-                reported,
-                LossSum({unit: term.detach() for unit, term in result.terms.items()}, result.metrics),
-            )
+            kept = LossSum({unit: term.detach() for unit, term in result.terms.items()}, result.metrics)
+            return loss * max(tokens, 1), reported, kept
 
-        return self._run(chunks, batches, partial(self._step, lose, objective.needs), train=True)
+        return run_batches(chunks, batches, partial(self._step, lose, objective.needs), train=True)

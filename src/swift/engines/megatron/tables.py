@@ -6,6 +6,8 @@ In names, `{}` is the layer and `*` the expert.
 
 from dataclasses import dataclass
 
+from transformers import PretrainedConfig
+
 LAYER = "model.layers.{}."
 
 
@@ -109,7 +111,8 @@ FAMILIES = {
 }
 
 
-def rows_of(model_type: str, *, tied: bool, head: bool = False) -> dict[str, Row]:
+def rows_of(hf: PretrainedConfig, *, head: bool = False) -> dict[str, Row]:
     """The rows of a family, or of one with a head, by every name of theirs in megatron-core."""
-    rows = (*COMMON, *FAMILIES.get(model_type, ()), *(SCORING if head else TIED if tied else ()))
+    output = SCORING if head else TIED if hf.tie_word_embeddings else ()
+    rows = (*COMMON, *FAMILIES.get(hf.model_type, ()), *output)
     return {name: row for row in rows for name in row.names}

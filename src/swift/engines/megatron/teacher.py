@@ -4,7 +4,7 @@ Only what enters its output layer is kept of it: logits are made when they are a
 Shapes: N = tokens with logits, n = some of N, K = the teacher's most likely tokens, v = this rank's columns.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,13 +22,6 @@ from swift.objectives.distill import COPIES, divergence
 from swift.objectives.logits import CHUNK_BYTES, Judged, widen
 
 Rows = Callable[[slice], Tensor]  # of N -> the teacher's logits there, [n, v]
-
-
-def withhold(chunks: Sequence[GPTModel]) -> None:
-    """From now on these chunks give no logits but by `rows_of`."""
-    for chunk in chunks:
-        if chunk.post_process:
-            chunk.kept.withholds = True
 
 
 def rows_of(chunk: GPTModel) -> Rows:

@@ -23,18 +23,17 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from swift.engines.files import (
-    INDEX,
     SCHEDULER,
     SHARD_BYTES,
     WEIGHTS,
     Writer,
     adapter_writer,
+    cut_into_files,
     keep_bytes,
     load_random,
     random_file,
     random_states,
-    shard_names,
-    split_shards,
+    write_index,
 )
 from swift.engines.optim import answering, progress_of
 from swift.engines.protocol import Snapshot
@@ -42,7 +41,6 @@ from swift.engines.ranks import Ranks
 from swift.engines.slices import Reader, settle, to_host, write_parts, write_tensors
 from swift.engines.transformers.wrap import Wrapped
 from swift.models.starts import has_starts, load_starts, with_starts
-from swift.utils.files import write_json
 
 REFERENCE = "reference"
 
@@ -118,11 +116,10 @@ def take_weights(model: PreTrainedModel, wrapped: Wrapped, ranks: Ranks) -> tupl
     """
     state = unique_weights(model)
     sizes = {k: math.prod(wrapped.shape(t)) * t.element_size() for k, t in state.items()}
-    shards = split_shards(sizes, SHARD_BYTES)
-    names = shard_names(len(shards))
+    files = cut_into_files(sizes, SHARD_BYTES)
     mine: dict[str, dict[str, Tensor]] = {}
-    for i, (name, shard) in enumerate(zip(names, shards, strict=True)):
-        wholes = ((key, wrapped.gather(state[key])) for key in shard)  # on all ranks, whoever keeps it
+    for i, (name, keys) in enumerate(files.items()):
+        wholes = ((key, wrapped.gather(state[key])) for key in keys)  # on all ranks, whoever keeps it
         copies = {key: to_host(whole) for key, whole in wholes if i % ranks.world == ranks.rank}
         if i % ranks.world == ranks.rank:
             mine[name] = copies
@@ -133,14 +130,11 @@ def take_weights(model: PreTrainedModel, wrapped: Wrapped, ranks: Ranks) -> tupl
         if ranks.is_main:
             model.save_pretrained(into, state_dict={})
             (into / WEIGHTS).unlink(missing_ok=True)  # that of no tensors
-            if len(shards) > 1:
-                files = [
-                    (name, revert_weight_conversion(model, {key: hollow[key] for key in shard}))
-                    for name, shard in zip(names, shards, strict=True)
-                ]
-                total = sum(t.nbytes for _, s in files for t in s.values())
-                index = {"metadata": {"total_size": total}, "weight_map": {k: n for n, s in files for k in s}}
-                write_json(into / INDEX, index)
+            written = {
+                name: revert_weight_conversion(model, {key: hollow[key] for key in keys})
+                for name, keys in files.items()
+            }
+            write_index(into, written, sum(t.nbytes for s in written.values() for t in s.values()))
         return [
             write_tensors(into / name, revert_weight_conversion(model, copies), {"format": "pt"})
             for name, copies in mine.items()

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from swift.config.option import ConfigError
 from swift.engines.ranks import Ranks
 from swift.engines.slices import Part, Reader, to_host
-from swift.engines.transformers.wrap import MASTER, Moments, Stepped
+from swift.engines.transformers.wrap import MASTER, Moments
 from swift.models.load import HALF
 from swift.utils import env
 
@@ -152,11 +152,6 @@ def contradiction(name: str, value: object, flag: str) -> ConfigError:
     return ConfigError(f"--deepspeed: {name} {value} contradicts {flag}", hint=f'set {name} to "auto"')
 
 
-def is_zero_param(tensor: Tensor) -> bool:
-    """Whether DeepSpeed has sliced it: it then knows the shape of the whole."""
-    return hasattr(tensor, "ds_shape")
-
-
 @dataclass(frozen=True)
 class ZeroWrapped:
     """As `wrap.Wrapped`. DeepSpeed averages gradients over all processes."""
@@ -183,17 +178,17 @@ class ZeroWrapped:
     def backward(self, loss: Tensor) -> None:
         self.module.backward(loss * self.scale)
 
-    def step(self, limit: float) -> Stepped:
+    def step(self, limit: float) -> tuple[float, bool]:
         """Clips to the limit in its config, which is `limit`."""
         assert self.module.gradient_clipping() == limit, (self.module.gradient_clipping(), limit)
         self.module.step()
-        return Stepped(float(self.module.get_global_grad_norm()), applied=self.module.was_step_applied())
+        return float(self.module.get_global_grad_norm()), self.module.was_step_applied()
 
     def shape(self, parameter: Tensor) -> torch.Size:
-        return parameter.ds_shape if self.stage == 3 and is_zero_param(parameter) else parameter.shape
+        return getattr(parameter, "ds_shape", parameter.shape)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        if self.stage < 3 or not is_zero_param(tensor):
+        if not hasattr(tensor, "ds_shape"):  # which those have that it has sliced
             return tensor
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()

@@ -5,7 +5,7 @@ Not here: layouts (forward.py), processes (wrap.py), files (checkpoint.py).
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,16 +93,13 @@ class TransformersEngine:
             leave_casting_to_autocast(model)
         self.offload = activation_cpu_offload
         size = self.ranks.sequence_size
-        is_flat = choose_layout(base, flat) and (frozen is None or choose_layout(frozen, flat))
-        sequence = (
-            SequenceRanks(self.ranks.rank % size, size, self.ranks.sequence_group) if size > 1 else None
-        )
-        self.flat = is_flat
-        own = is_flat and own_attention
-        self.layout = Layout(is_flat, own, self.device, sequence, temperature, verdict)
+        self.flat = choose_layout(base, flat) and (frozen is None or choose_layout(frozen, flat))
+        sequence = SequenceRanks(self.ranks.rank % size, size, self.ranks.sequence_group)
+        own = self.flat and own_attention
+        self.layout = Layout(self.flat, own, self.device, sequence, temperature, verdict)
         if self.layout.own_attention:
             base.set_attn_implementation(FLAT_ATTENTION)
-        assert self.layout.own_attention or not sequence, "only our own attention knows how to exchange heads"
+        assert self.layout.own_attention or size == 1, "only our own attention knows how to exchange heads"
         if gradient_checkpointing:
             enable_recompute(base)
         if compiler:
@@ -128,8 +125,7 @@ class TransformersEngine:
         self.frozen_moves = frozen_moves
         self.scheduler = schedules[0] or build_scheduler(self.wrapped.optimizer, config, total_steps)
         if resume_from:
-            parts = (model, self.wrapped, self.scheduler, resume_from)
-            checkpoint.load_state(*parts, ranks=self.ranks)
+            checkpoint.load_state(model, self.wrapped, self.scheduler, resume_from, ranks=self.ranks)
         begin_training(self.wrapped.optimizer)
 
     def _freeze(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -214,10 +210,10 @@ class TransformersEngine:
 
     def optim_step(self) -> StepInfo:
         learning_rate = self.scheduler.get_last_lr()[0]
-        done = self.wrapped.step(self.max_grad_norm)
-        if done.applied:
+        grad_norm, applied = self.wrapped.step(self.max_grad_norm)
+        if applied:
             self.scheduler.step()
-        return StepInfo(done.grad_norm, learning_rate, done.applied)
+        return StepInfo(grad_norm, learning_rate, applied)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -254,20 +250,14 @@ class TransformersEngine:
         finally:
             base.set_attn_implementation(attention)
 
-    @contextmanager
-    def set_aside(self, *, weights: bool, moments: bool) -> Iterator[None]:
-        if self.device.type != "cuda":
-            yield
-            return
+    def set_aside(self, *, weights: bool, moments: bool) -> AbstractContextManager[None]:
         tensors: list[Tensor] = []
         if weights:
             tensors += [*self.model.parameters(), *(self.frozen.parameters() if self.frozen else ())]
         if moments:
             states = self.wrapped.optimizer.state.values()
             tensors += [x for state in states for x in state.values() if torch.is_tensor(x) and x.is_cuda]
-        with set_aside(tensors):
-            torch.cuda.empty_cache()
-            yield
+        return set_aside(tensors if self.device.type == "cuda" else ())
 
     def mix_reference(self, share: float) -> None:
         assert self.frozen is not None
@@ -277,10 +267,8 @@ class TransformersEngine:
                 kept.copy_(torch.lerp(kept.float(), weights[name].float(), share))
 
     def drop_reference(self) -> None:
-        """Frees the frozen copy, once nothing asks for it any more."""
         self.frozen = None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         with answering(self.wrapped.optimizer):

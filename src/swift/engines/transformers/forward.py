@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from swift.batch import IGNORED, Batch
 from swift.config.option import ConfigError
 from swift.engines.attention import PLAIN_LAYERS, Segments
-from swift.engines.sequence_parallel import SequenceRanks
+from swift.engines.sequence_parallel import ALONE, SequenceRanks
 from swift.engines.transformers.teacher import run_teacher
 from swift.objectives.distill import LocalTeacher, ToldTeacher
 from swift.objectives.logits import DenseLogits, widen
@@ -79,7 +79,7 @@ class Layout:
     flat: bool
     own_attention: bool
     device: torch.device
-    sequence: SequenceRanks | None = None  # ranks that share a batch
+    sequence: SequenceRanks = ALONE  # ranks that share a batch
     temperature: float = 1.0  # logits are divided by it
     verdict: tuple[int, int] | None = None  # tokens whose logits make up scores: yes and no
 
@@ -91,13 +91,11 @@ def flat_arguments(batch: Batch, layout: Layout) -> dict[str, Any]:
     """
     device, sequence = layout.device, layout.sequence
     arguments: dict[str, Any] = {
-        "input_ids": batch.input_ids[None].to(device),
-        "position_ids": batch.positions()[None].to(device),
+        "input_ids": sequence.own(batch.input_ids[None]).to(device),
+        "position_ids": sequence.own(batch.positions()[None]).to(device),
     }
     if layout.own_attention:
         arguments["segments"] = Segments.of(batch.segment_lengths().tolist(), device, sequence=sequence)
-    if sequence:
-        arguments |= {name: sequence.own(arguments[name]) for name in ("input_ids", "position_ids")}
     return arguments
 
 
@@ -136,12 +134,8 @@ def score_segments(model: nn.Module, batch: Batch, needs: frozenset[str], layout
     last_S = batch.segment_lengths().cumsum(0) - 1
     is_language_model = "embeddings" in needs or layout.verdict is not None
     head = find_head(model, "lm_head" if is_language_model else "score")
-    if layout.flat:
-        arguments = flat_arguments(batch, layout)
-    else:
-        arguments, index_T = padded_arguments(batch, layout.device)
-        last_S = index_T[last_S]
-    last_S = last_S.to(layout.device)
+    arguments, index_T = lay_out(batch, layout)
+    last_S = (last_S if index_T is None else index_T[last_S]).to(layout.device)
     if is_language_model and layout.flat:  # whose head would make logits of every token
         arguments["logits_to_keep"], last_S = last_S, torch.arange(batch.num_segments, device=layout.device)
     with watched(head) as calls:
@@ -157,14 +151,13 @@ def score_segments(model: nn.Module, batch: Batch, needs: frozenset[str], layout
 
 def score_tokens(model: nn.Module, batch: Batch, layout: Layout) -> TokenStats:
     """The first output of the model's head at every trained token."""
-    whole = layout.sequence.pad(batch) if layout.sequence else batch
-    arguments, index_T = lay_out(whole, layout)
+    arguments, index_T = lay_out(layout.sequence.pad(batch), layout)
     with watched(find_head(model, "score")) as calls:
         model(**arguments, use_cache=False)
     values_t = widen(calls[0][1].flatten(0, 1)[:, 0])
     if index_T is not None:
         values_t = values_t[index_T.to(layout.device)]
-    values_T = layout.sequence.gather(values_t)[: batch.num_tokens] if layout.sequence else values_t
+    values_T = layout.sequence.gather(values_t)[: batch.num_tokens]
     return TokenStats(values=values_T * batch.trained.to(layout.device))
 
 
@@ -190,8 +183,8 @@ def score(
     if "values" in needs:
         return score_tokens(model, batch, layout)
     device, sequence = layout.device, layout.sequence
-    whole = sequence.pad(batch) if sequence else batch
-    labels_t = sequence.own(whole.labels) if sequence else batch.labels
+    whole = sequence.pad(batch)
+    labels_t = sequence.own(whole.labels)
     trained_N = (labels_t != IGNORED).nonzero().squeeze(1)
     positions_N = trained_N.to(device)
     routing = {"output_router_logits": True} if "router_logits" in needs else {}
@@ -208,14 +201,13 @@ def score(
     labels_t = labels_t.to(device)
 
     def spread(values_t: Tensor) -> Tensor:
-        return sequence.gather(values_t)[: batch.num_tokens] if sequence else values_t
+        return sequence.gather(values_t)[: batch.num_tokens]
 
     def place(values_N: Tensor) -> Tensor:
         return spread(view.place(values_N, labels_t))
 
     def own(values_T: Tensor) -> Tensor:
-        values_T = F.pad(values_T, (0, whole.num_tokens - batch.num_tokens))
-        return (sequence.own(values_T) if sequence else values_T).to(device)
+        return sequence.own(F.pad(values_T, (0, whole.num_tokens - batch.num_tokens))).to(device)
 
     found: dict[str, Any] = {
         name: spread(getattr(view, name)(labels_t)) for name in sorted(needs - NOT_OF_LOGITS)

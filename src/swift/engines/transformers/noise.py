@@ -35,6 +35,4 @@ class EmbeddingNoise:
             return output_BLD + noise_TD.view_as(output_BLD)
         assert rows == batch.num_segments, (output_BLD.shape, batch.num_segments)
         index_T = (batch.segment_ids * longest + batch.positions()).to(output_BLD.device)
-        return output_BLD + torch.zeros_like(output_BLD).flatten(0, 1).index_copy(
-            0, index_T, noise_TD
-        ).view_as(output_BLD)
+        return output_BLD.flatten(0, 1).index_add(0, index_T, noise_TD).view_as(output_BLD)

@@ -80,10 +80,8 @@ class TextScorer:
     @torch.inference_mode()
     def score_batch(self, batch: Batch) -> Tensor:
         """[S, C] on the CPU: outputs of the head at the last token of each segment, or what enters it."""
-        found: Tensor | None = getattr(
-            score(self.model, batch, frozenset({self.gives}), self.layout), self.gives
-        )
-        assert found is not None
+        stats = score(self.model, batch, frozenset({self.gives}), self.layout)
+        found: Tensor = getattr(stats, self.gives)
         return found.cpu()
 
     def encode(self, conversations: Sequence[Sequence[Message]], *, truncation: str) -> list[Encoded]:

@@ -31,14 +31,6 @@ MASTER = "master"  # beside the moments: float32 weights that an engine keeps ap
 
 
 @dataclass(frozen=True)
-class Stepped:
-    """What became of one optimizer step."""
-
-    grad_norm: float  # before clipping; not finite where float16 overflowed
-    applied: bool  # False: the gradients overflowed, and the weights stayed as they were
-
-
-@dataclass(frozen=True)
 class Moments:
     """An optimizer's state: tensors as `parameter|moment`, and what is no tensor by parameter and moment."""
 
@@ -71,15 +63,18 @@ class Wrapped:
         """`loss` is divided by the units of the whole step."""
         self.scaler.scale(loss * self.scale).backward()
 
-    def step(self, limit: float) -> Stepped:
-        """Clips to a global norm of `limit` (0 = never), steps and clears the gradients."""
+    def step(self, limit: float) -> tuple[float, bool]:
+        """Clips to a global norm of `limit` (0 = never), steps and clears the gradients.
+
+        The norm before clipping, and whether weights have changed: not where float16 overflowed.
+        """
         self.scaler.unscale_(self.optimizer)
         trained = [p for p in self.module.parameters() if p.requires_grad]
-        norm = grad_norm(trained, limit or float("inf"))
+        norm = float(self.gather(torch.nn.utils.clip_grad_norm_(trained, limit or float("inf"))))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return Stepped(norm, applied=math.isfinite(norm) or not self.scaler.is_enabled())
+        return norm, math.isfinite(norm) or not self.scaler.is_enabled()
 
     def shape(self, parameter: Tensor) -> torch.Size:
         return parameter.shape
@@ -107,7 +102,14 @@ class Wrapped:
 
     def take_moments(self, model: nn.Module, ranks: Ranks) -> Moments:
         """The optimizer's state as this rank writes it. Called by all ranks."""
-        tensors, plain = name_moments(model, self.optimizer)
+        tensors: dict[str, Tensor] = {}
+        plain: dict[str, dict[str, Any]] = {}
+        for name, parameter in model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"{name}|{key}"] = value
+                else:
+                    plain.setdefault(name, {})[key] = value
         return Moments(take_parts(tensors, rank=ranks.rank, world=ranks.world), plain)
 
     def load_moments(self, model: nn.Module, reader: Reader, plain: dict[str, dict[str, Any]]) -> None:
@@ -184,24 +186,3 @@ def load_zero() -> ModuleType:
     """deepspeed.py, or in words what is missing for it."""
     require_package("deepspeed", flag="--deepspeed", install="swiftune[deepspeed]")
     return import_module("swift.engines.transformers.deepspeed")
-
-
-def name_moments(
-    model: nn.Module, optimizer: Optimizer
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """The optimizer's tensors as `parameter|moment`, and what is no tensor by parameter and moment."""
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"{name}|{key}"] = value
-            else:
-                plain.setdefault(name, {})[key] = value
-    return tensors, plain
-
-
-def grad_norm(parameters: list[nn.Parameter], limit: float) -> float:
-    """Clips all gradients to one global 2-norm; the norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
