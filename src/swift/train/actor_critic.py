@@ -3,26 +3,21 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from swift.batch import Batch
 from swift.config.option import ConfigError
-from swift.config.runs import RlhfRun, TrainRun
+from swift.config.runs import RlhfRun
 from swift.engines.protocol import Engine, Snapshot, StepInfo, Sums
-from swift.engines.ranks import Ranks
 from swift.models.hub import resolve_model
 from swift.models.load import load_config
 from swift.objectives.types import Objective
 from swift.objectives.value import Value
 from swift.train.building import build_engine
-from swift.train.method import Method
 from swift.train.preparing import Prepared
-from swift.train.resume import Resumption
 
 VALUE_MODEL = "value_model"  # directory of a checkpoint
 VALUES = frozenset({"values"})
@@ -79,31 +74,22 @@ class ActorCritic:
         return Snapshot(size, lambda: [file for snapshot in both for file in snapshot.write()], finish)
 
 
-def build_engines(
-    run: TrainRun,
-    method: Method,
-    ready: Prepared,
-    total_steps: int,
-    ranks: Ranks,
-    device: torch.device,
-    resumption: Resumption | None,
-    accumulation: int,
-    build_one: Callable[..., Engine] = build_engine,
-) -> Engine:
+def build_engines(ready: Prepared, *place: Any, build_one: Callable[..., Engine] = build_engine) -> Engine:
     """The engine of a method; of PPO both, the value model beginning as the reward model or the policy."""
-    build = partial(build_one, run, total_steps=total_steps, ranks=ranks, device=device)
+    run, method, resumption = ready.run, ready.method, ready.resumption
     if not (isinstance(run, RlhfRun) and method.foresees):
-        return build(method=method, ready=ready, resumption=resumption, accumulation=accumulation)
+        return build_one(ready, *place)
     if run.parallel.zero:
         raise ConfigError("--deepspeed does not go with --rlhf_type ppo yet", hint="--fsdp fsdp2")
     names = run.rewards.reward_model
     start = resolve_model(names[0], revision=None, **run.model.hub) if names else ready.model_path
     value = Value(run.ppo.cliprange_value, run.ppo.vf_coef)
-    critic = build(
+    its_own = replace(
+        ready,
         method=replace(method, objective=value, num_labels=1, needs_reference=False, mix_every=None),
-        ready=replace(ready, model_path=start, model_config=load_config(start)),
+        model_path=start,
+        model_config=load_config(start),
         resumption=resumption and replace(resumption, checkpoint=resumption.checkpoint / VALUE_MODEL),
-        accumulation=accumulation,
     )
-    actor = build(method=method, ready=ready, resumption=resumption, accumulation=accumulation)
-    return ActorCritic(actor, critic, value)
+    critic = build_one(its_own, *place)
+    return ActorCritic(build_one(ready, *place), critic, value)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from swift.config.runs import TrainRun
 from swift.engines.protocol import Engine
 from swift.engines.ranks import Ranks, join_ranks
 from swift.models.load import pick_device
@@ -21,15 +20,16 @@ class Backend:
 
     settle: Callable[[Any], Any]  # a run, once it is whole
     locate: Locate
-    join: Callable[[TrainRun, Prepared], tuple[Ranks, torch.device]]
-    build: Callable[..., Engine]
+    join: Callable[[Prepared], tuple[Ranks, torch.device]]
+    build: Callable[[Prepared, Ranks, torch.device, int, int], Engine]  # steps in all, accumulation
     iterations: bool = False  # whether checkpoints have a part for Megatron's tools
     # After the last step, in one process, with the last checkpoint.
     finish: Callable[[Any, Path], None] = lambda _run, _checkpoint: None
 
 
-def join_data_parallel(run: TrainRun, _ready: Prepared) -> tuple[Ranks, torch.device]:
+def join_data_parallel(ready: Prepared) -> tuple[Ranks, torch.device]:
     """Every process has rows of its own, or shares those of its sequence group."""
+    run = ready.run
     return join_ranks(
         pick_device(run.model.device),
         run.parallel.ddp_timeout,

@@ -28,7 +28,6 @@ from swift.plugins.callbacks import Callback
 from swift.train.callbacks import EarlyStop, Screen
 from swift.train.health import Health
 from swift.train.hf_callbacks import HfCallbacks
-from swift.train.method import Method
 from swift.train.preparing import Prepared
 from swift.train.profiling import Profiler
 from swift.train.resume import Resumption
@@ -40,16 +39,10 @@ from swift.utils.log import say
 
 
 def build_engine(
-    run: TrainRun,
-    method: Method,
-    ready: Prepared,
-    total_steps: int,
-    ranks: Ranks,
-    device: torch.device,
-    resumption: Resumption | None,
-    accumulation: int,
+    ready: Prepared, ranks: Ranks, device: torch.device, total_steps: int, accumulation: int
 ) -> TransformersEngine:
     """Seeds everything, loads the weights, adds adapters. Each rank draws dropout of its own."""
+    run, method, resumption = ready.run, ready.method, ready.resumption
     check_sequence_parallel(ready.model_config, ranks.sequence_size)
     verdict = verdict_tokens(ready.tokenizer) if method.answers_yes else None
     wrapper = choose_wrapper(run, ranks, accumulation, ready.model_config.get_text_config().hidden_size)

@@ -16,9 +16,7 @@ from swift.rollout.protocol import RolloutEngine
 from swift.rollout.types import Request
 from swift.train.answers import Answered, collate_answers, sampling_of
 from swift.train.far_teacher import FarTeacher
-from swift.train.method import Method
 from swift.train.preparing import Prepared
-from swift.train.resume import Resumption
 from swift.train.rollouts import check_answers, start_answers
 from swift.train.stage import Opened, RowStage
 
@@ -75,17 +73,15 @@ def with_origin(batch: Batch, sampled: float) -> Batch:
 class DistillStage(RowStage):
     """Rows with answers, and somebody who gives others."""
 
-    run: RlhfRun
-
-    def __init__(
-        self, run: RlhfRun, method: Method, ready: Prepared, ranks: Ranks, resumption: Resumption | None
-    ) -> None:
-        if run.rlhf.lmbda:
-            check_answers(run, ready)
-        if isinstance(method.score, FarTeacher):
+    def __init__(self, ready: Prepared, ranks: Ranks) -> None:
+        assert isinstance(ready.run, RlhfRun)
+        self.run = ready.run
+        if self.run.rlhf.lmbda:
+            check_answers(self.run, ready)
+        if isinstance(ready.method.score, FarTeacher):
             first = ready.rows.sequences(0)[0].input_ids.tolist()
-            method.score.check(first, ready.model_config.get_text_config().vocab_size)
-        RowStage.__init__(self, run, method, ready, ranks, resumption)
+            ready.method.score.check(first, ready.model_config.get_text_config().vocab_size)
+        RowStage.__init__(self, ready, ranks)
 
     def open(self, engine: Engine, directory: Path) -> Opened:
         opened = RowStage.open(self, engine, directory)

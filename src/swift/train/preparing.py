@@ -65,6 +65,8 @@ class Prepared:
     """Everything that a run knows before the first weight is loaded."""
 
     run: TrainRun
+    method: Method
+    resumption: Resumption | None  # where it goes on
     root: Path  # where run directories go
     model_path: Path
     model_config: PretrainedConfig
@@ -125,9 +127,10 @@ def prepare(
         if dataset is not None:
             assert method.num_labels is not None, "a head gives classes"
             add_classes(dataset, method.num_labels)
+    method = replace(method, objective=learn_facts(method.objective, config, rows, eval_rows))
     return Prepared(
-        run, root, model_path, config, reference_path, reference_adapter, tokenizer, rows, eval_rows,
-        sources.evaluation, sources.stream, longest, callbacks,
+        run, method, resumption, root, model_path, config, reference_path, reference_adapter, tokenizer,
+        rows, eval_rows, sources.evaluation, sources.stream, longest, callbacks,
     )  # fmt: skip
 
 
@@ -144,11 +147,13 @@ def check_same_sizes(run: TrainRun, reference_path: Path | None, config: Pretrai
                 )
 
 
-def learn_facts(objective: Objective, ready: Prepared) -> Objective:
+def learn_facts(
+    objective: Objective, config: PretrainedConfig, rows: EncodedDataset, eval_rows: EncodedDataset | None
+) -> Objective:
     """The objective with what it must know of model and rows. Raises ConfigError where they lack it."""
     if not isinstance(objective, Sft):
         return objective
-    config, channels = ready.model_config, ()
+    channels: tuple[str, ...] = ()
     experts = getattr(config.get_text_config(), "num_experts_per_tok", None)
     coefficient = objective.config.router_aux_loss_coef
     if coefficient and not (experts and hasattr(config, "output_router_logits")):
@@ -158,7 +163,7 @@ def learn_facts(objective: Objective, ready: Prepared) -> Objective:
             hint="leave it out",
         )
     if objective.config.enable_channel_loss:
-        channels = find_channels([d for d in (ready.rows, ready.eval_rows) if d is not None])
+        channels = find_channels([d for d in (rows, eval_rows) if d is not None])
     return replace(objective, channels=channels, experts_per_token=experts or 0)
 
 
@@ -254,28 +259,26 @@ def _start_stream(
     return EncodedStream(source, encoder, capacity=capacity, workers=workers, position=position)
 
 
-def make_feed(
-    plan: StepPlan, rows: EncodedDataset, stream: EncodedStream | None, resumption: Resumption | None
-) -> Feed:
-    """What the loop trains on: `rows`, or the stream of which they are the head."""
-    if stream is None:
-        return StoredFeed(rows, plan)
+def make_feed(plan: StepPlan, ready: Prepared) -> Feed:
+    """What the loop trains on: the rows, or the stream of which they are the head."""
+    if ready.stream is None:
+        return StoredFeed(ready.rows, plan)
     return StreamFeed(
-        stream, micro_batch_size=plan.micro_batch_size, accumulation=plan.accumulation,
-        data_world=plan.data_world, first_step=resumption.state.step if resumption else 0,
+        ready.stream, micro_batch_size=plan.micro_batch_size, accumulation=plan.accumulation,
+        data_world=plan.data_world, first_step=ready.resumption.state.step if ready.resumption else 0,
     )  # fmt: skip
 
 
-def plan_steps(
-    run: TrainRun, rows: EncodedDataset, longest: int, ranks: Ranks, resumption: Resumption | None
-) -> StepPlan:
-    """How rows, or packs of them, make up steps. `longest`: the tokens of a row that may not be exceeded."""
+def plan_steps(ready: Prepared, ranks: Ranks) -> StepPlan:
+    """How rows, or packs of them, make up steps."""
+    run, rows = ready.run, ready.rows
     size = run.schedule.per_device_train_batch_size
     world = ranks.data_world
     accumulation = run.schedule.gradient_accumulation_steps or math.ceil(ROWS_PER_STEP / size / world)
-    if resumption:
-        accumulation = keep_step_size(resumption.data["rows_per_step"], size, world)
-    packs = pack_lengths(rows.lengths, run.data.packing_length or longest) if run.data.packing else None
+    if ready.resumption:
+        accumulation = keep_step_size(ready.resumption.data["rows_per_step"], size, world)
+    capacity = run.data.packing_length or ready.max_length
+    packs = pack_lengths(rows.lengths, capacity) if run.data.packing else None
     plan = StepPlan(
         len(rows), size, accumulation, world, seed=run.data_seed, drop_last=run.schedule.dataloader_drop_last,
         shuffle=run.data.train_dataloader_shuffle, packs=packs,
@@ -311,8 +314,9 @@ def check_equal_on_ranks(ranks: Ranks, data: dict[str, Any]) -> None:
         )
 
 
-def check_rows(method: Method, rows: EncodedDataset, plan: StepPlan) -> None:
+def check_rows(ready: Prepared, plan: StepPlan) -> None:
     """Raises ConfigError where a method cannot learn from rows each of which is as it should be."""
+    method, rows = ready.method, ready.rows
     labels = rows.values.get("label")
     if method.shape == "kto" and labels is not None and len(set(labels.tolist())) < 2:
         what = "liked" if labels[0] else "disliked"

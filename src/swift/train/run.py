@@ -1,7 +1,6 @@
 """A training run: config -> rows -> engine -> loop. What can be refused is, before weights load."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TypeVar
 
 from swift import __version__
@@ -17,9 +16,9 @@ from swift.train.building import build_callbacks, open_run_directory
 from swift.train.distill import DistillStage
 from swift.train.loop import Loop
 from swift.train.method import Method, rlhf_method, sft_method
-from swift.train.preparing import Prepared, check_equal_on_ranks, learn_facts, prepare
+from swift.train.preparing import Prepared, check_equal_on_ranks, prepare
 from swift.train.publishing import Publisher
-from swift.train.resume import Resumption, check_same_data, hide_secrets, load_resumption
+from swift.train.resume import check_same_data, hide_secrets, load_resumption
 from swift.train.run_online import OnlineStage
 from swift.train.saving import Saver
 from swift.train.scoring import precompute_reference
@@ -63,16 +62,16 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
     run = backend.settle(run)
     destination = check_destination(run.publish, run.model) if run.publish.push_to_hub else None
     ready = prepare(run, method, resumption=resumption, locate=backend.locate)
-    method = replace(method, objective=learn_facts(method.objective, ready))
-    run, tokenizer = ready.run, ready.tokenizer
-    ranks, device = backend.join(run, ready)
-    stage = open_stage(run, method, ready, ranks, resumption)
+    run, method, tokenizer = ready.run, ready.method, ready.tokenizer
+    ranks, device = backend.join(ready)
+    kind = OnlineStage if method.samples else DistillStage if method.teaches else RowStage
+    stage: Stage = kind(ready, ranks)
     data = stage.identity()
     check_equal_on_ranks(ranks, data)
     if resumption:
         check_same_data(resumption, data)
     total_steps = stage.total_steps(run.schedule.num_train_epochs, run.schedule.max_steps)
-    engine = backend.build(run, method, ready, total_steps, ranks, device, resumption, stage.accumulation)
+    engine = backend.build(ready, ranks, device, total_steps, stage.accumulation)
     dtype = str(engine.dtype).removeprefix("torch.")
     what = f"{run.model.model}, {run.tuner.train_type}, {dtype}, {engine.device}"
     summary.tell_weights(*engine.num_parameters, what)
@@ -114,17 +113,6 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
     if code == 0 and ranks.is_main and state.last_saved_step is not None:
         backend.finish(run, directory / f"checkpoint-{state.last_saved_step}")
     return code
-
-
-def open_stage(
-    run: TrainRun, method: Method, ready: Prepared, ranks: Ranks, resumption: Resumption | None
-) -> Stage:
-    """Where the steps of this method come from."""
-    if isinstance(run, RlhfRun) and method.samples:
-        return OnlineStage(run, ready, ranks, resumption)
-    if method.teaches:
-        return DistillStage(run, method, ready, ranks, resumption)
-    return RowStage(run, method, ready, ranks, resumption)
 
 
 def precompute(run: RlhfRun, ready: Prepared, engine: Engine, ranks: Ranks) -> None:

@@ -21,7 +21,6 @@ from swift.train.answers import RolloutEvaluation, Sampler, Turns
 from swift.train.foresight import Foresight
 from swift.train.online import RolloutFeed
 from swift.train.preparing import Prepared
-from swift.train.resume import Resumption
 from swift.train.reward_models import find_reward_models, load_reward_models
 from swift.train.rollouts import check_answers, start_answers
 from swift.train.stage import Opened
@@ -34,7 +33,9 @@ HEAD = 100  # rows whose columns are looked at before the weights load
 class OnlineStage:
     """Prompts, and the panel that judges what is answered."""
 
-    def __init__(self, run: RlhfRun, ready: Prepared, ranks: Ranks, resumption: Resumption | None) -> None:
+    def __init__(self, ready: Prepared, ranks: Ranks) -> None:
+        run = ready.run
+        assert isinstance(run, RlhfRun)
         if ready.stream is not None:
             raise ConfigError(f"--streaming true does not go with --rlhf_type {run.rlhf.rlhf_type} yet")
         check_answers(run, ready)
@@ -46,7 +47,7 @@ class OnlineStage:
         self.run, self.ready, self.ranks = run, ready, ranks
         self.accumulation = run.schedule.gradient_accumulation_steps or 1
         size = run.schedule.per_device_train_batch_size
-        self.plan = self._plan(size, resumption)
+        self.plan = self._plan(size)
         self.order = StepPlan(
             len(ready.rows), self.plan.prompts, 1, seed=run.data_seed,
             shuffle=run.data.train_dataloader_shuffle, drop_last=run.schedule.dataloader_drop_last,
@@ -63,11 +64,11 @@ class OnlineStage:
         self.turns = self._plan_turns() if run.turns.scheduler else None
         first = (ready.rows.samples[i] for i in range(min(HEAD, len(ready.rows))))
         self.panel.check_columns({name for sample in first for name in sample.extra})
-        self.position = (resumption.state.position or {}) if resumption else {}
+        self.position = (ready.resumption.state.position or {}) if ready.resumption else {}
 
-    def _plan(self, size: int, resumption: Resumption | None) -> RolloutPlan:
+    def _plan(self, size: int) -> RolloutPlan:
         """The flags' arithmetic; a resumed run keeps its rollouts, however many processes it has now."""
-        world, config = self.ranks.data_world, self.run.online
+        world, resumption = self.ranks.data_world, self.ready.resumption
         if not resumption and self.run.rlhf.rlhf_type == "ppo":
             ppo = self.run.ppo
             if self.accumulation % ppo.num_mini_batches:
@@ -80,7 +81,7 @@ class OnlineStage:
             self.accumulation //= ppo.num_mini_batches
             return RolloutPlan(answers, 1, ppo.num_mini_batches, ppo.num_ppo_epochs)
         if not resumption:
-            return config.plan(size, self.accumulation, world)
+            return self.run.online.plan(size, self.accumulation, world)
         plan = RolloutPlan(**{field.name: resumption.data[field.name] for field in fields(RolloutPlan)})
         self.accumulation = math.ceil(plan.answers / plan.parts / size / world)
         return plan

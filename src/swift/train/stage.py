@@ -5,16 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from swift.config.runs import TrainRun
 from swift.data.feed import Feed
 from swift.engines.protocol import Engine, Sums
 from swift.engines.ranks import Ranks
 from swift.train import summary
 from swift.train.evaluation import Evaluation, RowEvaluation
-from swift.train.method import Method
 from swift.train.online import RolloutFeed
 from swift.train.preparing import Prepared, check_rows, make_feed, plan_steps
-from swift.train.resume import Resumption
 
 
 @dataclass(frozen=True)
@@ -48,13 +45,11 @@ class Stage(Protocol):
 class RowStage:
     """Rows that exist, at hand or as a stream."""
 
-    def __init__(
-        self, run: TrainRun, method: Method, ready: Prepared, ranks: Ranks, resumption: Resumption | None
-    ) -> None:
-        self.run, self.method, self.ready, self.ranks = run, method, ready, ranks
-        self.plan = plan_steps(run, ready.rows, ready.max_length, ranks, resumption)
-        check_rows(method, ready.rows, self.plan)
-        self.feed = make_feed(self.plan, ready.rows, ready.stream, resumption)
+    def __init__(self, ready: Prepared, ranks: Ranks) -> None:
+        self.ready, self.ranks = ready, ranks
+        self.plan = plan_steps(ready, ranks)
+        check_rows(ready, self.plan)
+        self.feed = make_feed(self.plan, ready)
         self.accumulation = self.plan.accumulation
 
     def identity(self) -> dict[str, Any]:
@@ -70,10 +65,10 @@ class RowStage:
         summary.tell_steps(self.plan, total_steps, rows, world=self.ranks.world)
 
     def open(self, engine: Engine, _directory: Path) -> Opened:
-        ready, run = self.ready, self.run
+        ready, run = self.ready, self.ready.run
         if ready.eval_rows is None or run.eval_limit == 0:
             return Opened(self.feed, None)
-        shown = summary.show_answers(ready.tokenizer, ready.eval_rows, self.method.shape)
+        shown = summary.show_answers(ready.tokenizer, ready.eval_rows, ready.method.shape)
         size = run.schedule.per_device_eval_batch_size
-        evaluation = RowEvaluation(engine, self.method, ready.eval_rows, size, run.eval_limit, shown)
+        evaluation = RowEvaluation(engine, ready.method, ready.eval_rows, size, run.eval_limit, shown)
         return Opened(self.feed, evaluation)
