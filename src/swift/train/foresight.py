@@ -38,19 +38,12 @@ class Foresight:
             for rewards_T, values_T, batch in zip(found, values, batches, strict=True)
         ]
         advantages = self._whiten([advantages_T for advantages_T, _ in pairs], batches, shift_mean=True)
+        returns = [returns_T.float() for _, returns_T in pairs]
         return [
             replace(
-                batch,
-                token={
-                    **batch.token,
-                    "advantages": advantages_T.float(),
-                    "returns": returns_T.float(),
-                    "old_values": values_T,
-                },
+                batch, token={**batch.token, "advantages": a_T.float(), "returns": r_T, "old_values": v_T}
             )
-            for batch, advantages_T, (_, returns_T), values_T in zip(
-                batches, advantages, pairs, values, strict=True
-            )
+            for batch, a_T, r_T, v_T in zip(batches, advantages, returns, values, strict=True)
         ]
 
     def _whiten(self, columns: list[Tensor], batches: Sequence[Batch], *, shift_mean: bool) -> list[Tensor]:

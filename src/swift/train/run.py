@@ -22,7 +22,7 @@ from swift.train.resume import check_same_data, hide_secrets, load_resumption
 from swift.train.run_online import OnlineStage
 from swift.train.saving import Saver
 from swift.train.scoring import precompute_reference
-from swift.train.stage import RowStage, Stage
+from swift.train.stage import RowStage
 from swift.train.state import TrainState
 from swift.train.stopping import Terminated, heed_signals
 from swift.utils.files import append_jsonl, write_json
@@ -32,15 +32,15 @@ Run = TypeVar("Run", bound=TrainRun)
 
 
 def run_pt(run: SftRun) -> int:
-    return train(run, "pt", lambda run: sft_method(run.task, run.sft))
+    return train(run, "pt", sft_method)
 
 
 def run_sft(run: SftRun) -> int:
-    return train(run, "sft", lambda run: sft_method(run.task, run.sft))
+    return train(run, "sft", sft_method)
 
 
 def run_rlhf(run: RlhfRun) -> int:
-    return train(run, "rlhf", lambda run: rlhf_method(run.rlhf, run.online, run.ppo))
+    return train(run, "rlhf", rlhf_method)
 
 
 def train(
@@ -65,7 +65,7 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
     run, method, tokenizer = ready.run, ready.method, ready.tokenizer
     ranks, device = backend.join(ready)
     kind = OnlineStage if method.samples else DistillStage if method.teaches else RowStage
-    stage: Stage = kind(ready, ranks)
+    stage = kind(ready, ranks)
     data = stage.identity()
     check_equal_on_ranks(ranks, data)
     if resumption:

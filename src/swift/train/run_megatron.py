@@ -40,18 +40,15 @@ from swift.utils.log import say, warn_once
 
 
 def run_pt(run: MegatronSftRun) -> int:
-    """`megatron pt`; returns the exit code."""
-    return train(as_resumption(run), "pt", lambda run: sft_method(run.task, run.sft), MEGATRON)
+    return train(as_resumption(run), "pt", sft_method, MEGATRON)
 
 
 def run_sft(run: MegatronSftRun) -> int:
-    """`megatron sft`; returns the exit code."""
-    return train(as_resumption(run), "sft", lambda run: sft_method(run.task, run.sft), MEGATRON)
+    return train(as_resumption(run), "sft", sft_method, MEGATRON)
 
 
 def run_rlhf(run: MegatronRlhfRun) -> int:
-    """`megatron rlhf`; returns the exit code."""
-    return train(as_resumption(run), "rlhf", lambda run: rlhf_method(run.rlhf, run.online, run.ppo), MEGATRON)
+    return train(as_resumption(run), "rlhf", rlhf_method, MEGATRON)
 
 
 def layout_of(run: MegatronRun, config: PretrainedConfig) -> Layout:

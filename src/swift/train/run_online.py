@@ -13,11 +13,11 @@ from swift.engines.protocol import Engine
 from swift.engines.ranks import Ranks
 from swift.models.load import context_length
 from swift.rewards.panel import Panel
-from swift.rollout.multi_turn import build_scheduler
+from swift.rollout.multi_turn import Turns, build_scheduler
 from swift.template.chat import ChatTemplate
 from swift.train.actor_critic import ActorCritic
 from swift.train.ahead import Ahead
-from swift.train.answers import RolloutEvaluation, Sampler, Turns
+from swift.train.answers import RolloutEvaluation, Sampler
 from swift.train.foresight import Foresight
 from swift.train.online import RolloutFeed
 from swift.train.preparing import Prepared

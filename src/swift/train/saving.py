@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -58,6 +58,7 @@ class Flight:
         return self.thread is not None and self.thread.is_alive()
 
 
+@dataclass
 class Saver:
     """Writes the checkpoints of one run beside its training, one at a time.
 
@@ -66,29 +67,18 @@ class Saver:
     end, which rank 0 waits for: threads take no part in exchanges between ranks.
     """
 
-    def __init__(
-        self,
-        run_directory: Path,
-        tokenizer: PreTrainedTokenizerBase,
-        args: dict[str, Any],
-        data: dict[str, Any],
-        *,
-        only_model: bool,
-        total_limit: int | None,
-        symlinks: bool,
-        ranks: Ranks,
-        iterations: bool = False,
-    ) -> None:
-        """`data`: fingerprint and sizes that a resumed run must match.
-
-        `iterations`: the run directory also names checkpoints as Megatron's tools look for them.
-        """
-        self.run_directory = run_directory
-        self.tokenizer, self.args, self.data = tokenizer, args, data
-        self.only_model, self.total_limit, self.symlinks = only_model, total_limit, symlinks
-        self.ranks, self.iterations = ranks, iterations
-        self.flight: Flight | None = None
-        self.whole: list[Path] = []  # written, and not yet asked for by `take_whole`
+    run_directory: Path
+    tokenizer: PreTrainedTokenizerBase
+    args: dict[str, Any]
+    data: dict[str, Any]  # fingerprint and sizes that a resumed run must match
+    _: KW_ONLY
+    only_model: bool
+    total_limit: int | None
+    symlinks: bool
+    ranks: Ranks
+    iterations: bool = False  # the run directory also names checkpoints as Megatron's tools look for them
+    flight: Flight | None = None
+    whole: list[Path] = field(default_factory=list)  # written, and not yet asked for by `take_whole`
 
     def save(self, engine: Engine, state: TrainState, metric: float | None, lower_is_better: bool) -> None:
         """Starts to write checkpoint-<step>. Called by every rank; raises what became of the one before."""

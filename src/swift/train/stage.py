@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from swift.data.feed import Feed
 from swift.engines.protocol import Engine, Sums
@@ -24,41 +24,25 @@ class Opened:
     answers: Callable[[], tuple[dict[str, Any], ...]] = tuple
 
 
-class Stage(Protocol):
-    """Built by every rank, before the engine."""
-
-    accumulation: int  # micro-batches of an optimizer step
-
-    def identity(self) -> dict[str, Any]:
-        """What must be the same where a run goes on, and on every rank."""
-        ...
-
-    def total_steps(self, epochs: float, max_steps: int) -> int: ...
-
-    def tell(self, total_steps: int, *, flat: bool) -> None:
-        """Says what will be trained, once."""
-        ...
-
-    def open(self, engine: Engine, directory: Path) -> Opened: ...
-
-
 class RowStage:
-    """Rows that exist, at hand or as a stream."""
+    """Rows that exist, at hand or as a stream. Built by every rank, before the engine."""
 
     def __init__(self, ready: Prepared, ranks: Ranks) -> None:
         self.ready, self.ranks = ready, ranks
         self.plan = plan_steps(ready, ranks)
         check_rows(ready, self.plan)
         self.feed = make_feed(self.plan, ready)
-        self.accumulation = self.plan.accumulation
+        self.accumulation = self.plan.accumulation  # micro-batches of an optimizer step
 
     def identity(self) -> dict[str, Any]:
+        """What must be the same where a run goes on, and on every rank."""
         return self.feed.identity()
 
     def total_steps(self, epochs: float, max_steps: int) -> int:
         return self.plan.total_steps(epochs, max_steps)
 
     def tell(self, total_steps: int, *, flat: bool) -> None:
+        """Says what will be trained, once."""
         if self.plan.packs:
             summary.tell_packs(self.plan.packs, flat=flat)
         rows = self.ready.rows if self.ready.stream is None else None

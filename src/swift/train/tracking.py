@@ -87,37 +87,30 @@ def show_messages(messages: Rows) -> str:
 
 
 class Tracking(Callback):
+    sink: Sink  # from the start of the run on
+
     def __init__(self, opener: Opener, run: TrackedRun) -> None:
         self.opener, self.run = opener, run
-        self.sink: Sink | None = None
 
     def on_start(self, event: StartEvent) -> None:
         self.sink = self.opener(replace(self.run, step=event.step))
 
-    def _write(self, step: int, row: dict[str, Any]) -> None:
-        assert self.sink is not None
-        self.sink.write(step, tagged(row))
-
     def on_step(self, event: StepEvent) -> None:
         if event.row:
-            self._write(event.step, event.row)
+            self.sink.write(event.step, tagged(event.row))
         if event.answers:
-            assert self.sink is not None
             rows = [{**answer, "prompt": show_messages(answer["prompt"])} for answer in event.answers]
             if self.run.flags.get("wandb_log_unique_prompts"):
                 rows = list({row["prompt"]: row for row in rows[::-1]}.values())[::-1]
             self.sink.write_table(ANSWERS_TAG, event.step, rows[:SHOWN])
 
     def on_eval(self, event: EvalEvent) -> None:
-        self._write(event.step, event.row)
+        self.sink.write(event.step, tagged(event.row))
         if event.samples:
-            assert self.sink is not None
             self.sink.write_table(SAMPLES_TAG, event.step, event.samples)
 
     def on_save(self, _: SaveEvent) -> None:
-        assert self.sink is not None
         self.sink.flush()
 
     def on_end(self, event: EndEvent) -> None:
-        assert self.sink is not None
         self.sink.close(event.finished)
