@@ -318,12 +318,11 @@ class RolloutFeed:
 
 def add_scores(batches: Sequence[Batch], scores: Tensor) -> list[Batch]:
     """token["advantages"] [T] from one number a segment, in the order of the batches."""
-    done, start = [], 0
-    for batch in batches:
-        mine = scores[start : start + batch.num_segments].float()
-        done.append(replace(batch, token={**batch.token, "advantages": mine[batch.segment_ids]}))
-        start += batch.num_segments
-    return done
+    parts = scores.float().split([batch.num_segments for batch in batches])
+    return [
+        replace(batch, token={**batch.token, "advantages": score_S[batch.segment_ids]})
+        for batch, score_S in zip(batches, parts, strict=True)
+    ]
 
 
 def regroup(flat: Sequence[Batch], parts: Sequence[Sequence[Batch]]) -> list[list[Batch]]:

@@ -1,22 +1,27 @@
 """A training run: config -> rows -> engine -> loop. What can be refused is, before weights load."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
 
 from swift import __version__
 from swift.config.option import flatten
 from swift.config.runs import RlhfRun, SftRun, TrainRun
 from swift.engines.protocol import Engine
-from swift.engines.ranks import Ranks, leave_ranks
+from swift.engines.ranks import Ranks, join_ranks, leave_ranks
 from swift.models.directory import describe_weights, list_checkpoints
+from swift.models.load import pick_device
 from swift.models.push import check_destination
 from swift.train import summary
-from swift.train.backend import TRANSFORMERS, Backend
+from swift.train.actor_critic import build_engines
 from swift.train.building import build_callbacks, open_run_directory
 from swift.train.distill import DistillStage
 from swift.train.loop import Loop
 from swift.train.method import Method, rlhf_method, sft_method
-from swift.train.preparing import Prepared, check_equal_on_ranks, prepare
+from swift.train.preparing import Locate, Prepared, check_equal_on_ranks, locate_model, prepare
 from swift.train.publishing import Publisher
 from swift.train.resume import check_same_data, hide_secrets, load_resumption
 from swift.train.run_online import OnlineStage
@@ -29,6 +34,33 @@ from swift.utils.files import append_jsonl, write_json
 from swift.utils.log import say, warn
 
 Run = TypeVar("Run", bound=TrainRun)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What engines do differently before the loop."""
+
+    settle: Callable[[Any], Any]  # a run, once it is whole
+    locate: Locate
+    join: Callable[[Prepared], tuple[Ranks, torch.device]]
+    build: Callable[[Prepared, Ranks, torch.device, int, int], Engine]  # steps in all, accumulation
+    iterations: bool = False  # whether checkpoints have a part for Megatron's tools
+    # After the last step, in one process, with the last checkpoint.
+    finish: Callable[[Any, Path], None] = lambda _run, _checkpoint: None
+
+
+def join_data_parallel(ready: Prepared) -> tuple[Ranks, torch.device]:
+    """Every process has rows of its own, or shares those of its sequence group."""
+    run = ready.run
+    return join_ranks(
+        pick_device(run.model.device),
+        run.parallel.ddp_timeout,
+        sequence_size=run.parallel.sequence_parallel_size,
+        backend=run.parallel.ddp_backend,
+    )
+
+
+TRANSFORMERS = Backend(lambda run: run, locate_model, join_data_parallel, build_engines)
 
 
 def run_pt(run: SftRun) -> int:

@@ -29,12 +29,11 @@ from swift.models.load import SLOW_HALF, load_config, pick_device
 from swift.models.outline import Outline, outline_adapters
 from swift.plugins.registry import load_object
 from swift.train.actor_critic import build_engines
-from swift.train.backend import Backend
 from swift.train.building import seed_everything
 from swift.train.megatron import as_resumption, settle, with_accumulation
 from swift.train.method import rlhf_method, sft_method
 from swift.train.preparing import Prepared, locate_model
-from swift.train.run import train
+from swift.train.run import Backend, train
 from swift.utils import env
 from swift.utils.log import say, warn_once
 

@@ -15,10 +15,9 @@ from swift.models.load import context_length
 from swift.rewards.panel import Panel
 from swift.rollout.multi_turn import Turns, build_scheduler
 from swift.template.chat import ChatTemplate
-from swift.train.actor_critic import ActorCritic
+from swift.train.actor_critic import ActorCritic, Foresight
 from swift.train.ahead import Ahead
 from swift.train.answers import RolloutEvaluation, Sampler
-from swift.train.foresight import Foresight
 from swift.train.online import RolloutFeed
 from swift.train.preparing import Prepared
 from swift.train.reward_models import find_reward_models, load_reward_models
@@ -111,12 +110,10 @@ class OnlineStage:
         self.panel.add_models(load_reward_models(self.judges, run.model, engine.device))
         context = self.turns.context if self.turns else self._longest_prompt() + config.max_completion_length
         rollout = start_answers(run, ready, engine, self.ranks, context)
-        parts = {
-            "engine": engine, "rollout": rollout, "panel": self.panel, "config": config,
-            "seed": run.schedule.seed, "ranks": self.ranks, "prefix": run.template.response_prefix or "",
-            "turns": self.turns,
-        }  # fmt: skip
-        sampler = Sampler(rows=ready.rows, **parts)
+        sampler = Sampler(
+            engine, rollout, self.panel, ready.rows, config, run.schedule.seed,
+            run.template.response_prefix or "", self.turns, self.ranks,
+        )  # fmt: skip
         ahead = self._answer_ahead(sampler) if config.async_generate else None
         feed = RolloutFeed(
             sampler,
@@ -131,10 +128,8 @@ class OnlineStage:
         evaluation = None
         if ready.eval_rows is not None and run.eval_limit != 0:
             generations = config.num_generations_eval or self.plan.generations
-            evaluation = RolloutEvaluation(
-                Sampler(rows=ready.eval_rows, **parts), generations, run.eval_limit,
-                ahead.wait if ahead else lambda: None,
-            )  # fmt: skip
+            held_out, wait = replace(sampler, rows=ready.eval_rows), ahead.wait if ahead else lambda: None
+            evaluation = RolloutEvaluation(held_out, generations, run.eval_limit, wait)
         return Opened(feed, evaluation, feed.observe, feed.take_answers)
 
     def _answer_ahead(self, sampler: Sampler) -> Ahead:
