@@ -121,8 +121,8 @@ def prepare(
     if run.template.use_chat_template:
         tokenizer.chat_template = tokenizer.chat_template or template.source  # saved with every checkpoint
     encoder = Encoder(template, longest, run.template.truncation_strategy, run.data.strict, method.shape)
-    sources = open_sources(run, encoder, resumption)
-    rows, eval_rows = encode_sets(run, encoder, sources)
+    train_source, eval_source, stream = open_sources(run, encoder, resumption)
+    rows, eval_rows = encode_sets(run, encoder, train_source, eval_source)
     for dataset in (rows, eval_rows) if method.shape == "classes" else ():
         if dataset is not None:
             assert method.num_labels is not None, "a head gives classes"
@@ -130,7 +130,7 @@ def prepare(
     method = replace(method, objective=learn_facts(method.objective, config, rows, eval_rows))
     return Prepared(
         run, method, resumption, root, model_path, config, reference_path, reference_adapter, tokenizer,
-        rows, eval_rows, sources.evaluation, sources.stream, longest, callbacks,
+        rows, eval_rows, eval_source, stream, longest, callbacks,
     )  # fmt: skip
 
 
@@ -198,31 +198,25 @@ def check_sequences(run: TrainRun, method: Method) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Sources:
-    """Rows of a run. Of training rows that are streamed, `train` has the first ones."""
-
-    train: Rows | None
-    evaluation: Rows | None
-    stream: EncodedStream | None = None
-
-
-def open_sources(run: TrainRun, encoder: Encoder, resumption: Resumption | None) -> Sources:
+def open_sources(
+    run: TrainRun, encoder: Encoder, resumption: Resumption | None
+) -> tuple[Rows | None, Rows | None, EncodedStream | None]:
+    """Training rows, or the first ones of those that are streamed; rows of evaluation; the stream."""
     train, evaluation = open_sets(run.data, seed=run.data_seed, **run.model.hub)
     if not run.data.streaming:
-        return Sources(train, evaluation)
+        return train, evaluation, None
     source = open_stream(run.data, seed=run.data_seed, **run.model.hub)
     head = Rows([InMemory(source.head(STREAM_HEAD))])
-    return Sources(head, evaluation, _start_stream(run, source, encoder, resumption))
+    return head, evaluation, _start_stream(run, source, encoder, resumption)
 
 
 def encode_sets(
-    run: TrainRun, encoder: Encoder, sources: Sources
+    run: TrainRun, encoder: Encoder, train: Rows | None, evaluation: Rows | None
 ) -> tuple[EncodedDataset, EncodedDataset | None]:
     """Tokens of both sets, with what was dropped and why."""
     encoded = []
-    training = "training" if sources.stream is None else "first training"
-    for what, rows in ((training, sources.train), ("evaluation", sources.evaluation)):
+    training = "first training" if run.data.streaming else "training"
+    for what, rows in ((training, train), ("evaluation", evaluation)):
         found = open_exported(
             run.data.cached_dataset, encoder, model=str(run.model.model), training=what == training
         )

@@ -5,7 +5,6 @@ called `checkpoint-N` is complete.
 """
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from swift.config.option import ConfigError
 from swift.engines.protocol import Engine, Snapshot
 from swift.engines.ranks import Ranks
-from swift.models.directory import list_checkpoints
+from swift.models.directory import list_checkpoints, read_json
 from swift.train.state import TrainState
 from swift.train.stopping import FAILED
 from swift.utils.files import (
@@ -192,7 +191,7 @@ class Saver:
             while not done.exists():
                 if flight.cancelled.wait(POLL_SECONDS):
                     return
-            known |= json.loads(done.read_text(encoding="utf-8"))
+            known |= read_json(done)
             done.unlink()
         if snapshot.finish:
             snapshot.finish()
@@ -291,7 +290,7 @@ def find_checkpoint(path: Path) -> Path:
             raise ConfigError(f"--resume_from_checkpoint {path} is damaged: {damage}", hint=hint)
     else:
         path = find_whole(path)
-    if not json.loads((path / STATE).read_text(encoding="utf-8"))["resumable"]:
+    if not read_json(path / STATE)["resumable"]:
         raise ConfigError(
             f"--resume_from_checkpoint {path} has no optimizer state (saved with --save_only_model true)",
             hint="train from its weights instead",
