@@ -276,7 +276,6 @@ def _run(
 
 
 def list_requests(talks: Sequence[Talk], sampling: Sampling, turn: int) -> list[Request]:
-    """What is asked next."""
     requests = []
     for talk in talks:
         ids = talk.trajectory.prompt_ids + talk.trajectory.token_ids

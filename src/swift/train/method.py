@@ -35,7 +35,6 @@ class Method:
 
 
 def sft_method(run: SftRun) -> Method:
-    """The method of `swift pt` and `swift sft`."""
     task = run.task
     if task.task_type == "seq_cls":
         assert task.num_labels is not None, "check_complete has run"

@@ -73,6 +73,7 @@ class Prepared:
     reference_path: Path | None  # of --ref_model or --teacher_model
     reference_adapter: Path | None  # of --ref_adapters
     tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
     rows: EncodedDataset
     eval_rows: EncodedDataset | None
     eval_source: Rows | None
@@ -130,7 +131,7 @@ def prepare(
     method = replace(method, objective=learn_facts(method.objective, config, rows, eval_rows))
     return Prepared(
         run, method, resumption, root, model_path, config, reference_path, reference_adapter, tokenizer,
-        rows, eval_rows, eval_source, stream, longest, callbacks,
+        template, rows, eval_rows, eval_source, stream, longest, callbacks,
     )  # fmt: skip
 
 

@@ -102,8 +102,7 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
     check_equal_on_ranks(ranks, data)
     if resumption:
         check_same_data(resumption, data)
-    total_steps = stage.total_steps(run.schedule.num_train_epochs, run.schedule.max_steps)
-    engine = backend.build(ready, ranks, device, total_steps, stage.accumulation)
+    engine = backend.build(ready, ranks, device, stage.total_steps, stage.accumulation)
     dtype = str(engine.dtype).removeprefix("torch.")
     what = f"{run.model.model}, {run.tuner.train_type}, {dtype}, {engine.device}"
     summary.tell_weights(*engine.num_parameters, what)
@@ -111,7 +110,7 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
         precompute(run, ready, engine, ranks)
         if not method.needs_mismatched:  # whose answers change with every step
             engine.drop_reference()
-    stage.tell(total_steps, flat=engine.flat)
+    stage.tell(flat=engine.flat)
     summary.tell_sample(tokenizer, ready.rows, waits=method.samples)
     directory = ranks.share(open_run_directory(run, ready.root, resumption) if ranks.is_main else ready.root)
     args = hide_secrets({**flatten(run), "swift_version": __version__, "command": command})
@@ -137,7 +136,7 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
         callbacks.append(Publisher(run.publish, destination, args))
     loop = Loop(
         engine=engine, method=method, **vars(stage.open(engine, directory)),
-        total_steps=total_steps, schedule=run.schedule, saver=saver, run_directory=directory,
+        total_steps=stage.total_steps, schedule=run.schedule, saver=saver, run_directory=directory,
         callbacks=callbacks,
         follows_wishes=bool(ready.callbacks or run.schedule.early_stop_interval),
     )  # fmt: skip
@@ -148,7 +147,6 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
 
 
 def precompute(run: RlhfRun, ready: Prepared, engine: Engine, ranks: Ranks) -> None:
-    """Runs the reference model over all rows, once."""
     paths = [ready.reference_path or ready.model_path, ready.reference_adapter]
     key = "\n".join(describe_weights(path) for path in paths if path)
     for rows in (ready.rows, ready.eval_rows):

@@ -14,7 +14,6 @@ from swift.engines.ranks import Ranks
 from swift.models.load import context_length
 from swift.rewards.panel import Panel
 from swift.rollout.multi_turn import Turns, build_scheduler
-from swift.template.chat import ChatTemplate
 from swift.train.actor_critic import ActorCritic, Foresight
 from swift.train.ahead import Ahead
 from swift.train.answers import RolloutEvaluation, Sampler
@@ -57,6 +56,8 @@ class OnlineStage:
                 f"{self.plan.prompts}",
                 hint="leave it out, or lower --gradient_accumulation_steps",
             )
+        most, epochs = run.schedule.max_steps, run.schedule.num_train_epochs
+        self.total_steps = most if most > 0 else self.order.total_steps(epochs, -1) * self.plan.updates
         settings = {**flatten(run), "tokenizer": ready.tokenizer}
         self.panel = Panel.build(run.rewards, settings=settings, has_environment=run.turns.use_gym_env)
         self.judges = find_reward_models(run.rewards, run.model)
@@ -89,12 +90,9 @@ class OnlineStage:
         rows = self.ready.rows
         return {"rows": len(rows), **asdict(self.plan), "fingerprint": rows.fingerprint}
 
-    def total_steps(self, epochs: float, max_steps: int) -> int:
-        return max_steps if max_steps > 0 else self.order.total_steps(epochs, -1) * self.plan.updates
-
-    def tell(self, total_steps: int, *, flat: bool) -> None:  # noqa: ARG002 - part of the protocol
+    def tell(self, *, flat: bool) -> None:  # noqa: ARG002 - as other stages
         plan, size = self.plan, self.run.schedule.per_device_train_batch_size
-        rollouts = math.ceil(total_steps / plan.updates)
+        rollouts = math.ceil(self.total_steps / plan.updates)
         say(
             f"rollouts: {plan.prompts} prompts x {plan.generations} answers = {plan.answers} answers "
             f"({size} x {plan.answers // size // self.ranks.data_world} micro-batches x "
@@ -102,7 +100,7 @@ class OnlineStage:
         )
         say(
             f"steps: {self.order.steps_per_epoch} rollouts an epoch of {len(self.ready.rows):,} prompts, "
-            f"{rollouts} rollouts and {total_steps} optimizer steps in all"
+            f"{rollouts} rollouts and {self.total_steps} optimizer steps in all"
         )
 
     def open(self, engine: Engine, _directory: Path) -> Opened:
@@ -133,10 +131,9 @@ class OnlineStage:
         return Opened(feed, evaluation, feed.observe, feed.take_answers)
 
     def _answer_ahead(self, sampler: Sampler) -> Ahead:
-        steps = self.total_steps(self.run.schedule.num_train_epochs, self.run.schedule.max_steps)
         return Ahead(
             lambda number: sampler.answer(self.order.step_rows(number), self.plan.generations, number),
-            math.ceil(steps / self.plan.updates),
+            math.ceil(self.total_steps / self.plan.updates),
             self.position.get("ahead"),
         )
 
@@ -151,7 +148,7 @@ class OnlineStage:
         wanted = self._longest_prompt() + TURNS * run.online.max_completion_length
         limits = (context_length(ready.model_config), run.vllm.vllm_max_model_len, wanted)
         return Turns(
-            scheduler, str(run.turns.scheduler), ChatTemplate(ready.tokenizer, run.template),
+            scheduler, str(run.turns.scheduler), ready.template,
             min(filter(None, limits)), run.rewards.reward_timeout,
             run.turns.completion_length_limit_scope == "total",
         )  # fmt: skip

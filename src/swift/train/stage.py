@@ -33,20 +33,19 @@ class RowStage:
         check_rows(ready, self.plan)
         self.feed = make_feed(self.plan, ready)
         self.accumulation = self.plan.accumulation  # micro-batches of an optimizer step
+        schedule = ready.run.schedule
+        self.total_steps = self.plan.total_steps(schedule.num_train_epochs, schedule.max_steps)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same where a run goes on, and on every rank."""
         return self.feed.identity()
 
-    def total_steps(self, epochs: float, max_steps: int) -> int:
-        return self.plan.total_steps(epochs, max_steps)
-
-    def tell(self, total_steps: int, *, flat: bool) -> None:
+    def tell(self, *, flat: bool) -> None:
         """Says what will be trained, once."""
         if self.plan.packs:
             summary.tell_packs(self.plan.packs, flat=flat)
         rows = self.ready.rows if self.ready.stream is None else None
-        summary.tell_steps(self.plan, total_steps, rows, world=self.ranks.world)
+        summary.tell_steps(self.plan, self.total_steps, rows, world=self.ranks.world)
 
     def open(self, engine: Engine, _directory: Path) -> Opened:
         ready, run = self.ready, self.ready.run
