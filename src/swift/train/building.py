@@ -150,8 +150,7 @@ def lacks_flash(name: str, model: PreTrainedModel | PeftModel) -> bool:
 def open_run_directory(run: TrainRun, root: Path, resumption: Resumption | None) -> Path:
     """The checkpoint's own run directory when resuming into the same place, else a new one."""
     if resumption and (run.output.output_dir is None or root in resumption.checkpoint.parents):
-        removed = remove_partial(resumption.run_directory)
-        for name in removed:
+        for name in remove_partial(resumption.run_directory):
             say(f"removed {name}: it was half-written when the run was killed")
         return resumption.run_directory
     return new_run_directory(root, run.output.add_version)

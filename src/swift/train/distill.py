@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from swift.batch import IGNORED, Batch
 from swift.config.online import OnlineConfig
@@ -18,7 +17,10 @@ from swift.train.answers import Answered, collate_answers, sampling_of
 from swift.train.far_teacher import FarTeacher
 from swift.train.preparing import Prepared
 from swift.train.rollouts import check_answers, start_answers
+from swift.train.scoring import with_constant
 from swift.train.stage import Opened, RowStage
+
+ORIGIN = "sampled"  # of a segment: 1 for the student's own answers
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,7 @@ class DistillFeed(StoredFeed):
 
     def batches(self, step: int, data_rank: int, /) -> list[Batch]:
         if not self.is_own(step):
-            found = StoredFeed.batches(self, step, data_rank)
-            return [with_origin(batch, 0.0) for batch in found]
+            return with_constant(StoredFeed.batches(self, step, data_rank), ORIGIN, 0.0)
         parts = self.plan.micro_batches(step, data_rank)
         requests = [self._request(int(row), step) for numbers in parts for row in numbers]
         self.rollout.wake()
@@ -52,7 +53,8 @@ class DistillFeed(StoredFeed):
             Answered(0, 0, request.token_ids, one.token_ids, one.logps, one.finish_reason, one.text)
             for request, (one,) in zip(requests, answers, strict=True)
         )
-        return [with_origin(collate_answers([next(said) for _ in numbers], False), 1.0) for numbers in parts]
+        batches = [collate_answers([next(said) for _ in numbers], False) for numbers in parts]
+        return with_constant(batches, ORIGIN, 1.0)
 
     def _request(self, row: int, step: int) -> Request:
         encoded = self.rows.sequences(row)[0]
@@ -62,12 +64,6 @@ class DistillFeed(StoredFeed):
 
     def close(self) -> None:
         self.rollout.close()
-
-
-def with_origin(batch: Batch, sampled: float) -> Batch:
-    """segment["sampled"] [S]: 1 for the student's own answers."""
-    column = torch.full((batch.num_segments,), sampled)
-    return replace(batch, segment={**batch.segment, "sampled": column})
 
 
 class DistillStage(RowStage):

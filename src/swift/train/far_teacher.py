@@ -20,7 +20,6 @@ from swift.train.scoring import Step
 
 AT_ONCE = 32  # rows that a rank asks for together
 TIMEOUT_SECONDS = 240.0
-ASKING = "while the teacher was asked"
 
 
 class FarTeacher:
@@ -61,7 +60,7 @@ class FarTeacher:
             "model": self.model, "prompt": token_ids, "max_tokens": 1, "temperature": 0,
             "prompt_logprobs": self.top_k,
         }  # fmt: skip
-        answer = self.server.ask("POST", "/v1/completions", body, phase=ASKING)
+        answer = self.server.ask("POST", "/v1/completions", body, phase="while the teacher was asked")
         told = answer["choices"][0].get("prompt_logprobs") or []
         if len(told) != len(token_ids):
             raise ConfigError(
