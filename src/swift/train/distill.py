@@ -1,7 +1,6 @@
 """Distillation's rows: those of the data, or in some steps the student's own answers to their prompts."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -79,8 +78,8 @@ class DistillStage(RowStage):
             ready.method.score.check(first, ready.model_config.get_text_config().vocab_size)
         RowStage.__init__(self, ready, ranks)
 
-    def open(self, engine: Engine, directory: Path) -> Opened:
-        opened = RowStage.open(self, engine, directory)
+    def open(self, engine: Engine) -> Opened:
+        opened = RowStage.open(self, engine)
         run, ready = self.run, self.ready
         if run.rlhf.lmbda == 0:
             return opened

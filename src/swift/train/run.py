@@ -135,7 +135,7 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
     if destination and ranks.is_main:
         callbacks.append(Publisher(run.publish, destination, args))
     loop = Loop(
-        engine=engine, method=method, **vars(stage.open(engine, directory)),
+        engine=engine, method=method, **vars(stage.open(engine)),
         total_steps=stage.total_steps, schedule=run.schedule, saver=saver, run_directory=directory,
         callbacks=callbacks,
         follows_wishes=bool(ready.callbacks or run.schedule.early_stop_interval),

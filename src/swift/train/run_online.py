@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import Any
 
 from swift.config.online import RolloutPlan
@@ -103,7 +102,7 @@ class OnlineStage:
             f"{rollouts} rollouts and {self.total_steps} optimizer steps in all"
         )
 
-    def open(self, engine: Engine, _directory: Path) -> Opened:
+    def open(self, engine: Engine) -> Opened:
         run, ready, config = self.run, self.ready, self.run.online
         self.panel.add_models(load_reward_models(self.judges, run.model, engine.device))
         context = self.turns.context if self.turns else self._longest_prompt() + config.max_completion_length

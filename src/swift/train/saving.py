@@ -98,7 +98,7 @@ class Saver:
         self.ranks.collect(None)
         self.raise_failure()
         snapshot = engine.save(flight.temporary, resumable=not self.only_model)
-        self._check_space(sum(self.ranks.collect(snapshot.bytes)))
+        self._check_space(flight, sum(self.ranks.collect(snapshot.bytes)))
         work = lambda: self._write(flight, snapshot)  # noqa: E731
         flight.thread = Thread(target=self._try, args=(flight, work), name="checkpoint", daemon=True)
         flight.thread.start()
@@ -129,34 +129,33 @@ class Saver:
         """Raises where a rank could not write. Called by every rank, after an exchange."""
         if not self.ranks.flagged() & FAILED:
             return
-        assert self.flight
-        self.flight.cancelled.set()
-        if self.flight.thread:
-            self.flight.thread.join()
-        error = self.flight.error
+        flight = self.flight
+        assert flight
+        flight.cancelled.set()
+        if flight.thread:
+            flight.thread.join()
+        error = flight.error
         reasons = [r for r in self.ranks.collect(None if error is None else disk_reason(error)) if r]
         if self.ranks.is_main:
-            shutil.rmtree(self.flight.temporary, ignore_errors=True)
+            shutil.rmtree(flight.temporary, ignore_errors=True)
         if not reasons:
-            raise RuntimeError(f"{self.flight.final.name} could not be written") from error
+            raise RuntimeError(f"{flight.final.name} could not be written") from error
         free = f"{format_bytes(shutil.disk_usage(self.run_directory).free)} are free"
-        raise self._refuse(f"{reasons[0]} ({free}); {self.flight.temporary.name} was removed")
+        raise self._refuse(flight, f"{reasons[0]} ({free}); {flight.temporary.name} was removed")
 
-    def _check_space(self, size: int) -> None:
+    def _check_space(self, flight: Flight, size: int) -> None:
         """Refuses a checkpoint of `size` bytes that cannot fit, before a byte of it is written."""
         free = self.ranks.share(shutil.disk_usage(self.run_directory).free)
         if size > free:
-            assert self.flight
             if self.ranks.is_main:
-                shutil.rmtree(self.flight.temporary, ignore_errors=True)
-            raise self._refuse(f"it needs {format_bytes(size)}, and {format_bytes(free)} are free")
+                shutil.rmtree(flight.temporary, ignore_errors=True)
+            raise self._refuse(flight, f"it needs {format_bytes(size)}, and {format_bytes(free)} are free")
 
-    def _refuse(self, reason: str) -> ConfigError:
-        assert self.flight
+    def _refuse(self, flight: Flight, reason: str) -> ConfigError:
         others = [path.name for step, path in list_checkpoints(self.run_directory)]
         last = f"the last whole one is {others[-1]}" if others else "there is no whole one before it"
         return ConfigError(
-            f"{self.flight.final.name} cannot be written to {self.run_directory}: {reason}; {last}; "
+            f"{flight.final.name} cannot be written to {self.run_directory}: {reason}; {last}; "
             "training was stopped",
             hint=f"make room, then go on with --resume_from_checkpoint {self.run_directory}"
             if others

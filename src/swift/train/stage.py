@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from swift.data.feed import Feed
@@ -47,7 +46,7 @@ class RowStage:
         rows = self.ready.rows if self.ready.stream is None else None
         summary.tell_steps(self.plan, self.total_steps, rows, world=self.ranks.world)
 
-    def open(self, engine: Engine, _directory: Path) -> Opened:
+    def open(self, engine: Engine) -> Opened:
         ready, run = self.ready, self.ready.run
         if ready.eval_rows is None or run.eval_limit == 0:
             return Opened(self.feed, None)
