@@ -212,6 +212,22 @@ def test_memory_that_does_not_suffice_makes_rows_wait(model, tokenizer, decode, 
     assert decoder.cache.rows * decoder.cache.capacity <= 128 * 5
 
 
+def test_what_memory_does_not_hold_ends_alone(model, tokenizer, cache) -> None:
+    """As the context does: others go on being answered."""
+    if cache == "slots":
+        pytest.skip("a slot is as long as the context")
+    decoder = Decoder(model, tokenizer, stop_token_ids=[], context=400, max_rows=8, memory_bytes=512 * 64 * 4)
+    long, short = decoder.generate([Request(prompt(20), Sampling(300)), Request(prompt(5), Sampling(9))])
+    assert (len(long[0].token_ids), long[0].finish_reason) == (
+        193 - 20,
+        "length",
+    )  # one is not stored
+    assert (len(short[0].token_ids), short[0].finish_reason) == (9, "length")
+    with pytest.raises(ConfigError, match="the prompt has 200 tokens, memory holds 192"):
+        decoder.submit(Request(prompt(200), Sampling(9)))
+    assert len(decoder.generate([Request(prompt(150), Sampling(9))])[0][0].token_ids) == 9
+
+
 def test_settings_shape_the_distribution(model, tokenizer, decode) -> None:
     ids = prompt(12)
     scaled = teacher_forced(model, ids, [0])[0]

@@ -7,6 +7,7 @@ import torch
 from tests import paged_attention
 
 from swift.config.option import ConfigError
+from swift.rollout.graphs import can_record, padded_rows
 from swift.rollout.pages import PAGE, Pages
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,8 +74,17 @@ def test_rows_take_pages_as_they_grow_and_the_last_ones_give_way() -> None:
 
 def test_a_prompt_that_never_fits_says_so() -> None:
     pages = make_pages(3 * PAGE)
-    with pytest.raises(ConfigError, match="keys and values of 128 tokens, not of a row of 200"):
+    with pytest.raises(ConfigError, match="keys and values of 128 tokens, not of a prompt of 200"):
         pages.join(200, 1, 0, whole=False)
-    assert pages.join(100, 1, 0, whole=False) == 1
-    with pytest.raises(ConfigError, match="not of a row of 129"):
-        pages.grow([129])
+    assert pages.join(100, 1, 0, whole=False) == 1 and pages.grow([pages.most]) == 1
+
+
+def test_what_graphs_are_recorded_for() -> None:
+    sizes = [padded_rows(n, 200) for n in (1, 2, 3, 33, 64, 65, 129, 193, 200)]
+    assert sizes == [1, 2, 4, 64, 64, 128, 192, 200, 200]
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    assert can_record(model)
+    handle = model[1].register_forward_hook(lambda *_: None)
+    assert not can_record(model)  # a graph would leave out what the hook does
+    handle.remove()
+    assert can_record(model)

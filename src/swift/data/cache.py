@@ -39,7 +39,6 @@ from swift.data.encode import (
 )
 from swift.data.rows import Rows
 from swift.data.shapes import SHAPES
-from swift.template.chat import ChatTemplate
 from swift.template.tokenize import Encoded, fast_backend
 from swift.utils import env
 from swift.utils.files import write_json
@@ -90,14 +89,9 @@ def describe_encoder(encoder: Encoder) -> dict[str, Any]:
     flags = dataclasses.asdict(template.config)
     kept = {name: value for name, value in flags.items() if name not in _NOT_FOR_TRAINING}
     settings = {**kept, "system": template.system, "max_length": encoder.max_length}
-    return {"settings": settings, "tokenizer": digest_tokenizer(template)}
-
-
-def digest_tokenizer(template: ChatTemplate) -> str:
-    """sha256 of the tokenizer and its chat template."""
     specials = json.dumps(template.tokenizer.special_tokens_map, sort_keys=True, default=str)
     known = (fast_backend(template).to_str(), template.source, specials)
-    return hashlib.sha256("\0".join(known).encode()).hexdigest()
+    return {"settings": settings, "tokenizer": hashlib.sha256("\0".join(known).encode()).hexdigest()}
 
 
 def _digest_code(plugins: Sequence[str]) -> str:
@@ -117,34 +111,26 @@ def write_entry(
     entry: Path, encoder: Encoder, rows: Rows, config: DataConfig, *, what: str, about: dict[str, Any]
 ) -> EncodeReport:
     """Encodes all rows into `entry`, which appears whole or not at all. The caller holds its lock."""
-    writer = _Writer(entry)
-    try:
+    with contextlib.closing(_Writer(entry)) as writer:
         chunks = map(writer.add, encode_chunks(encoder, rows, config.dataset_num_proc))
         report = make_report(len(rows), chunks)
         judge(report, config, what)
         writer.finish({**about, **dataclasses.asdict(report)})
-        return report
-    finally:
-        writer.discard()
+    return report
 
 
 def copy_entries(entry: Path, datasets: Sequence[EncodedDataset], about: dict[str, Any]) -> None:
     """One entry with the rows of several data sets, one after another."""
-    writer = _Writer(entry)
-    try:
+    with contextlib.closing(_Writer(entry)) as writer:
         for dataset in datasets:
             for first in range(0, len(dataset), 1000):
                 writer.add(_cut(dataset, first, min(first + 1000, len(dataset))))
         total = sum(map(len, datasets))
         writer.finish({**about, **dataclasses.asdict(EncodeReport(total, total))})
-    finally:
-        writer.discard()
 
 
 def _cut(dataset: EncodedDataset, first: int, end: int) -> Chunk:
-    span = slice(int(dataset.offsets[first]), int(dataset.offsets[end]))
-    scale = None if dataset.loss_scale is None else dataset.loss_scale[span]
-    flat = Encoded(dataset.ids[span], dataset.labels[span], scale)
+    flat = dataset.flat.cut(*dataset.offsets[[first, end]].tolist())
     places = [dataset.places[i] for i in range(first, end)]
     parts = [tuple(row) for row in dataset.parts[first:end].tolist()]
     return Chunk(flat, parts, list(range(first, end)), places, [], [()] * len(parts))
@@ -156,7 +142,7 @@ class _Writer:
     def __init__(self, entry: Path) -> None:
         self._entry = entry
         self._directory = entry.with_name(f".{entry.name}.tmp")
-        self.discard()  # left by a process that was killed: only the holder of the lock gets here
+        self.close()  # left by a process that was killed: only the holder of the lock gets here
         self._directory.mkdir(parents=True)
         self._ids = (self._directory / "ids.bin").open("wb")
         self._labels = (self._directory / "labels.bin").open("wb")
@@ -220,12 +206,12 @@ class _Writer:
             shutil.rmtree(self._entry)  # whoever has it mapped keeps what is mapped
         self._directory.rename(self._entry)
 
-    def discard(self) -> None:
+    def close(self) -> None:
+        """Throws away what is not finished."""
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
 def _map_tokens(directory: Path, *, weighted: bool) -> Encoded:
-    """The tokens of an entry, as they are in its files."""
 
     def mapped(name: str, kind: Any) -> np.ndarray:
         return np.memmap(directory / f"{name}.bin", kind, "r")

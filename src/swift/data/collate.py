@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from swift.batch import IGNORED, Batch
-from swift.data.encode import EncodedDataset
+from swift.data.encode import EncodedDataset, concatenate
 from swift.template.tokenize import Encoded
 
 
@@ -73,6 +73,4 @@ def mismatch_rows(
 def _mismatch(prompt: Encoded, answer: Encoded) -> Encoded:
     trained = [int(np.argmax(row.labels != IGNORED)) for row in (prompt, answer)]
     head, tail = prompt.cut(0, trained[0]), answer.cut(trained[1], len(answer.labels))
-    return Encoded(
-        np.concatenate([head.input_ids, tail.input_ids]), np.concatenate([head.labels, tail.labels]), None
-    )
+    return replace(concatenate([head, tail]), loss_scale=None)

@@ -39,12 +39,7 @@ def load_packaged(
 ) -> list[Row]:
     """Rows of the named subsets, one after another; no subset means "default"."""
     asset, known = PACKAGED[dataset_id]
-    names = known if tuple(subsets) == ("all",) else tuple(subsets) or known[:1]
-    for name in names:
-        if name not in known:
-            raise ConfigError(
-                f"dataset {dataset_id} has no subset {name}", hint=f"known: {', '.join(known)}, all"
-            )
+    names = _choose_subsets(dataset_id, known, subsets)
     with resources.as_file(resources.files("swift.data") / "assets" / asset) as path:
         rows = [Row(columns, dataset_id, number) for number, columns in enumerate(read_jsonl(path), start=1)]
     if asset != _SELF_COGNITION:
@@ -52,6 +47,17 @@ def load_packaged(
     _check_names("--model_name", model_name, dataset_id)
     _check_names("--model_author", model_author, dataset_id)
     return [_fill(row, style, model_name, model_author) for style in names for row in rows]
+
+
+def _choose_subsets(dataset: str, known: Sequence[str], asked: Sequence[str]) -> Sequence[str]:
+    """Those that were asked for, or the first. Raises ConfigError."""
+    names = known if tuple(asked) == ("all",) else asked or known[:1]
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"dataset {dataset} has no subset {name}", hint=f"known: {', '.join(known)}, all"
+            )
+    return names
 
 
 def _check_names(flag: str, values: Sequence[str], dataset_id: str) -> None:
@@ -106,12 +112,7 @@ class DatasetMeta:
             return {"path": Path(self.dataset_path).expanduser()}
         parts = [SubsetDataset(p, p) if isinstance(p, str) else p for p in self.subsets]
         known = {part.name or part.subset: part.subset for part in parts}
-        wanted = tuple(known) if tuple(subsets) == ("all",) else tuple(subsets) or tuple(known)[:1]
-        for name in wanted:
-            if name not in known:
-                raise ConfigError(
-                    f"dataset {self.names[0]} has no subset {name}", hint=f"known: {', '.join(known)}, all"
-                )
+        wanted = _choose_subsets(self.names[0], tuple(known), subsets)
         # "default" is what hubs call the only part of a data set without parts.
         subsets = tuple(known[name] for name in wanted if known[name] != "default")
         on_hf = self.hf_dataset_id is not None and (use_hf or self.ms_dataset_id is None)
@@ -155,14 +156,12 @@ def find_registered(name: str) -> DatasetMeta | None:
 
 
 def use_plugins(config: PluginConfig) -> None:
-    """Runs the users' files and registers their data sets; comes before anything is looked up by name."""
+    """Runs the users' files and registers their data sets; comes before anything is looked up by name.
+
+    Paths in the files of --custom_dataset_info start at the file.
+    """
     load_plugins(config.external_plugins)
-    register_dataset_info(config.custom_dataset_info)
-
-
-def register_dataset_info(files: Sequence[str]) -> None:
-    """Registers the entries of the files of --custom_dataset_info; paths in them start at the file."""
-    for file in files:
+    for file in config.custom_dataset_info:
         path = Path(file).expanduser()
         try:
             entries = json.loads(path.read_text(encoding="utf-8-sig"))

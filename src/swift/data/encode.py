@@ -53,40 +53,32 @@ class Samples(Sequence[Sample]):
         return self._read(self._rows[int(self._kept[index])]).samples[0]
 
 
+@dataclass(eq=False, repr=False)
 class EncodedDataset:
     """Encoded rows, in memory or mapped from files. R = rows, S = their sequences, N = tokens of all."""
 
-    def __init__(
-        self,
-        flat: Encoded,
-        parts: np.ndarray,
-        places: Sequence[Place],
-        *,
-        values: dict[str, np.ndarray] | None = None,
-        shape: str = "chat",
-        samples: Sequence[Sample] = (),
-        directory: Path | None = None,
-    ) -> None:
-        assert len(parts) == len(places), (len(parts), len(places))
-        self.ids = flat.input_ids  # [N] int32
-        self.labels = flat.labels  # [N] int32, not shifted
-        self.loss_scale = flat.loss_scale  # [N] float32; none = 1 everywhere
-        self.parts = parts  # [R, K] int64 tokens of each sequence of a row; 0 = the row has fewer
-        self.lengths = parts.sum(1)  # [R] tokens
+    flat: Encoded  # [N] all sequences, one after another
+    parts: np.ndarray  # [R, K] int64 tokens of each sequence of a row; 0 = the row has fewer
+    places: Sequence[Place]  # where each row was read
+    values: dict[str, np.ndarray] = field(default_factory=dict)  # name -> [R] float32, that go with a row
+    shape: str = "chat"
+    samples: Sequence[Sample] = ()  # empty where the rows come from --cached_dataset
+    directory: Path | None = None  # what it is mapped from, if it is
+    tokens: dict[str, np.ndarray] = field(default_factory=dict)  # name -> [N] float32, computed by position
+
+    def __post_init__(self) -> None:
+        assert len(self.parts) == len(self.places), (len(self.parts), len(self.places))
+        self.ids, self.labels, self.loss_scale = self.flat.input_ids, self.flat.labels, self.flat.loss_scale
+        self.lengths = self.parts.sum(1)  # [R] tokens
         self.offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.lengths)])  # [R + 1]
-        self.values = values or {}  # name -> [R] float32, numbers that go with a row
-        self.by_place = SHAPES[shape].by_place  # numbers of the first sequence of a row, of the second, ...
-        self.tokens: dict[str, np.ndarray] = {}  # name -> [N] float32, what was computed about each position
-        self.places = places  # where each row was read
-        self.samples = samples  # empty where the rows come from --cached_dataset
-        self.directory = directory  # what it is mapped from, if it is
+        self.by_place = SHAPES[self.shape].by_place  # numbers of the first sequence of a row, the second, ...
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Encoded:
         end = self.offsets[index % len(self) + 1]
-        return Encoded(self.ids, self.labels, self.loss_scale).cut(int(end - self.lengths[index]), int(end))
+        return self.flat.cut(int(end - self.lengths[index]), int(end))
 
     def sequences(self, index: int) -> list[Encoded]:
         """The row as sequences that do not see each other."""
@@ -321,7 +313,6 @@ def _run_encoder(first: int, items: Sequence[Row | Line]) -> Chunk:
 
 
 def concatenate(parts: list[Encoded]) -> Encoded:
-    """Sequences one after another."""
     empty = np.empty(0, dtype=np.int32)
     ids = np.concatenate([empty, *(part.input_ids for part in parts)])
     labels = np.concatenate([empty, *(part.labels for part in parts)])

@@ -3,7 +3,7 @@
 The global order of rows depends on neither the number of processes nor the micro-batch size.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -70,33 +70,26 @@ class StoredFeed:
         """Once, after the last step."""
 
 
+@dataclass(eq=False)
 class StreamFeed:
     """Items of a stream as they come: as StoredFeed, but steps are asked for in order, each once."""
 
-    steps_per_epoch = None  # nobody knows
-
-    def __init__(
-        self,
-        stream: EncodedStream,
-        *,
-        micro_batch_size: int,
-        accumulation: int,
-        data_world: int = 1,
-        first_step: int = 0,
-    ) -> None:
-        self.stream = stream
-        self.micro_batch_size, self.accumulation = micro_batch_size, accumulation
-        self.data_world = data_world
-        self._next_step = first_step
-        self._step_rows: tuple[EncodedDataset, list[np.ndarray]]  # of the last step, and its micro-batches
+    stream: EncodedStream
+    micro_batch_size: int
+    accumulation: int
+    data_world: int = 1
+    next_step: int = 0
+    steps_per_epoch: None = None  # nobody knows
+    # Of the last step: its rows, and which of them each micro-batch has.
+    _step_rows: tuple[EncodedDataset, list[np.ndarray]] = field(init=False)
 
     @property
     def items_per_step(self) -> int:
         return self.micro_batch_size * self.accumulation * self.data_world
 
     def batches(self, step: int, data_rank: int, /) -> list[Batch]:
-        assert step == self._next_step, (step, self._next_step)
-        self._next_step += 1
+        assert step == self.next_step, (step, self.next_step)
+        self.next_step += 1
         items: list[Item] = []
         while len(items) < self.items_per_step:
             item = self.stream.next_item()

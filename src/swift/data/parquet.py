@@ -14,10 +14,8 @@ def read_parquet(path: Path) -> Iterator[Row]:
     """Rows in order; nested columns become dicts and lists."""
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            number = 0
-            for batch in table.iter_batches():
-                for columns in batch.to_pylist():
-                    number += 1
-                    yield Row(columns, str(path), number)
+            rows = (columns for batch in table.iter_batches() for columns in batch.to_pylist())
+            for number, columns in enumerate(rows, start=1):
+                yield Row(columns, str(path), number)
     except pyarrow.ArrowException as error:
         raise ConfigError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error

@@ -4,9 +4,8 @@ Owns: the columns of such rows, in the spellings of earlier tools and of TRL. No
 them (formats.py).
 """
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from swift.data.formats import SYSTEM, Columns, to_sample
@@ -61,7 +60,7 @@ def to_kto(row: Row) -> Example:
     word = str(label).lower()
     if word not in (*_TRUE, *_FALSE):
         raise RowError("no label" if label is None else "a label that is not true or false")
-    sample = to_sample(_with_columns(row, columns.rest()))
+    sample = to_sample(replace(row, columns=columns.rest()))
     if sample.messages[-1]["role"] != "assistant":
         raise RowError("no assistant message at the end")
     return Example((sample,), (float(word in _TRUE),))
@@ -75,7 +74,7 @@ def to_prompt(row: Row) -> PromptSample:
         messages, answer = messages[:-1], messages[-1]
     if not any(message["role"] != "system" for message in messages):
         raise RowError("no question")
-    return PromptSample(dataclasses.replace(sample, messages=messages), answer)
+    return PromptSample(replace(sample, messages=messages), answer)
 
 
 def _from_answer(columns: Columns, row: Row) -> tuple[Sample, Sample]:
@@ -84,11 +83,11 @@ def _from_answer(columns: Columns, row: Row) -> tuple[Sample, Sample]:
     response = columns.take(("rejected_response",))
     if messages is None and response in (None, "", []):
         raise RowError("no rejected answer")
-    chosen = to_sample(_with_columns(row, columns.rest()))
+    chosen = to_sample(replace(row, columns=columns.rest()))
     if messages is None:
         last = max((i for i, m in enumerate(chosen.messages) if m["role"] == "user"), default=-1)
         messages = [*chosen.messages[: last + 1], *_answer(response)]
-        return chosen, dataclasses.replace(chosen, messages=tuple(parse_messages(messages)), extra={})
+        return chosen, replace(chosen, messages=tuple(parse_messages(messages)), extra={})
     return chosen, _conversation(row, columns, parse_messages(messages), {})
 
 
@@ -102,14 +101,14 @@ def _from_pair(columns: Columns, row: Row) -> tuple[Sample, Sample]:
         columns.take(names)
     asked = _question(prompt)
     chosen, rejected = (_conversation(row, columns, _join(asked, _answer(answer)), {}) for answer in answers)
-    return dataclasses.replace(chosen, extra=columns.rest()), rejected
+    return replace(chosen, extra=columns.rest()), rejected
 
 
 def _conversation(row: Row, columns: Columns, messages: Sequence[Message], other: dict[str, Any]) -> Sample:
     """One side of a pair, with the row's system prompt and tools."""
     shared = {name: columns.value(name) for name in (*SYSTEM, "tools") if columns.has(name)}
-    sample = to_sample(_with_columns(row, {**shared, "messages": list(messages), **other}))
-    return dataclasses.replace(sample, extra={})
+    sample = to_sample(replace(row, columns={**shared, "messages": list(messages), **other}))
+    return replace(sample, extra={})
 
 
 def _join(asked: list[Message], answer: list[Message]) -> list[Message]:
@@ -152,7 +151,3 @@ def _columns_of(row: Row) -> Columns:
     if row.problem:
         raise RowError(row.problem)
     return Columns(row.columns)
-
-
-def _with_columns(row: Row, columns: dict[str, Any]) -> Row:
-    return Row(columns, row.file, row.line)

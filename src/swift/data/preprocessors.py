@@ -20,9 +20,12 @@ class RowPreprocessor:
         self.columns = columns or {}
 
     def preprocess(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """As it is here: the columns `spoken` become messages."""
         if not self.spoken:
             raise NotImplementedError
-        return _with_messages(row, self.spoken)
+        spoken = {name: row[name] for name in self.spoken if name in row}
+        rest = {name: value for name, value in row.items() if name not in spoken}
+        return {**rest, "messages": list(to_sample(Row(spoken, "", 0)).messages)}
 
     def prepare(self, row: dict[str, Any]) -> dict[str, Any]:
         """A copy of the row with its columns renamed and in canonical names."""
@@ -73,11 +76,3 @@ class AutoPreprocessor(RowPreprocessor):
 
     def preprocess(self, row: dict[str, Any]) -> dict[str, Any] | None:
         return row
-
-
-def _with_messages(row: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """The row with these columns replaced by messages."""
-    spoken = {name: row[name] for name in names if name in row}
-    rest = {name: value for name, value in row.items() if name not in spoken}
-    messages = to_sample(Row(spoken, "", 0)).messages
-    return {**rest, "messages": list(messages)}

@@ -10,7 +10,7 @@ import json
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -129,21 +129,14 @@ class InMemory(list[Row]):
 Part = JsonLines | OtherFile | InMemory  # rows of one origin
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Rows(Sequence[Row]):
     """Rows of some parts, in an order. `recipe` says how they were chosen: with the content, the digest."""
 
-    def __init__(
-        self,
-        parts: Sequence[Part],
-        *,
-        choose: Callable[[], np.ndarray] | None = None,
-        recipe: Any = "all",
-        columns: dict[str, Any] | None = None,
-    ) -> None:
-        self.parts = parts
-        self.recipe = recipe
-        self.columns = columns or {}
-        self._choose = choose
+    parts: Sequence[Part]
+    choose: Callable[[], np.ndarray] | None = None
+    recipe: Any = "all"
+    columns: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -153,7 +146,7 @@ class Rows(Sequence[Row]):
     @cached_property
     def numbers(self) -> np.ndarray:
         """[R] which rows of all the parts', counted through."""
-        return np.arange(self._starts[-1]) if self._choose is None else self._choose()
+        return np.arange(self._starts[-1]) if self.choose is None else self.choose()
 
     @property
     def digest(self) -> str:
@@ -181,11 +174,10 @@ class Rows(Sequence[Row]):
 
     def take(self, choose: Callable[["Rows"], Any], recipe: Any) -> "Rows":
         """The rows with the numbers that `choose` returns, once they are asked for."""
-        return Rows(
-            self.parts,
+        return replace(
+            self,
             choose=lambda: self.numbers[np.asarray(choose(self), dtype=np.int64)],
             recipe=[self.recipe, recipe],
-            columns=self.columns,
         )
 
     def rename(self, columns: dict[str, Any]) -> "Rows":
@@ -195,7 +187,7 @@ class Rows(Sequence[Row]):
             _check_columns(self, columns)
             return self.numbers
 
-        return Rows(self.parts, choose=choose, recipe=self.recipe, columns=columns)
+        return replace(self, choose=choose, columns=columns)
 
     def check_unchanged(self) -> None:
         """Raises ConfigError where a file is no longer the one that the digest is of."""

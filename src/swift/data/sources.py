@@ -104,9 +104,7 @@ def open_sets(
         open_rows, seed=seed, columns=data.columns, model_name=data.model_name,
         model_author=data.model_author, use_hf=use_hf, token=token,
     )  # fmt: skip
-    held_out = None
-    if data.val_dataset:
-        held_out = open_these(data.val_dataset, shuffle=data.val_dataset_shuffle)
+    held_out = open_these(data.val_dataset, shuffle=data.val_dataset_shuffle) if data.val_dataset else None
     if data.streaming:
         return None, held_out
     mixing = {"mix": data.interleave_prob, "stop_mixing": data.stopping_strategy}

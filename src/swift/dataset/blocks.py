@@ -55,8 +55,6 @@ class Shown:
 
 @dataclass(frozen=True)
 class Page:
-    """A whole result."""
-
     title: str
     subtitle: str
     tiles: list[tuple[str, str]]  # (number, what it counts)
@@ -65,7 +63,6 @@ class Page:
 
 
 def inspection_page(found: Inspection, title: str, subtitle: str) -> Page:
-    """An inspection as words."""
     tokens = found.tokens
     tiles = [
         (f"{found.kept:,}", f"rows kept of {found.rows:,}"),

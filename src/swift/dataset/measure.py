@@ -4,7 +4,7 @@ Not here: how they are shown (blocks.py), the checks that training makes as well
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +22,7 @@ from swift.data.audit import (
 from swift.data.duplicates import find_similar
 from swift.data.encode import EncodedDataset
 from swift.data.types import Sample
+from swift.template.chat import ChatTemplate
 from swift.template.tokenize import IGNORED
 
 SHOWN = 5  # places and pairs that are named
@@ -29,6 +30,7 @@ REPEATED = 0.05  # share of the answers from which one and the same is worth a w
 _FEWEST_REPEATED = 3
 _SMALLEST_BIN = 8  # tokens
 _EXCERPT = 80  # characters
+_TEXTS = 1_000  # handed to the tokenizer at once
 
 
 @dataclass(frozen=True)
@@ -84,17 +86,15 @@ def inspect(
     sources: dict[str, int],
     dropped: dict[str, list[tuple[str, int]]],
     max_length: int,
-    stop_token_ids: Sequence[int],
-    count_tokens: Callable[[list[str]], list[int]],
-    decode: Callable[[list[int]], str],
+    template: ChatTemplate,
     near_duplicates: bool,
 ) -> Inspection:
     """Measures rows that were encoded without a limit to their length.
 
-    dropped: reason -> (file, line) of rows that cannot be used. count_tokens: tokens of each text.
+    dropped: reason -> (file, line) of rows that cannot be used. template: the one that encoded them.
     """
     samples, lengths = dataset.samples, dataset.lengths
-    answers = find_answers(dataset, stop_token_ids)
+    answers = find_answers(dataset, template.stop_token_ids)
     plain = is_plain_text(dataset, answers)
     answer_lengths = np.empty(0, np.int64) if plain else answers.lengths
     copies = find_copies(dataset)
@@ -126,18 +126,18 @@ def inspect(
         too_long=_reason(f"longer than --max_length {max_length}", too_long, samples),
         truncation=measure_truncation(dataset, max_length),
         turns=_count_turns(samples),
-        question_lengths=histogram(count_tokens(questions)),
+        question_lengths=histogram(_count_tokens(template, questions)),
         answer_lengths=histogram(answer_lengths),
         row_lengths=histogram(lengths),
         median_answer=float(np.median(answer_lengths)) if len(answer_lengths) else 0.0,
         empty_answers=_reason("empty answers", empty, samples),
-        repeated_answers=[] if plain else find_repeated(dataset, answers, decode),
+        repeated_answers=[] if plain else find_repeated(dataset, answers, template),
         thoughts={} if plain else {kind: thoughts[kind] for kind in THOUGHTS},
         unended=_reason("no trained end-of-turn token at the end", unended, samples),
         ends_with_question=_reason("the last message is not the assistant's", asking, samples),
         copies=_pairs("exact copies", copies, samples),
         near_duplicates=find_near_duplicates(samples, copies) if near_duplicates else None,
-        warnings=audit(dataset, stop_token_ids),
+        warnings=audit(dataset, template.stop_token_ids),
     )
     return replace(found, warnings=[*found.warnings, *_warn(found, len(answer_lengths))])
 
@@ -160,9 +160,7 @@ def measure_truncation(dataset: EncodedDataset, max_length: int) -> list[Truncat
     before = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.asarray(dataset.labels) != IGNORED)])
     ends = starts + lengths
     all_trained = before[ends] - before[starts]
-    lost = [
-        Truncation("delete", len(lengths), int(lengths.sum()), int(all_trained.sum())),
-    ]
+    lost = [Truncation("delete", len(lengths), int(lengths.sum()), int(all_trained.sum()))]
     for strategy, first in (("right", starts), ("left", ends - max_length)):
         trained = before[first + max_length] - before[first]
         # A kept first token is not trained: nothing predicts it.
@@ -179,9 +177,7 @@ def measure_truncation(dataset: EncodedDataset, max_length: int) -> list[Truncat
     return lost
 
 
-def find_repeated(
-    dataset: EncodedDataset, answers: Answers, decode: Callable[[list[int]], str]
-) -> list[Reason]:
+def find_repeated(dataset: EncodedDataset, answers: Answers, template: ChatTemplate) -> list[Reason]:
     """Answers that many different questions get, the most frequent first."""
     seen: dict[bytes, dict[bytes, int]] = {}  # answer -> what precedes it -> row
     ids = np.ascontiguousarray(dataset.ids)
@@ -191,12 +187,11 @@ def find_repeated(
         seen.setdefault(ids[start:end].tobytes(), {}).setdefault(question, row)
     fewest = max(_FEWEST_REPEATED, REPEATED * len(answers.rows))
     frequent = sorted((item for item in seen.items() if len(item[1]) >= fewest), key=lambda i: -len(i[1]))
-    return [
-        _reason(
-            _excerpt(decode(np.frombuffer(key, ids.dtype).tolist())), list(rows.values()), dataset.samples
-        )
-        for key, rows in frequent[:SHOWN]
-    ]
+    found = []
+    for key, rows in frequent[:SHOWN]:
+        answer = template.tokenizer.decode(np.frombuffer(key, ids.dtype).tolist(), skip_special_tokens=True)
+        found.append(_reason(_excerpt(answer), list(rows.values()), dataset.samples))
+    return found
 
 
 def find_near_duplicates(samples: Sequence[Sample], copies: dict[int, int]) -> Reason:
@@ -211,6 +206,12 @@ def find_near_duplicates(samples: Sequence[Sample], copies: dict[int, int]) -> R
     ]
     similar = {kept[later]: kept[earlier] for later, earlier in find_similar(texts).items()}
     return _pairs("nearly the same as another row", dict(sorted(similar.items())), samples)
+
+
+def _count_tokens(template: ChatTemplate, texts: list[str]) -> list[int]:
+    backend, starts = template.tokenizer.backend_tokenizer, range(0, len(texts), _TEXTS)
+    chunks = (backend.encode_batch_fast(texts[i : i + _TEXTS], add_special_tokens=False) for i in starts)
+    return [len(encoding) for chunk in chunks for encoding in chunk]
 
 
 def _count_turns(samples: Sequence[Sample]) -> dict[str, int]:

@@ -22,7 +22,6 @@ from swift.utils.files import write_json, write_text
 from swift.utils.log import result_console, say
 
 _NO_LIMIT = 2**31 - 1  # tokens: rows are encoded whole, and what a limit would do is computed
-_TEXTS = 1_000  # handed to the tokenizer at once
 
 
 def run_dataset(run: DatasetRun) -> int:
@@ -60,21 +59,12 @@ def run_dataset(run: DatasetRun) -> int:
 def inspect_rows(run: DatasetRun, rows: list[Row], template: ChatTemplate, context: int | None) -> Page:
     """All numbers as a page; --json is written here."""
     dataset, report = _encode(run, rows, template)
-    backend = template.tokenizer.backend_tokenizer
-
-    def count_tokens(texts: list[str]) -> list[int]:
-        starts = range(0, len(texts), _TEXTS)
-        chunks = (backend.encode_batch_fast(texts[i : i + _TEXTS], add_special_tokens=False) for i in starts)
-        return [len(encoding) for chunk in chunks for encoding in chunk]
-
     found = inspect(
         dataset,
         sources=dict(Counter(row.file for row in rows)),
         dropped=report.dropped,
         max_length=run.template.max_length or context or 2048,
-        stop_token_ids=template.stop_token_ids,
-        count_tokens=count_tokens,
-        decode=lambda ids: template.tokenizer.decode(ids, skip_special_tokens=True),
+        template=template,
         near_duplicates=run.options.near_duplicates,
     )
     if run.options.json:

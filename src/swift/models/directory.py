@@ -69,7 +69,6 @@ def list_checkpoints(run_directory: Path) -> list[tuple[int, Path]]:
 
 
 def last_checkpoint(run_directory: Path) -> Path | None:
-    """The checkpoint-N of a run with the highest N."""
     return max(list_checkpoints(run_directory), default=(0, None))[1]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import TaskType
@@ -15,7 +16,6 @@ from transformers import (
 )
 
 from swift.config.option import ConfigError
-from swift.config.quant import QuantConfig
 from swift.models.directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from swift.models.load import load_model
 from swift.utils import env
@@ -44,24 +44,20 @@ def load_scoring_model(
     tokenizer: PreTrainedTokenizerBase,
     *,
     num_labels: int,
-    dtype: str | None,
-    attention: str | None,
-    device: torch.device,
     seed: int | None,
     problem: str | None = None,
-    quant: QuantConfig | None = None,
+    **loading: Any,
 ) -> PreTrainedModel:
     """The model with a head of `num_labels` outputs, in HF's format for sequence classification.
 
     `seed`: of the weights of a new head; none = the checkpoint must have one. Raises ConfigError otherwise.
-    `problem`: what its outputs are, for config.json; none = what is there.
+    `problem`: what its outputs are, for config.json; none = what is there. `loading`: as `load_model` has it.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed or 0)
         model = load_model(
             path, auto_class=AutoModelForSequenceClassification, num_labels=num_labels,
-            dtype=dtype, attention=attention, device=device, quant=quant,
-            may_lack=() if seed is None else (f"{HEAD}.weight",),
+            may_lack=() if seed is None else (f"{HEAD}.weight",), **loading,
         )  # fmt: skip
     if not isinstance(getattr(model, HEAD, None), torch.nn.Linear):
         raise ConfigError(f"{type(model).__name__} has no layer called {HEAD}", hint="take another model")

@@ -179,13 +179,10 @@ def fetch_from_huggingface(name: str, revision: str | None, token: str | None) -
     info = HfApi(token=token).model_info(name, revision=revision, timeout=REACHABLE_SECONDS)
     patterns = choose_files([file.rfilename for file in info.siblings or []])
     say(f"{name}: fetching from HuggingFace")
+    ignored = list(IGNORED_FILES)
     return Path(
         snapshot_download(
-            name,
-            revision=revision,
-            token=token,
-            allow_patterns=patterns,
-            ignore_patterns=list(IGNORED_FILES),
+            name, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=ignored
         )
     )
 

@@ -156,8 +156,7 @@ def choose_attention(name: str | None) -> str | None:
 
 def context_length(model_or_config: PreTrainedModel | PretrainedConfig) -> int | None:
     """Tokens that the model was made for; None when its config does not say."""
-    is_config = isinstance(model_or_config, PretrainedConfig)
-    config = (model_or_config if is_config else model_or_config.config).get_text_config()
+    config = getattr(model_or_config, "config", model_or_config).get_text_config()
     values = [getattr(config, field, None) for field in CONTEXT_FIELDS]  # each family has its own name for it
     return next((value for value in values if isinstance(value, int) and value > 0), None)
 

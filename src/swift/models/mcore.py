@@ -40,71 +40,72 @@ class McoreCheckpoint:
         return self.directory if (self.directory / "config.json").is_file() else None
 
 
-def find_mcore(path: Path, flag: str = "--mcore_model") -> McoreCheckpoint:
+def find_mcore(path: Path) -> McoreCheckpoint:
     """The checkpoint in `path`: a converted directory, an iter_ in one, or the last one of a run of megatron.
 
     Raises ConfigError, in one line, where something is missing.
     """
     path = path.expanduser().absolute()
     if not path.is_dir():
-        raise ConfigError(f"{flag} {path}: no such directory")
+        raise ConfigError(f"--mcore_model {path}: no such directory")
     last = last_checkpoint(path)
     if last and not (path / TRACKER).is_file():
         path = last
     named = ITERATION.fullmatch(path.name)
-    directory, weights = (path.parent, path) if named else (path, _tracked(path, flag))
+    directory, weights = (path.parent, path) if named else (path, _tracked(path))
     if (directory / ADAPTER_CONFIG).is_file():
         raise ConfigError(
-            f"{flag} {directory} holds adapters alone",
+            f"--mcore_model {directory} holds adapters alone",
             hint=f"--model MODEL --adapters {directory} trains them on",
         )
-    _check_whole(directory, weights, flag)
+    _check_whole(directory, weights)
     args = load_run_args(directory)
     if not args.get("model") and not (directory / "config.json").is_file():
         raise ConfigError(
-            f"{flag} {directory} has neither args.json nor config.json to say which model it is",
+            f"--mcore_model {directory} has neither args.json nor config.json to say which model it is",
             hint="convert it again: swift export --model MODEL --to_mcore true",
         )
     found = ITERATION.fullmatch(weights.name)
     return McoreCheckpoint(directory, weights, int(found[1]) if found else 0, args)
 
 
-def find_weights(path: Path, flag: str = "--mcore_model") -> McoreCheckpoint | Path:
+def find_weights(path: Path) -> McoreCheckpoint | Path:
     """As `find_mcore`, or the HuggingFace directory that was meant: `path` or its last checkpoint."""
     for directory in (path, last_checkpoint(path)):
         if directory and missing_model_file(directory) is None:
             return directory.expanduser().absolute()
-    return find_mcore(path, flag)
+    return find_mcore(path)
 
 
-def _tracked(path: Path, flag: str) -> Path:
-    """The directory that latest_checkpointed_iteration.txt names."""
+def _tracked(path: Path) -> Path:
     present = sorted(p.name for p in path.glob("iter_*") if ITERATION.fullmatch(p.name))
     if not (path / TRACKER).is_file():
         runs = sorted(path.glob("v*-*"))
         hint = "a HuggingFace model is given as --model"
         if present:
-            hint = f"it was not written to the end; {flag} {path / present[-1]} takes that one"
+            hint = f"it was not written to the end; --mcore_model {path / present[-1]} takes that one"
         elif runs:
             hint = f"a run inside it: {runs[-1]}"
-        raise ConfigError(f"{flag} {path} has no {TRACKER}", hint=hint)
+        raise ConfigError(f"--mcore_model {path} has no {TRACKER}", hint=hint)
     text = (path / TRACKER).read_text(encoding="utf-8").strip()
     name = f"iter_{int(text):07d}" if text.isdecimal() else text
     if name != "release" and not text.isdecimal():
         raise ConfigError(f"{path / TRACKER} holds {text!r} instead of the number of an iteration")
     if not (path / name).is_dir():
         raise ConfigError(
-            f"{flag} {path} has no {name}, which its {TRACKER} names",
+            f"--mcore_model {path} has no {name}, which its {TRACKER} names",
             hint=f"it has {', '.join(present)}" if present else "convert or copy it again",
         )
     return path / name
 
 
-def _check_whole(directory: Path, weights: Path, flag: str) -> None:
+def _check_whole(directory: Path, weights: Path) -> None:
     """Raises ConfigError unless the files are there that a manifest lists, in their sizes."""
     again = "convert or copy it again"
     if not (weights / METADATA).is_file():
-        raise ConfigError(f"{flag} {weights} has no {METADATA}: it was not written to the end", hint=again)
+        raise ConfigError(
+            f"--mcore_model {weights} has no {METADATA}: it was not written to the end", hint=again
+        )
     manifest = next((p for p in (weights / MANIFEST, directory / MANIFEST) if p.is_file()), None)
     if manifest is None:  # other programs than ours write none; METADATA comes last with them too
         return
@@ -113,4 +114,4 @@ def _check_whole(directory: Path, weights: Path, flag: str) -> None:
         size = file.stat().st_size if file.is_file() else None
         if size != expected["bytes"]:
             what = "is missing" if size is None else f"has {size} bytes instead of {expected['bytes']}"
-            raise ConfigError(f"{flag} {weights}: {name} {what}", hint=again)
+            raise ConfigError(f"--mcore_model {weights}: {name} {what}", hint=again)

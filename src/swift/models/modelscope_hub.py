@@ -9,6 +9,7 @@ from pathlib import Path
 from modelscope_hub import HubApi, HubConfig
 
 from swift.models.hub import IGNORED_FILES, check_reachable, choose_files
+from swift.models.push import Destination
 from swift.utils import env
 
 
@@ -33,17 +34,16 @@ def fetch(name: str, *, revision: str | None, token: str | None) -> Path:
 
 
 def find_user(token: str | None) -> str:
-    """Who the token belongs to."""
     return str(open_hub(token).whoami().username)
 
 
-def upload(directory: Path, name: str, *, token: str | None, private: bool, message: str) -> str:
+def upload(directory: Path, where: Destination) -> str:
     """All files of a directory into the repository, made where it is not there; its address."""
-    api = HubApi(token=token, config=HubConfig())
-    if not api.repo_exists(name, "model"):
-        api.create_repo(name, "model", visibility="private" if private else "public")
-    api.upload_folder(name, "model", directory, commit_message=message, use_cache=False)
-    return f"{HubConfig().endpoint}/models/{name}"
+    api = HubApi(token=where.token, config=HubConfig())
+    if not api.repo_exists(where.name, "model"):
+        api.create_repo(where.name, "model", visibility="private" if where.private else "public")
+    api.upload_folder(where.name, "model", directory, commit_message=where.message, use_cache=False)
+    return f"{HubConfig().endpoint}/models/{where.name}"
 
 
 def open_hub(token: str | None) -> HubApi:

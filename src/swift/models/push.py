@@ -22,15 +22,8 @@ from swift.utils.files import format_bytes, write_json
 from swift.utils.log import say
 
 SENT = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".py")
-# What a run needs to go on, and nobody else.
-KEPT = (
-    "trainer_state",
-    "manifest",
-    "training_args",
-    "optimizer",
-    "scheduler",
-    "rng_state",
-)  # how names begin
+# How names of files begin that a run needs to go on, and nobody else.
+KEPT = ("trainer_state", "manifest", "training_args", "optimizer", "scheduler", "rng_state")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +83,8 @@ def push(directory: Path, where: Destination, run_args: dict[str, Any]) -> None:
         size = sum(file.stat().st_size for file in staging.iterdir())
         say(f"uploading {len(list(staging.iterdir()))} files, {format_bytes(size)}")
         with explained(where.flag, "pushed to", use_hf=where.use_hf):
-            address = upload_to_huggingface(staging, where) if where.use_hf else upload(staging, where)
+            send = upload_to_huggingface if where.use_hf else load_modelscope("--push_to_hub true:").upload
+            address = send(staging, where)
     say(f"pushed {directory} to {address}")
 
 
@@ -99,10 +93,3 @@ def upload_to_huggingface(directory: Path, where: Destination) -> str:
     api.create_repo(where.name, private=where.private or None, exist_ok=True)
     api.upload_folder(repo_id=where.name, folder_path=directory, commit_message=where.message)
     return f"{constants.ENDPOINT}/{where.name}"
-
-
-def upload(directory: Path, where: Destination) -> str:
-    address: str = load_modelscope("--push_to_hub true:").upload(
-        directory, where.name, token=where.token, private=where.private, message=where.message
-    )
-    return address

@@ -40,8 +40,8 @@ def choose_targets(model: PreTrainedModel, config: TunerConfig) -> Targets:
             known = next((n for n, module in model.named_modules() if isinstance(module, nn.Linear)), "")
             raise ConfigError(f"--target_regex {modules} matches no module", hint=f"a whole name is {known}")
     else:
-        check_names(model, [name for name in config.target_modules if not name.startswith("all-")])
         modules = [name for name in config.target_modules if not name.startswith("all-")]
+        check_names(model, modules)
         if ALL_LINEAR in config.target_modules:
             found, stacks = linear_layers(model)
             modules += found
@@ -102,7 +102,6 @@ def embeddings(model: nn.Module) -> list[str]:
 
 
 def expand_whole(model: nn.Module, names: tuple[str, ...]) -> list[str]:
-    """--modules_to_save without shorthands."""
     plain = [name for name in names if name not in (ALL_EMBEDDING, ALL_NORM)]
     check_names(model, plain, flag="--modules_to_save")
     if ALL_EMBEDDING in names:

@@ -29,6 +29,11 @@ class Cache(Protocol):
         """Whether it is known what a token takes: not before layers have written."""
         ...
 
+    @property
+    def most(self) -> int:
+        """Tokens of the longest row that memory holds, as far as that is known."""
+        ...
+
     def join(self, length: int, count: int, longest: int, *, whole: bool) -> int:
         """Makes room for answers to one prompt of `length` tokens; how many rows have joined.
 
@@ -116,10 +121,13 @@ class Prefill:
 
 
 def spare_bytes(device: torch.device) -> int:
-    """Memory that keys and values may take: a share of what is free on a GPU, of all on a CPU."""
+    """Memory that keys and values may take: a share of what is free on a GPU, of all on a CPU.
+
+    Torch gives back first what it keeps: pieces between tensors that live would be counted, and not be found.
+    """
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(SHARE * (torch.cuda.mem_get_info(device)[0] + cached))
+        torch.cuda.empty_cache()
+        return int(SHARE * torch.cuda.mem_get_info(device)[0])
     return int(CPU_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 

@@ -122,10 +122,11 @@ class Decoder:
 
         Raises ConfigError for a prompt that leaves no room for an answer.
         """
-        length = len(request.token_ids)
-        if not 0 < length < self.context:
+        length, room = len(request.token_ids), min(self.context, self.cache.most)
+        if not 0 < length < room:
+            holder = "the context" if room == self.context else "memory"
             raise ConfigError(
-                f"the prompt has {length} tokens, the context holds {self.context}",
+                f"the prompt has {length} tokens, {holder} holds {room}",
                 hint="one token at least, and room for an answer",
             )
         ticket = Ticket(request, listen, [None] * request.count)
@@ -345,7 +346,8 @@ class Decoder:
             row.ticket.listen(Token(row.index, token, row.logps[-1], text, top))
         if is_end or (row.writer and row.writer.stopped):
             return "stop"
-        return "length" if len(row.token_ids) >= row.limit else None
+        is_full = len(row.token_ids) >= row.limit or row.length > self.cache.most
+        return "length" if is_full else None
 
     def _end(self, row: Row, reason: str) -> None:
         """The completion of a row, to its ticket and its listener."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -36,7 +37,11 @@ class LocalRollout:
                 max_rows=self.max_rows, version=self.version,
                 memory_bytes=spare_bytes(self.engine.device),
             )  # fmt: skip
-            return decoder.generate(requests)
+            found = decoder.generate(requests)
+            decoder.reset()
+        if self.engine.device.type == "cuda":
+            torch.cuda.empty_cache()  # else training would cut up what the next answers need in one piece
+        return found
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:  # noqa: ARG002
         """Takes nothing, and computes nothing: the weights are the engine's own."""

@@ -40,6 +40,10 @@ class Pages(Buffers):
     def is_sized(self) -> bool:
         return bool(self.layers)
 
+    @property
+    def most(self) -> int:
+        return (self.count - 1) * PAGE
+
     def clear(self) -> None:
         self.layers = {}
         self.count = 1 + self.table.numel()  # of pages; less where memory holds less, once that is known
@@ -56,7 +60,10 @@ class Pages(Buffers):
         room = min(self.max_rows - len(self.held), spare // each if each else count)
         if room < (count if whole else 1) or spare < 0:
             if not self.held:
-                raise self._too_small(length)
+                raise ConfigError(
+                    f"memory holds keys and values of {self.most:,} tokens, not of a prompt of {length:,}",
+                    hint="shorter prompts, or a model that leaves more memory free",
+                )
             return 0
         joined = min(count, room)
         common = [self._take() for _ in range(shared)]
@@ -83,8 +90,7 @@ class Pages(Buffers):
         growing = [r for r, length in enumerate(lengths) if length > len(self.held[r]) * PAGE]
         before = len(self.held)
         while len(self.free) < len(growing):
-            if len(self.held) == 1:
-                raise self._too_small(lengths[0])
+            assert len(self.held) > 1, "no row is longer than memory holds"
             self._release(self.held.pop())
             if growing[-1] == len(self.held):
                 growing.pop()
@@ -134,12 +140,6 @@ class Pages(Buffers):
             self.users[page] -= 1
             if not self.users[page]:
                 self.free.append(page)
-
-    def _too_small(self, length: int) -> ConfigError:
-        return ConfigError(
-            f"memory holds keys and values of {(self.count - 1) * PAGE:,} tokens, not of a row of {length:,}",
-            hint="shorter prompts and answers, or a model that leaves more memory free",
-        )
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -17,7 +17,8 @@ GOLDEN = 0x9E3779B97F4A7C15
 MIXERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 FRACTION_BITS = 52
 BLOCK = 128  # tokens whose probabilities are summed up first
-CANDIDATES = 1024  # most likely tokens looked at before the whole vocabulary is sorted
+TIES = 64  # tokens just as likely as the last of the top-k, at most
+CANDIDATES = 128  # most likely tokens looked at first for a nucleus
 PROMPT = 1 << 20  # more than an answer has tokens, times which fits into int32
 
 
@@ -72,12 +73,12 @@ class Shape:
     all_greedy: bool
     top_logps: int  # the largest number that a row wants
     most_top_k: int  # the largest that cuts
+    cuts_all: bool  # whether there is one for every row
 
     @property
     def is_plain(self) -> bool:
-        """Whether the model's distribution stays as it is."""
-        shaping = (self.temperature, self.top_k, self.min_p, self.top_p)
-        return not self.has_penalty and all(column is None for column in shaping)
+        """Whether the distribution stays as the penalties leave it."""
+        return all(column is None for column in (self.temperature, self.top_k, self.min_p, self.top_p))
 
     @property
     def has_penalty(self) -> bool:
@@ -106,6 +107,7 @@ class Shape:
             all_greedy=all(s.temperature == 0 for s in settings),
             top_logps=min(max(s.top_logps for s in settings), vocabulary),
             most_top_k=max((k for k in top_k if k < vocabulary), default=0),
+            cuts_all=all(k < vocabulary for k in top_k),
         )  # fmt: skip
 
 
@@ -153,16 +155,35 @@ def draw(logits_RV: Tensor, shape: Shape, uniform_R: Tensor, marks_RV: Tensor | 
     Log-probabilities are those of the distribution after all settings; a greedy row, whose distribution would
     be a single token, tells those after the penalties alone.
     """
-    scores = shaped(logits_RV, shape, marks_RV)
-    probs_RV = scores.softmax(-1, dtype=torch.float32)
-    picked = None if shape.all_greedy else pick(probs_RV, uniform_R)
+    scores = logits_RV if marks_RV is None else penalised(logits_RV.float(), shape, marks_RV)
+    scores, ids_RC = likeliest(scores, shape)
+    scores = scores if shape.is_plain else shaped(scores.float(), shape)
+    probs = scores.softmax(-1, dtype=torch.float32)
+    picked = None if shape.all_greedy else pick(probs, uniform_R)
     if shape.greedy is not None:
         best = scores.argmax(-1)
         picked = best if picked is None else torch.where(shape.greedy, best, picked)
     assert picked is not None
-    chosen = probs_RV.gather(1, picked[:, None])[:, 0].log()
-    top = probs_RV.topk(shape.top_logps) if shape.top_logps else None
-    return Drawn(picked, chosen, top.indices if top else None, top.values.log() if top else None)
+    chosen = probs.gather(1, picked[:, None])[:, 0].log()
+    if ids_RC is not None:
+        picked = ids_RC.gather(1, picked[:, None])[:, 0]
+    if not shape.top_logps:
+        return Drawn(picked, chosen, None, None)
+    top_logps, top_ids = probs.log_().topk(min(shape.top_logps, probs.shape[1]))
+    return Drawn(picked, chosen, top_ids if ids_RC is None else ids_RC.gather(1, top_ids), top_logps)
+
+
+def likeliest(scores_RV: Tensor, shape: Shape) -> tuple[Tensor, Tensor | None]:
+    """Scores and ids [R, C] of all that top-k leaves of the rows, in the order of ids; else all, without ids.
+
+    Few more than the largest k are enough: as many as may be just as likely as the last one.
+    """
+    width = shape.most_top_k + TIES
+    if not shape.cuts_all or width >= scores_RV.shape[1]:
+        return scores_RV, None
+    top = scores_RV.topk(width)
+    ids_RC, order = top.indices.sort(-1)
+    return top.values.gather(1, order), ids_RC
 
 
 def pick(probs_RV: Tensor, uniform_R: Tensor) -> Tensor:
@@ -190,17 +211,11 @@ def below(wanted_R1: Tensor, sums: Tensor) -> Tensor:
     return torch.minimum(wanted_R1, last_R1.nextafter(torch.zeros_like(last_R1)))
 
 
-def shaped(scores: Tensor, shape: Shape, marks_RV: Tensor | None) -> Tensor:
-    """[R, V] scores after penalties, temperature, top-k, min-p and top-p, in this order; -inf = impossible.
+def shaped(scores: Tensor, shape: Shape) -> Tensor:
+    """[R, V or C] scores after temperature, top-k, min-p and top-p, in this order; -inf = impossible.
 
-    Sources: repetition penalty arXiv:1909.05858 section 4.1, top-p arXiv:1904.09751, min-p arXiv:2407.01082,
-    the others https://platform.openai.com/docs/api-reference/chat/create.
+    Sources: top-p arXiv:1904.09751, min-p arXiv:2407.01082.
     """
-    if shape.is_plain:
-        return scores
-    scores = scores.float()
-    if marks_RV is not None:
-        scores = penalised(scores, shape, marks_RV)
     if shape.temperature is not None:
         scores = scores / shape.temperature[:, None]
     floors = []
@@ -218,7 +233,11 @@ def shaped(scores: Tensor, shape: Shape, marks_RV: Tensor | None) -> Tensor:
 
 
 def penalised(scores: Tensor, shape: Shape, marks_RV: Tensor) -> Tensor:
-    """[R, V] scores after the penalties."""
+    """[R, V] scores after the penalties.
+
+    Sources: repetition penalty arXiv:1909.05858 section 4.1, the others
+    https://platform.openai.com/docs/api-reference/chat/create.
+    """
     if shape.penalty is not None:
         penalty = shape.penalty[:, None]
         lower = torch.where(scores > 0, scores / penalty, scores * penalty)
@@ -241,7 +260,7 @@ def nucleus_floor(scores: Tensor, top_p_R: Tensor) -> Tensor:
         sums = (ranked - total).exp().cumsum(-1)
         if width == scores.shape[-1] or bool(((sums[:, -1] >= top_p_R) | uncut_R).all()):
             break
-        width = scores.shape[-1]
+        width = min(8 * width, scores.shape[-1])
     # Tokens with less than top_p before them; the first one always, whatever top_p is.
     count = (sums < top_p_R[:, None]).sum(-1, keepdim=True)
     return ranked.gather(1, count.clamp(max=width - 1)).masked_fill(uncut_R[:, None], -torch.inf)

@@ -35,6 +35,10 @@ class Slots(Buffers):
     def is_sized(self) -> bool:
         return bool(self.layers)
 
+    @property
+    def most(self) -> int:
+        return self.context
+
     def join(self, length: int, count: int, longest: int, *, whole: bool) -> int:  # noqa: ARG002
         room = self._fitting(longest) - self.size
         if whole and count > room:

@@ -16,7 +16,7 @@ from swift.template.agents import check_calls, choose_agent, split_turns, with_a
 from swift.template.jinja import Renderer
 from swift.template.loss_scale import build_weights
 from swift.template.shape import learn_shape
-from swift.template.specs import chatml, plain_text, with_defaults
+from swift.template.specs import chat_spec, with_defaults
 from swift.template.turns import find_turns
 from swift.template.types import Message, Rendered, RenderError
 
@@ -136,7 +136,7 @@ def _choose_source(tokenizer: PreTrainedTokenizerBase, use_chat_template: bool) 
     starts_with_bos = bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
     opening = tokenizer.bos_token if starts_with_bos else ""
     if not use_chat_template:
-        return plain_text(tokenizer.eos_token or "", opening=opening)
+        return chat_spec("plain_text.jinja", opening=opening, end=tokenizer.eos_token or "")
     known = any(token.content == _CHATML_END for token in tokenizer.added_tokens_decoder.values())
     end = _CHATML_END if known or not tokenizer.eos_token else tokenizer.eos_token
-    return chatml(end, opening=opening)
+    return chat_spec("chatml.jinja", opening=opening, end=end)

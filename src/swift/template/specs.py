@@ -15,17 +15,16 @@ def read_spec(name: str) -> str:
     return path.read_text(encoding="utf-8").removesuffix("\n")
 
 
-def chatml(end_of_turn: str, *, opening: str = "") -> str:
-    """Jinja source of ChatML with the given end of a turn; it names no variables, so any tool can use it.
+def chat_spec(name: str, *, opening: str, end: str) -> str:
+    """Jinja source that names no variables, so that any tool can use it; `end` is a token.
 
-    Source: https://github.com/openai/openai-python/blob/v0.28.1/chatml.md
+    chatml.jinja: turns that end with it (https://github.com/openai/openai-python/blob/v0.28.1/chatml.md);
+    plain_text.jinja: the bare text of all messages, one after another, which it ends.
     """
-    return _fill("chatml.jinja", opening, end_of_turn)
-
-
-def plain_text(end: str, *, opening: str = "") -> str:
-    """Jinja source of the bare text of all messages, one after another: `end` is the token that ends it."""
-    return _fill("plain_text.jinja", opening, end)
+    source = read_spec(name)
+    for mark, value in (("@OPENING@", opening), ("@END@", end)):
+        source = source.replace(mark, value.replace("\\", "\\\\").replace("'", "\\'"))
+    return source
 
 
 def with_defaults(source: str, *, system: str, enable_thinking: bool | None, folds_system: bool) -> str:
@@ -56,10 +55,3 @@ def with_defaults(source: str, *, system: str, enable_thinking: bool | None, fol
         ]
     # The empty text at the end keeps a line end with which the template may start.
     return "".join(f"{{%- {line} -%}}" for line in lines) + ("{{- '' }}" if lines else "") + source
-
-
-def _fill(name: str, opening: str, end: str) -> str:
-    source = read_spec(name)
-    for mark, value in (("@OPENING@", opening), ("@END@", end)):
-        source = source.replace(mark, value.replace("\\", "\\\\").replace("'", "\\'"))
-    return source

@@ -96,8 +96,6 @@ def _turns_from_joints(shape: Shape, messages: Sequence[Message], text: str) -> 
 
 @dataclass(frozen=True, slots=True)
 class _Chat:
-    """A conversation and its text."""
-
     renderer: Renderer
     shape: Shape
     messages: Sequence[Message]

@@ -260,7 +260,7 @@ def make_feed(plan: StepPlan, ready: Prepared) -> Feed:
         return StoredFeed(ready.rows, plan)
     return StreamFeed(
         ready.stream, micro_batch_size=plan.micro_batch_size, accumulation=plan.accumulation,
-        data_world=plan.data_world, first_step=ready.resumption.state.step if ready.resumption else 0,
+        data_world=plan.data_world, next_step=ready.resumption.state.step if ready.resumption else 0,
     )  # fmt: skip
 
 
