@@ -13,7 +13,7 @@ from swift.config.runs import RlhfRun
 from swift.config.template import TemplateConfig
 from swift.config.turns import TurnConfig
 from swift.plugins.turns import Env, MultiTurnScheduler, envs, multi_turns
-from swift.rollout.multi_turn import Start, Trajectory, build_scheduler, run_turns
+from swift.rollout.multi_turn import Start, Trajectory, Turns, build_scheduler, run_turns
 from swift.rollout.types import Completion, Request, Sampling
 from swift.template.chat import ChatTemplate
 
@@ -62,7 +62,8 @@ def run(
     engine: Scripted, scheduler: MultiTurnScheduler, template: ChatTemplate, *starts: Start, **options: Any
 ) -> list[Trajectory]:
     given = {"sampling": Sampling(max_tokens=64), "context": 512, "timeout_seconds": 60} | options
-    return run_turns(engine, starts, scheduler=scheduler, name="mine", template=template, **given)
+    asked = {name: given.pop(name) for name in ("sampling", "collect") if name in given}
+    return run_turns(engine, starts, Turns(scheduler, "mine", template, **given), **asked)
 
 
 def text_of(template: ChatTemplate, trajectory: Trajectory, kind: int | None = None) -> str:

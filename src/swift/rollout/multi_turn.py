@@ -19,7 +19,7 @@ from swift.config.turns import TurnConfig
 from swift.plugins.calling import LateError, call_all, tell_error
 from swift.plugins.turns import MultiTurnScheduler, TurnChoice, TurnMessage, TurnRequest, multi_turns
 from swift.rollout.protocol import RolloutEngine
-from swift.rollout.types import Completion, Request, Sampling
+from swift.rollout.types import Completion, Request, Sampling, join_requests
 from swift.template.chat import ChatTemplate
 from swift.template.types import Message
 
@@ -86,13 +86,13 @@ class Talk:
     """One conversation under way."""
 
     def __init__(
-        self, start: Start, template: ChatTemplate, number: int, most_sampled: float = math.inf
+        self, start: Start, template: ChatTemplate, number: int, context: int, most_sampled: float
     ) -> None:
         """`number` tells apart conversations of one call, which may have the same row twice.
 
-        `most_sampled`: tokens of all answers together.
+        `context`: tokens that there may be; `most_sampled`: tokens of all answers together.
         """
-        self.start, self.template, self.most_sampled = start, template, most_sampled
+        self.start, self.template, self.context, self.most_sampled = start, template, context, most_sampled
         name = f"{start.request_id}/{number}"
         self.request = TurnRequest(
             copy.deepcopy(list(start.messages)), dict(start.columns), name, start.tools
@@ -107,9 +107,9 @@ class Talk:
         text = self.template.prompt(self.request.messages, tools=self.request.tools)
         self.trajectory = Trajectory(self._encode(text), self.request.messages)
 
-    def room(self, context: int) -> int:
+    def room(self) -> int:
         """Tokens that an answer may have behind what there is."""
-        free = context - len(self.trajectory.prompt_ids) - len(self.trajectory.token_ids)
+        free = self.context - len(self.trajectory.prompt_ids) - len(self.trajectory.token_ids)
         return int(min(free, self.most_sampled - sum(self.trajectory.loss_mask)))
 
     def take(self, completion: Completion) -> TurnChoice:
@@ -126,9 +126,9 @@ class Talk:
         self.tokens = (trajectory.token_ids[:], trajectory.loss_mask[:], trajectory.logps[:])
         return TurnChoice(TurnMessage(completion.text), completion.finish_reason, list(completion.token_ids))
 
-    def close_if_full(self, context: int) -> None:
+    def close_if_full(self) -> None:
         """Ends it where no answer fits behind what it was told, which is then taken back."""
-        if not self.is_open or self.room(context) > 0:
+        if not self.is_open or self.room() > 0:
             return
         self.is_open = False
         if self.done:
@@ -185,17 +185,19 @@ class Talk:
         return None
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.template.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return self.template.tokenizer.encode(text, add_special_tokens=False)
 
 
 @dataclass(frozen=True)
-class Hooks:
-    """The scheduler's methods, called for many conversations at once."""
+class Turns:
+    """How conversations go on after an answer; methods of the scheduler are called for many at once."""
 
     scheduler: MultiTurnScheduler
-    name: str
-    timeout_seconds: float
+    name: str  # of the scheduler, in messages
+    template: ChatTemplate
+    context: int  # tokens that a conversation may have
+    timeout_seconds: float  # for all conversations' calls of one method
+    limits_all: bool = False  # the longest answer is that of all turns together
 
     def call(self, hook: str, arguments: Sequence[tuple[Any, ...]], talks: Sequence[Talk]) -> list[Any]:
         """What the method `hook` gives for each tuple of arguments. Raises ConfigError."""
@@ -216,27 +218,18 @@ class Hooks:
 def run_turns(
     engine: RolloutEngine,
     starts: Sequence[Start],
+    turns: Turns,
     *,
-    scheduler: MultiTurnScheduler,
-    name: str,
-    template: ChatTemplate,
     sampling: Sampling,
-    context: int,
-    timeout_seconds: float,
-    limits_all: bool = False,
     collect: Callable[[Any], list[Any]] = lambda value: [value],
 ) -> list[Trajectory]:
     """Conversations to their ends, in order. Every rank calls it, with starts of its own or none.
 
-    `sampling.max_tokens` counts for each turn, or with `limits_all` for all of them; a conversation has at
-    most `context` tokens. `name` is what messages call the scheduler; `timeout_seconds` is for all
-    conversations' calls of one of its methods. `collect`: the value of every rank. Raises ConfigError, on all
-    ranks when a scheduler fails on one: there the others are told where they ask whether to go on, or where
-    next they look for errors of others.
+    `collect`: the value of every rank. Raises ConfigError, on all ranks when a scheduler fails on one: there
+    the others are told where they ask whether to go on, or where next they look for errors of others.
     """
-    hooks = Hooks(scheduler, name, timeout_seconds)
-    most = sampling.max_tokens if limits_all else math.inf
-    talks = [Talk(start, template, number, most) for number, start in enumerate(starts)]
+    most = sampling.max_tokens if turns.limits_all else math.inf
+    talks = [Talk(start, turns.template, number, turns.context, most) for number, start in enumerate(starts)]
     told: list[ConfigError] = []
 
     def any_rank(here: bool) -> bool:
@@ -247,7 +240,7 @@ def run_turns(
         return any(found)
 
     try:
-        _run(engine, talks, hooks, sampling=sampling, context=context, any_rank=any_rank)
+        _run(engine, talks, turns, sampling, any_rank)
     except ConfigError as error:
         if not told:
             collect(error)
@@ -258,70 +251,58 @@ def run_turns(
 def _run(
     engine: RolloutEngine,
     talks: Sequence[Talk],
-    hooks: Hooks,
-    *,
+    turns: Turns,
     sampling: Sampling,
-    context: int,
     any_rank: Callable[[bool], bool],
 ) -> None:
     everything = [([talk.request for talk in talks],)] if talks else []
-    hooks.call("on_trajectory_start", everything, talks)
+    turns.call("on_trajectory_start", everything, talks)
     for talk in talks:
         talk.begin()
-        talk.close_if_full(context)
+        talk.close_if_full()
     turn = 0
     while any_rank(any(talk.is_open for talk in talks)):
         turn += 1
         going = [talk for talk in talks if talk.is_open]
-        answers = engine.generate(list_requests(going, sampling, turn=turn, context=context))
+        answers = engine.generate(list_requests(going, sampling, turn))
         flat = [answer for many in answers for answer in many]
         choices = [talk.take(answer) for talk, answer in zip(going, flat, strict=True)]
-        _continue(hooks, going, choices, turn)
+        _continue(turns, going, choices, turn)
         for talk in going:
-            talk.close_if_full(context)
-    hooks.call("on_trajectory_end", everything, talks)
+            talk.close_if_full()
+    turns.call("on_trajectory_end", everything, talks)
     for talk in talks:
         talk.trajectory.infos["num_turns"] = talk.trajectory.num_turns
 
 
-def list_requests(talks: Sequence[Talk], sampling: Sampling, *, turn: int, context: int) -> list[Request]:
-    """What is asked next; neighbours that answer the same prompt by consecutive numbers share a request."""
-    requests: list[Request] = []
+def list_requests(talks: Sequence[Talk], sampling: Sampling, turn: int) -> list[Request]:
+    requests = []
     for talk in talks:
-        ids, number = talk.trajectory.prompt_ids + talk.trajectory.token_ids, talk.start.number
+        ids = talk.trajectory.prompt_ids + talk.trajectory.token_ids
         asked = replace(
             sampling,
             seed=(talk.start.seed + (turn - 1) * SEED_STEP) % 2**63,
-            max_tokens=min(sampling.max_tokens, talk.room(context)),
+            max_tokens=min(sampling.max_tokens, talk.room()),
         )
-        before = requests[-1] if requests else None
-        if before and (before.token_ids, before.sampling, before.first + before.count) == (
-            ids,
-            asked,
-            number,
-        ):
-            requests[-1] = replace(before, count=before.count + 1)
-        else:
-            requests.append(Request(ids, asked, first=number))
-    return requests
+        requests.append(Request(ids, asked, first=talk.start.number))
+    return join_requests(requests)
 
 
-def _continue(hooks: Hooks, talks: Sequence[Talk], choices: Sequence[TurnChoice], turn: int) -> None:
+def _continue(turns: Turns, talks: Sequence[Talk], choices: Sequence[TurnChoice], turn: int) -> None:
     """Asks the scheduler what becomes of each conversation, and does it."""
     arguments = [(talk.request, choice, turn) for talk, choice in zip(talks, choices, strict=True)]
-    ended = [result or {} for result in hooks.call("on_turn_end", arguments, talks)]
-    finished = hooks.call("check_finished", arguments, talks)
-    limit = hooks.scheduler.max_turns
+    ended = [result or {} for result in turns.call("on_turn_end", arguments, talks)]
+    finished = turns.call("check_finished", arguments, talks)
+    limit = turns.scheduler.max_turns
     for talk, result, is_finished in zip(talks, ended, finished, strict=True):
         talk.trajectory.infos |= result.get("rollout_infos") or {}
-        last = result.get("done") or is_finished or (limit is not None and turn >= limit)
-        talk.is_open = not last
+        talk.is_open = not (result.get("done") or is_finished or (limit is not None and turn >= limit))
     going = [i for i, talk in enumerate(talks) if talk.is_open]
-    stepped = hooks.call("step", [arguments[i] for i in going], [talks[i] for i in going])
+    stepped = turns.call("step", [arguments[i] for i in going], [talks[i] for i in going])
     for i, result in zip(going, stepped, strict=True):
         talk = talks[i]
         if isinstance(result, dict):
             talk.trajectory.infos |= result.get("rollout_infos") or {}
         problem = talk.go_on(result)
         if problem:
-            raise ConfigError(f"--multi_turn_scheduler {hooks.name}: {talk.start.place}: {problem}")
+            raise ConfigError(f"--multi_turn_scheduler {turns.name}: {talk.start.place}: {problem}")

@@ -128,6 +128,8 @@ class SharedRollout:
 
     def __init__(self, rollout: RolloutEngine, peers: Peers) -> None:
         self.rollout, self.peers = rollout, peers
+        self.update_weights, self.close = rollout.update_weights, rollout.close
+        self.sleep, self.wake = rollout.sleep, rollout.wake
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """The same on all peers, whoever has answered."""
@@ -135,18 +137,6 @@ class SharedRollout:
         found = list(chain.from_iterable(self.rollout.generate(mine)))
         answers = chain.from_iterable(self.peers.collect(found))
         return [[next(answers) for _ in range(request.count)] for request in requests]
-
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        self.rollout.update_weights(weights, version=version)
-
-    def sleep(self) -> None:
-        self.rollout.sleep()
-
-    def wake(self) -> None:
-        self.rollout.wake()
-
-    def close(self) -> None:
-        self.rollout.close()
 
 
 def share_requests(requests: Sequence[Request], shares: int) -> list[list[Request]]:

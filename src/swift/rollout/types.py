@@ -4,8 +4,8 @@ Chat templates, tools and stop words of a template are applied above; whoever tr
 the same ids.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -55,6 +55,19 @@ class Request:
     first: int = 0
     continued: int = 0  # tokens at the prompt's end whose text the answer continues
     guide: Callable[[], Guide] | None = None  # for each answer; our own decoder follows it
+
+
+def join_requests(requests: Iterable[Request]) -> list[Request]:
+    """Neighbours that answer the same prompt by consecutive numbers become one."""
+    joined: list[Request] = []
+    for request in requests:
+        last = joined[-1] if joined else request
+        is_same = (last.token_ids, last.sampling) == (request.token_ids, request.sampling)
+        if is_same and last.first + last.count == request.first:
+            joined[-1] = replace(last, count=last.count + request.count)
+        else:
+            joined.append(request)
+    return joined
 
 
 @dataclass(frozen=True, slots=True)

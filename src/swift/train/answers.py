@@ -7,6 +7,7 @@ Shapes: N = answers of all ranks, n = those of this one, F = rewards.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,12 +25,10 @@ from swift.data.types import place
 from swift.engines.protocol import Engine, Sums
 from swift.engines.ranks import Ranks
 from swift.objectives.advantages import Advantages, compute_advantages
-from swift.plugins.turns import MultiTurnScheduler
 from swift.rewards.panel import Answer, Panel
-from swift.rollout.multi_turn import Start, run_turns
+from swift.rollout.multi_turn import Start, Turns, run_turns
 from swift.rollout.protocol import RolloutEngine
-from swift.rollout.types import Request, Sampling
-from swift.template.chat import ChatTemplate
+from swift.rollout.types import Request, Sampling, join_requests
 from swift.template.tokenize import Encoded
 from swift.template.types import Message
 from swift.train.evaluation import Found
@@ -75,18 +74,6 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Turns:
-    """How conversations go on after an answer, in the words of `run_turns`."""
-
-    scheduler: MultiTurnScheduler
-    name: str
-    template: ChatTemplate
-    context: int  # tokens of a conversation
-    timeout_seconds: float
-    limits_all: bool = False  # the longest answer is that of all turns together
-
-
-@dataclass(frozen=True)
 class Sampler:
     """Answers to prompts, and what they are worth."""
 
@@ -110,31 +97,22 @@ class Sampler:
 
     def _answer_once(self, asked: list[tuple[int, int, int]]) -> list[Answered]:
         """`asked`: row, place and seed of each answer; those of one prompt are neighbours."""
-        requests: list[Request] = []
-        rows: list[int] = []
-        for row, number, seed in asked:
-            last = requests[-1] if requests and rows[-1] == row else None
-            if last and (last.sampling.seed, last.first + last.count) == (seed, number):
-                requests[-1] = replace(last, count=last.count + 1)
-                continue
-            rows.append(row)
-            requests.append(
-                Request(self.rows[row].input_ids.tolist(), sampling_of(self.config, seed), 1, number)
-            )
-        answers = self.rollout.generate(requests)
+        requests = [
+            Request(self.rows[row].input_ids.tolist(), sampling_of(self.config, seed), first=number)
+            for row, number, seed in asked
+        ]
+        answers = chain.from_iterable(self.rollout.generate(join_requests(requests)))
         return [
             Answered(
-                row, request.first + i, request.token_ids,
+                row, number, request.token_ids,
                 found.token_ids, found.logps, found.finish_reason, self.prefix + found.text,
             )
-            for row, request, group in zip(rows, requests, answers, strict=True)
-            for i, found in enumerate(group)
+            for (row, number, _), request, found in zip(asked, requests, answers, strict=True)
         ]  # fmt: skip
 
     def _talk(self, asked: list[tuple[int, int, int]]) -> list[Answered]:
         """As `_answer_once`, of conversations that go on as --multi_turn_scheduler says."""
-        turns = self.turns
-        assert turns is not None
+        assert self.turns is not None
         starts = []
         for row, number, seed in asked:
             sample = self.rows.samples[row]
@@ -142,13 +120,8 @@ class Sampler:
             starts.append(
                 Start(sample.messages, sample.extra, f"{row}-{number}", where, seed, number, sample.tools)
             )
-        trajectories = run_turns(
-            self.rollout,
-            starts,
-            sampling=sampling_of(self.config, 0),
-            collect=self.ranks.collect,
-            **vars(turns),
-        )
+        sampling, collect = sampling_of(self.config, 0), self.ranks.collect
+        trajectories = run_turns(self.rollout, starts, self.turns, sampling=sampling, collect=collect)
         return [
             Answered(
                 row, number, t.prompt_ids, t.token_ids, t.logps, t.finish_reason, t.text,

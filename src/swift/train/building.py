@@ -28,7 +28,6 @@ from swift.plugins.callbacks import Callback
 from swift.train.callbacks import EarlyStop, Screen
 from swift.train.health import Health
 from swift.train.hf_callbacks import HfCallbacks
-from swift.train.method import Method
 from swift.train.preparing import Prepared
 from swift.train.profiling import Profiler
 from swift.train.resume import Resumption
@@ -40,16 +39,10 @@ from swift.utils.log import say
 
 
 def build_engine(
-    run: TrainRun,
-    method: Method,
-    ready: Prepared,
-    total_steps: int,
-    ranks: Ranks,
-    device: torch.device,
-    resumption: Resumption | None,
-    accumulation: int,
+    ready: Prepared, ranks: Ranks, device: torch.device, total_steps: int, accumulation: int
 ) -> TransformersEngine:
     """Seeds everything, loads the weights, adds adapters. Each rank draws dropout of its own."""
+    run, method, resumption = ready.run, ready.method, ready.resumption
     check_sequence_parallel(ready.model_config, ranks.sequence_size)
     verdict = verdict_tokens(ready.tokenizer) if method.answers_yes else None
     wrapper = choose_wrapper(run, ranks, accumulation, ready.model_config.get_text_config().hidden_size)
@@ -157,8 +150,7 @@ def lacks_flash(name: str, model: PreTrainedModel | PeftModel) -> bool:
 def open_run_directory(run: TrainRun, root: Path, resumption: Resumption | None) -> Path:
     """The checkpoint's own run directory when resuming into the same place, else a new one."""
     if resumption and (run.output.output_dir is None or root in resumption.checkpoint.parents):
-        removed = remove_partial(resumption.run_directory)
-        for name in removed:
+        for name in remove_partial(resumption.run_directory):
             say(f"removed {name}: it was half-written when the run was killed")
         return resumption.run_directory
     return new_run_directory(root, run.output.add_version)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from swift.plugins.callbacks import Callback, EndEvent, EvalEvent, SaveEvent, StartEvent, StepEvent, Stop
 from swift.train.saving import is_better
@@ -42,7 +42,6 @@ class Screen(Callback):
             transient=True,
             disable=not (bar and console().is_terminal),
         )
-        self.task: TaskID | None = None
 
     def on_start(self, event: StartEvent) -> None:
         self.task = self.progress.add_task(
@@ -51,7 +50,6 @@ class Screen(Callback):
         self.progress.start()
 
     def on_step(self, event: StepEvent) -> None:
-        assert self.task is not None
         self.progress.update(self.task, completed=event.step, loss=event.loss)
         if event.row:
             say(format_row(event.row))

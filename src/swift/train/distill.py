@@ -1,10 +1,8 @@
 """Distillation's rows: those of the data, or in some steps the student's own answers to their prompts."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
-import torch
 
 from swift.batch import IGNORED, Batch
 from swift.config.online import OnlineConfig
@@ -16,11 +14,12 @@ from swift.rollout.protocol import RolloutEngine
 from swift.rollout.types import Request
 from swift.train.answers import Answered, collate_answers, sampling_of
 from swift.train.far_teacher import FarTeacher
-from swift.train.method import Method
 from swift.train.preparing import Prepared
-from swift.train.resume import Resumption
 from swift.train.rollouts import check_answers, start_answers
+from swift.train.scoring import with_constant
 from swift.train.stage import Opened, RowStage
+
+ORIGIN = "sampled"  # of a segment: 1 for the student's own answers
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,7 @@ class DistillFeed(StoredFeed):
 
     def batches(self, step: int, data_rank: int, /) -> list[Batch]:
         if not self.is_own(step):
-            found = StoredFeed.batches(self, step, data_rank)
-            return [with_origin(batch, 0.0) for batch in found]
+            return with_constant(StoredFeed.batches(self, step, data_rank), ORIGIN, 0.0)
         parts = self.plan.micro_batches(step, data_rank)
         requests = [self._request(int(row), step) for numbers in parts for row in numbers]
         self.rollout.wake()
@@ -54,7 +52,8 @@ class DistillFeed(StoredFeed):
             Answered(0, 0, request.token_ids, one.token_ids, one.logps, one.finish_reason, one.text)
             for request, (one,) in zip(requests, answers, strict=True)
         )
-        return [with_origin(collate_answers([next(said) for _ in numbers], False), 1.0) for numbers in parts]
+        batches = [collate_answers([next(said) for _ in numbers], False) for numbers in parts]
+        return with_constant(batches, ORIGIN, 1.0)
 
     def _request(self, row: int, step: int) -> Request:
         encoded = self.rows.sequences(row)[0]
@@ -66,29 +65,21 @@ class DistillFeed(StoredFeed):
         self.rollout.close()
 
 
-def with_origin(batch: Batch, sampled: float) -> Batch:
-    """segment["sampled"] [S]: 1 for the student's own answers."""
-    column = torch.full((batch.num_segments,), sampled)
-    return replace(batch, segment={**batch.segment, "sampled": column})
-
-
 class DistillStage(RowStage):
     """Rows with answers, and somebody who gives others."""
 
-    run: RlhfRun
-
-    def __init__(
-        self, run: RlhfRun, method: Method, ready: Prepared, ranks: Ranks, resumption: Resumption | None
-    ) -> None:
-        if run.rlhf.lmbda:
-            check_answers(run, ready)
-        if isinstance(method.score, FarTeacher):
+    def __init__(self, ready: Prepared, ranks: Ranks) -> None:
+        assert isinstance(ready.run, RlhfRun)
+        self.run = ready.run
+        if self.run.rlhf.lmbda:
+            check_answers(self.run, ready)
+        if isinstance(ready.method.score, FarTeacher):
             first = ready.rows.sequences(0)[0].input_ids.tolist()
-            method.score.check(first, ready.model_config.get_text_config().vocab_size)
-        RowStage.__init__(self, run, method, ready, ranks, resumption)
+            ready.method.score.check(first, ready.model_config.get_text_config().vocab_size)
+        RowStage.__init__(self, ready, ranks)
 
-    def open(self, engine: Engine, directory: Path) -> Opened:
-        opened = RowStage.open(self, engine, directory)
+    def open(self, engine: Engine) -> Opened:
+        opened = RowStage.open(self, engine)
         run, ready = self.run, self.ready
         if run.rlhf.lmbda == 0:
             return opened

@@ -6,7 +6,7 @@ Owns: the columns teacher_ids and teacher_logps of batches. Not here: how far th
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -20,20 +20,14 @@ from swift.train.scoring import Step
 
 AT_ONCE = 32  # rows that a rank asks for together
 TIMEOUT_SECONDS = 240.0
-ASKING = "while the teacher was asked"
 
 
-@dataclass
 class FarTeacher:
     """Asks for all rows of a step: a Scorer. The teacher reads token ids, so it needs the same tokenizer."""
 
-    url: str
-    top_k: int
-    pool: ThreadPoolExecutor = field(init=False)
-
-    def __post_init__(self) -> None:
-        way = "swift deploy --infer_backend vllm"
-        self.server = Server(self.url, TIMEOUT_SECONDS, kind="teacher server", way=way)
+    def __init__(self, url: str, top_k: int) -> None:
+        self.top_k, way = top_k, "swift deploy --infer_backend vllm"
+        self.server = Server(url, TIMEOUT_SECONDS, kind="teacher server", way=way)
         self.pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="teacher")
 
     @cached_property
@@ -66,7 +60,7 @@ class FarTeacher:
             "model": self.model, "prompt": token_ids, "max_tokens": 1, "temperature": 0,
             "prompt_logprobs": self.top_k,
         }  # fmt: skip
-        answer = self.server.ask("POST", "/v1/completions", body, phase=ASKING)
+        answer = self.server.ask("POST", "/v1/completions", body, phase="while the teacher was asked")
         told = answer["choices"][0].get("prompt_logprobs") or []
         if len(told) != len(token_ids):
             raise ConfigError(

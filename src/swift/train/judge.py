@@ -45,10 +45,7 @@ class Judge:
     def _ask(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         shown = "\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
         asked = [{"role": "system", "content": TASK}, {"role": "user", "content": shown}]
-        ids: list[int] = self.template.tokenizer(self.template.prompt(asked), add_special_tokens=False)[
-            "input_ids"
-        ]
-        return ids
+        return self.template.tokenizer.encode(self.template.prompt(asked), add_special_tokens=False)
 
 
 def read_verdict(text: str) -> float | None:

@@ -3,11 +3,8 @@
 from dataclasses import dataclass
 from functools import partial
 
-from swift.config.objective import RlhfConfig
-from swift.config.online import OnlineConfig
-from swift.config.ppo import PpoConfig
-from swift.config.sft import SftConfig
-from swift.config.task import MULTI_LABEL, TaskConfig
+from swift.config.runs import RlhfRun, SftRun
+from swift.config.task import MULTI_LABEL
 from swift.objectives.build import build_objective
 from swift.objectives.classification import Classification
 from swift.objectives.embedding import EmbeddingPairs, InfoNce, ListwiseReranker, PointwiseReranker
@@ -37,7 +34,8 @@ class Method:
     answers_yes: bool = False  # the score of a text is how much likelier than no the next token is yes
 
 
-def sft_method(task: TaskConfig, variants: SftConfig) -> Method:
+def sft_method(run: SftRun) -> Method:
+    task = run.task
     if task.task_type == "seq_cls":
         assert task.num_labels is not None, "check_complete has run"
         shape = "classes" if task.problem == MULTI_LABEL else "labelled"
@@ -51,12 +49,12 @@ def sft_method(task: TaskConfig, variants: SftConfig) -> Method:
         if task.task_type == "reranker":
             return Method(objective, "documents", num_labels=1, learns_text=False)
         return Method(objective, "judged", learns_text=False, answers_yes=True)
-    return Method(Sft(variants))
+    return Method(Sft(run.sft))
 
 
-def rlhf_method(config: RlhfConfig, online: OnlineConfig, ppo: PpoConfig) -> Method:
+def rlhf_method(run: RlhfRun) -> Method:
     """The method of `swift rlhf`. Raises ConfigError where flags contradict each other."""
-    objective = build_objective(config, online, ppo)
+    config, objective = run.rlhf, build_objective(run.rlhf, run.online, run.ppo)
     if config.rlhf_type == "grpo":
         return Method(
             objective, "prompt", samples=True, needs_reference=config.needs_reference,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
+from math import isnan
 from typing import Any
 
 import numpy as np
@@ -177,7 +178,8 @@ class RolloutFeed:
         if self.config.log_completions:
             self._tell(judged, found)
         self.answers = self._describe(mine, flat) if self.plan.updates > 1 else []
-        return Held(number, [self._spare(part) for part in regroup(flat, parts)])
+        batches = iter(flat)
+        return Held(number, [self._spare([next(batches) for _ in part]) for part in parts])
 
     def _spare(self, part: list[Batch]) -> list[Batch]:
         """What of an optimizer step's batches has to be run; a value model learns from every answer."""
@@ -273,7 +275,7 @@ class RolloutFeed:
                 "prompt": list(messages),
                 "completion": text,
                 "finish_reason": reason,
-                **{name: _number(value) for name, value in zip(names, facts, strict=False)},
+                **{name: None if isnan(value) else value for name, value in zip(names, facts, strict=False)},
                 "advantages": advantage,
             }
             for (messages, text, reason), facts, advantage in zip(
@@ -318,19 +320,8 @@ class RolloutFeed:
 
 def add_scores(batches: Sequence[Batch], scores: Tensor) -> list[Batch]:
     """token["advantages"] [T] from one number a segment, in the order of the batches."""
-    done, start = [], 0
-    for batch in batches:
-        mine = scores[start : start + batch.num_segments].float()
-        done.append(replace(batch, token={**batch.token, "advantages": mine[batch.segment_ids]}))
-        start += batch.num_segments
-    return done
-
-
-def regroup(flat: Sequence[Batch], parts: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
-    """`flat` cut as `parts` are."""
-    batches = iter(flat)
-    return [[next(batches) for _ in part] for part in parts]
-
-
-def _number(value: float) -> float | None:
-    return None if value != value else value
+    parts = scores.float().split([batch.num_segments for batch in batches])
+    return [
+        replace(batch, token={**batch.token, "advantages": score_S[batch.segment_ids]})
+        for batch, score_S in zip(batches, parts, strict=True)
+    ]

@@ -65,12 +65,15 @@ class Prepared:
     """Everything that a run knows before the first weight is loaded."""
 
     run: TrainRun
+    method: Method
+    resumption: Resumption | None  # where it goes on
     root: Path  # where run directories go
     model_path: Path
     model_config: PretrainedConfig
     reference_path: Path | None  # of --ref_model or --teacher_model
     reference_adapter: Path | None  # of --ref_adapters
     tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
     rows: EncodedDataset
     eval_rows: EncodedDataset | None
     eval_source: Rows | None
@@ -119,15 +122,16 @@ def prepare(
     if run.template.use_chat_template:
         tokenizer.chat_template = tokenizer.chat_template or template.source  # saved with every checkpoint
     encoder = Encoder(template, longest, run.template.truncation_strategy, run.data.strict, method.shape)
-    sources = open_sources(run, encoder, resumption)
-    rows, eval_rows = encode_sets(run, encoder, sources)
+    train_source, eval_source, stream = open_sources(run, encoder, resumption)
+    rows, eval_rows = encode_sets(run, encoder, train_source, eval_source)
     for dataset in (rows, eval_rows) if method.shape == "classes" else ():
         if dataset is not None:
             assert method.num_labels is not None, "a head gives classes"
             add_classes(dataset, method.num_labels)
+    method = replace(method, objective=learn_facts(method.objective, config, rows, eval_rows))
     return Prepared(
-        run, root, model_path, config, reference_path, reference_adapter, tokenizer, rows, eval_rows,
-        sources.evaluation, sources.stream, longest, callbacks,
+        run, method, resumption, root, model_path, config, reference_path, reference_adapter, tokenizer,
+        template, rows, eval_rows, eval_source, stream, longest, callbacks,
     )  # fmt: skip
 
 
@@ -144,11 +148,13 @@ def check_same_sizes(run: TrainRun, reference_path: Path | None, config: Pretrai
                 )
 
 
-def learn_facts(objective: Objective, ready: Prepared) -> Objective:
+def learn_facts(
+    objective: Objective, config: PretrainedConfig, rows: EncodedDataset, eval_rows: EncodedDataset | None
+) -> Objective:
     """The objective with what it must know of model and rows. Raises ConfigError where they lack it."""
     if not isinstance(objective, Sft):
         return objective
-    config, channels = ready.model_config, ()
+    channels: tuple[str, ...] = ()
     experts = getattr(config.get_text_config(), "num_experts_per_tok", None)
     coefficient = objective.config.router_aux_loss_coef
     if coefficient and not (experts and hasattr(config, "output_router_logits")):
@@ -158,7 +164,7 @@ def learn_facts(objective: Objective, ready: Prepared) -> Objective:
             hint="leave it out",
         )
     if objective.config.enable_channel_loss:
-        channels = find_channels([d for d in (ready.rows, ready.eval_rows) if d is not None])
+        channels = find_channels([d for d in (rows, eval_rows) if d is not None])
     return replace(objective, channels=channels, experts_per_token=experts or 0)
 
 
@@ -193,31 +199,25 @@ def check_sequences(run: TrainRun, method: Method) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Sources:
-    """Rows of a run. Of training rows that are streamed, `train` has the first ones."""
-
-    train: Rows | None
-    evaluation: Rows | None
-    stream: EncodedStream | None = None
-
-
-def open_sources(run: TrainRun, encoder: Encoder, resumption: Resumption | None) -> Sources:
+def open_sources(
+    run: TrainRun, encoder: Encoder, resumption: Resumption | None
+) -> tuple[Rows | None, Rows | None, EncodedStream | None]:
+    """Training rows, or the first ones of those that are streamed; rows of evaluation; the stream."""
     train, evaluation = open_sets(run.data, seed=run.data_seed, **run.model.hub)
     if not run.data.streaming:
-        return Sources(train, evaluation)
+        return train, evaluation, None
     source = open_stream(run.data, seed=run.data_seed, **run.model.hub)
     head = Rows([InMemory(source.head(STREAM_HEAD))])
-    return Sources(head, evaluation, _start_stream(run, source, encoder, resumption))
+    return head, evaluation, _start_stream(run, source, encoder, resumption)
 
 
 def encode_sets(
-    run: TrainRun, encoder: Encoder, sources: Sources
+    run: TrainRun, encoder: Encoder, train: Rows | None, evaluation: Rows | None
 ) -> tuple[EncodedDataset, EncodedDataset | None]:
     """Tokens of both sets, with what was dropped and why."""
     encoded = []
-    training = "training" if sources.stream is None else "first training"
-    for what, rows in ((training, sources.train), ("evaluation", sources.evaluation)):
+    training = "first training" if run.data.streaming else "training"
+    for what, rows in ((training, train), ("evaluation", evaluation)):
         found = open_exported(
             run.data.cached_dataset, encoder, model=str(run.model.model), training=what == training
         )
@@ -254,28 +254,26 @@ def _start_stream(
     return EncodedStream(source, encoder, capacity=capacity, workers=workers, position=position)
 
 
-def make_feed(
-    plan: StepPlan, rows: EncodedDataset, stream: EncodedStream | None, resumption: Resumption | None
-) -> Feed:
-    """What the loop trains on: `rows`, or the stream of which they are the head."""
-    if stream is None:
-        return StoredFeed(rows, plan)
+def make_feed(plan: StepPlan, ready: Prepared) -> Feed:
+    """What the loop trains on: the rows, or the stream of which they are the head."""
+    if ready.stream is None:
+        return StoredFeed(ready.rows, plan)
     return StreamFeed(
-        stream, micro_batch_size=plan.micro_batch_size, accumulation=plan.accumulation,
-        data_world=plan.data_world, next_step=resumption.state.step if resumption else 0,
+        ready.stream, micro_batch_size=plan.micro_batch_size, accumulation=plan.accumulation,
+        data_world=plan.data_world, next_step=ready.resumption.state.step if ready.resumption else 0,
     )  # fmt: skip
 
 
-def plan_steps(
-    run: TrainRun, rows: EncodedDataset, longest: int, ranks: Ranks, resumption: Resumption | None
-) -> StepPlan:
-    """How rows, or packs of them, make up steps. `longest`: the tokens of a row that may not be exceeded."""
+def plan_steps(ready: Prepared, ranks: Ranks) -> StepPlan:
+    """How rows, or packs of them, make up steps."""
+    run, rows = ready.run, ready.rows
     size = run.schedule.per_device_train_batch_size
     world = ranks.data_world
     accumulation = run.schedule.gradient_accumulation_steps or math.ceil(ROWS_PER_STEP / size / world)
-    if resumption:
-        accumulation = keep_step_size(resumption.data["rows_per_step"], size, world)
-    packs = pack_lengths(rows.lengths, run.data.packing_length or longest) if run.data.packing else None
+    if ready.resumption:
+        accumulation = keep_step_size(ready.resumption.data["rows_per_step"], size, world)
+    capacity = run.data.packing_length or ready.max_length
+    packs = pack_lengths(rows.lengths, capacity) if run.data.packing else None
     plan = StepPlan(
         len(rows), size, accumulation, world, seed=run.data_seed, drop_last=run.schedule.dataloader_drop_last,
         shuffle=run.data.train_dataloader_shuffle, packs=packs,
@@ -311,8 +309,9 @@ def check_equal_on_ranks(ranks: Ranks, data: dict[str, Any]) -> None:
         )
 
 
-def check_rows(method: Method, rows: EncodedDataset, plan: StepPlan) -> None:
+def check_rows(ready: Prepared, plan: StepPlan) -> None:
     """Raises ConfigError where a method cannot learn from rows each of which is as it should be."""
+    method, rows = ready.method, ready.rows
     labels = rows.values.get("label")
     if method.shape == "kto" and labels is not None and len(set(labels.tolist())) < 2:
         what = "liked" if labels[0] else "disliked"

@@ -48,7 +48,6 @@ class Publisher(Callback):
             )
 
     def _upload(self) -> None:
-        """All that wait."""
         while self.waiting:
             path = self.waiting.pop(0)
             try:

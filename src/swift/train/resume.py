@@ -1,6 +1,5 @@
 """Going on from a checkpoint: the flags it was trained with, and the checks that it is the same run."""
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,6 +7,7 @@ from typing import Any, TypeVar
 from swift.config.layout import LayoutConfig, keeps_layout
 from swift.config.option import ConfigError, build, flatten, is_secret, iterate_knobs
 from swift.config.runs import TrainRun
+from swift.models.directory import read_json
 from swift.train.saving import ARGS, STATE, find_checkpoint
 from swift.train.state import TrainState
 from swift.utils import env
@@ -53,8 +53,8 @@ def load_resumption(run: Run) -> tuple[Run, Resumption | None]:
     if not run.schedule.resume_from_checkpoint:
         return run, None
     checkpoint = find_checkpoint(Path(run.schedule.resume_from_checkpoint).expanduser())
-    saved = json.loads((checkpoint / ARGS).read_text(encoding="utf-8"))
-    content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    saved = read_json(checkpoint / ARGS)
+    content = read_json(checkpoint / STATE)
     given = flatten(run)
     values: dict[str, Any] = {}
     anew = _new_layout(run, given, saved)

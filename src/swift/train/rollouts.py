@@ -11,7 +11,6 @@ from swift.rollout.local import LocalRollout
 from swift.rollout.protocol import RolloutEngine
 from swift.rollout.replica import ReplicaRollout, SharedRollout
 from swift.rollout.vllm import check_vllm, start_rollout
-from swift.template.chat import ChatTemplate
 from swift.train.preparing import Prepared
 
 MOST_ROWS = 1024  # answers computed together, where there is memory for their keys and values
@@ -19,7 +18,7 @@ MOST_ROWS = 1024  # answers computed together, where there is memory for their k
 
 def start_answers(run: RlhfRun, ready: Prepared, engine: Engine, ranks: Ranks, context: int) -> RolloutEngine:
     """Called by all ranks. `context`: tokens of prompt and answer."""
-    stops, tokenizer = find_stops(run, ready), ready.tokenizer
+    stops, tokenizer = find_stops(ready), ready.tokenizer
     terms = {"context": context, "max_rows": MOST_ROWS, "stop_token_ids": stops}
     if run.answers_itself:
         return LocalRollout(engine, tokenizer, **terms)
@@ -45,10 +44,9 @@ def check_answers(run: RlhfRun, ready: Prepared) -> None:
     check_answering(architecture, ready.model_config)
 
 
-def find_stops(run: RlhfRun, ready: Prepared) -> list[int]:
+def find_stops(ready: Prepared) -> list[int]:
     """Tokens that end an answer: the template's, the tokenizer's and those of generation_config.json."""
-    template = ChatTemplate(ready.tokenizer, run.template)
     path = ready.model_path / "generation_config.json"
     ends = read_json(path).get("eos_token_id") if path.is_file() else None
     listed = ends if isinstance(ends, list) else [ends]
-    return sorted({*template.stop_token_ids, *listed, ready.tokenizer.eos_token_id} - {None})
+    return sorted({*ready.template.stop_token_ids, *listed, ready.tokenizer.eos_token_id} - {None})

@@ -1,29 +1,33 @@
 """A training run: config -> rows -> engine -> loop. What can be refused is, before weights load."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
 
 from swift import __version__
 from swift.config.option import flatten
 from swift.config.runs import RlhfRun, SftRun, TrainRun
 from swift.engines.protocol import Engine
-from swift.engines.ranks import Ranks, leave_ranks
+from swift.engines.ranks import Ranks, join_ranks, leave_ranks
 from swift.models.directory import describe_weights, list_checkpoints
+from swift.models.load import pick_device
 from swift.models.push import check_destination
 from swift.train import summary
-from swift.train.backend import TRANSFORMERS, Backend
+from swift.train.actor_critic import build_engines
 from swift.train.building import build_callbacks, open_run_directory
 from swift.train.distill import DistillStage
 from swift.train.loop import Loop
 from swift.train.method import Method, rlhf_method, sft_method
-from swift.train.preparing import Prepared, check_equal_on_ranks, learn_facts, prepare
+from swift.train.preparing import Locate, Prepared, check_equal_on_ranks, locate_model, prepare
 from swift.train.publishing import Publisher
-from swift.train.resume import Resumption, check_same_data, hide_secrets, load_resumption
+from swift.train.resume import check_same_data, hide_secrets, load_resumption
 from swift.train.run_online import OnlineStage
 from swift.train.saving import Saver
 from swift.train.scoring import precompute_reference
-from swift.train.stage import RowStage, Stage
+from swift.train.stage import RowStage
 from swift.train.state import TrainState
 from swift.train.stopping import Terminated, heed_signals
 from swift.utils.files import append_jsonl, write_json
@@ -32,16 +36,43 @@ from swift.utils.log import say, warn
 Run = TypeVar("Run", bound=TrainRun)
 
 
+@dataclass(frozen=True)
+class Backend:
+    """What engines do differently before the loop."""
+
+    settle: Callable[[Any], Any]  # a run, once it is whole
+    locate: Locate
+    join: Callable[[Prepared], tuple[Ranks, torch.device]]
+    build: Callable[[Prepared, Ranks, torch.device, int, int], Engine]  # steps in all, accumulation
+    iterations: bool = False  # whether checkpoints have a part for Megatron's tools
+    # After the last step, in one process, with the last checkpoint.
+    finish: Callable[[Any, Path], None] = lambda _run, _checkpoint: None
+
+
+def join_data_parallel(ready: Prepared) -> tuple[Ranks, torch.device]:
+    """Every process has rows of its own, or shares those of its sequence group."""
+    run = ready.run
+    return join_ranks(
+        pick_device(run.model.device),
+        run.parallel.ddp_timeout,
+        sequence_size=run.parallel.sequence_parallel_size,
+        backend=run.parallel.ddp_backend,
+    )
+
+
+TRANSFORMERS = Backend(lambda run: run, locate_model, join_data_parallel, build_engines)
+
+
 def run_pt(run: SftRun) -> int:
-    return train(run, "pt", lambda run: sft_method(run.task, run.sft))
+    return train(run, "pt", sft_method)
 
 
 def run_sft(run: SftRun) -> int:
-    return train(run, "sft", lambda run: sft_method(run.task, run.sft))
+    return train(run, "sft", sft_method)
 
 
 def run_rlhf(run: RlhfRun) -> int:
-    return train(run, "rlhf", lambda run: rlhf_method(run.rlhf, run.online, run.ppo))
+    return train(run, "rlhf", rlhf_method)
 
 
 def train(
@@ -63,16 +94,15 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
     run = backend.settle(run)
     destination = check_destination(run.publish, run.model) if run.publish.push_to_hub else None
     ready = prepare(run, method, resumption=resumption, locate=backend.locate)
-    method = replace(method, objective=learn_facts(method.objective, ready))
-    run, tokenizer = ready.run, ready.tokenizer
-    ranks, device = backend.join(run, ready)
-    stage = open_stage(run, method, ready, ranks, resumption)
+    run, method, tokenizer = ready.run, ready.method, ready.tokenizer
+    ranks, device = backend.join(ready)
+    kind = OnlineStage if method.samples else DistillStage if method.teaches else RowStage
+    stage = kind(ready, ranks)
     data = stage.identity()
     check_equal_on_ranks(ranks, data)
     if resumption:
         check_same_data(resumption, data)
-    total_steps = stage.total_steps(run.schedule.num_train_epochs, run.schedule.max_steps)
-    engine = backend.build(run, method, ready, total_steps, ranks, device, resumption, stage.accumulation)
+    engine = backend.build(ready, ranks, device, stage.total_steps, stage.accumulation)
     dtype = str(engine.dtype).removeprefix("torch.")
     what = f"{run.model.model}, {run.tuner.train_type}, {dtype}, {engine.device}"
     summary.tell_weights(*engine.num_parameters, what)
@@ -80,7 +110,7 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
         precompute(run, ready, engine, ranks)
         if not method.needs_mismatched:  # whose answers change with every step
             engine.drop_reference()
-    stage.tell(total_steps, flat=engine.flat)
+    stage.tell(flat=engine.flat)
     summary.tell_sample(tokenizer, ready.rows, waits=method.samples)
     directory = ranks.share(open_run_directory(run, ready.root, resumption) if ranks.is_main else ready.root)
     args = hide_secrets({**flatten(run), "swift_version": __version__, "command": command})
@@ -105,8 +135,8 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
     if destination and ranks.is_main:
         callbacks.append(Publisher(run.publish, destination, args))
     loop = Loop(
-        engine=engine, method=method, **vars(stage.open(engine, directory)),
-        total_steps=total_steps, schedule=run.schedule, saver=saver, run_directory=directory,
+        engine=engine, method=method, **vars(stage.open(engine)),
+        total_steps=stage.total_steps, schedule=run.schedule, saver=saver, run_directory=directory,
         callbacks=callbacks,
         follows_wishes=bool(ready.callbacks or run.schedule.early_stop_interval),
     )  # fmt: skip
@@ -116,19 +146,7 @@ def _train(run: Run, command: str, build_method: Callable[[Run], Method], backen
     return code
 
 
-def open_stage(
-    run: TrainRun, method: Method, ready: Prepared, ranks: Ranks, resumption: Resumption | None
-) -> Stage:
-    """Where the steps of this method come from."""
-    if isinstance(run, RlhfRun) and method.samples:
-        return OnlineStage(run, ready, ranks, resumption)
-    if method.teaches:
-        return DistillStage(run, method, ready, ranks, resumption)
-    return RowStage(run, method, ready, ranks, resumption)
-
-
 def precompute(run: RlhfRun, ready: Prepared, engine: Engine, ranks: Ranks) -> None:
-    """Runs the reference model over all rows, once."""
     paths = [ready.reference_path or ready.model_path, ready.reference_adapter]
     key = "\n".join(describe_weights(path) for path in paths if path)
     for rows in (ready.rows, ready.eval_rows):

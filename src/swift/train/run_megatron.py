@@ -29,30 +29,25 @@ from swift.models.load import SLOW_HALF, load_config, pick_device
 from swift.models.outline import Outline, outline_adapters
 from swift.plugins.registry import load_object
 from swift.train.actor_critic import build_engines
-from swift.train.backend import Backend
 from swift.train.building import seed_everything
 from swift.train.megatron import as_resumption, settle, with_accumulation
-from swift.train.method import Method, rlhf_method, sft_method
+from swift.train.method import rlhf_method, sft_method
 from swift.train.preparing import Prepared, locate_model
-from swift.train.resume import Resumption
-from swift.train.run import train
+from swift.train.run import Backend, train
 from swift.utils import env
 from swift.utils.log import say, warn_once
 
 
 def run_pt(run: MegatronSftRun) -> int:
-    """`megatron pt`; returns the exit code."""
-    return train(as_resumption(run), "pt", lambda run: sft_method(run.task, run.sft), MEGATRON)
+    return train(as_resumption(run), "pt", sft_method, MEGATRON)
 
 
 def run_sft(run: MegatronSftRun) -> int:
-    """`megatron sft`; returns the exit code."""
-    return train(as_resumption(run), "sft", lambda run: sft_method(run.task, run.sft), MEGATRON)
+    return train(as_resumption(run), "sft", sft_method, MEGATRON)
 
 
 def run_rlhf(run: MegatronRlhfRun) -> int:
-    """`megatron rlhf`; returns the exit code."""
-    return train(as_resumption(run), "rlhf", lambda run: rlhf_method(run.rlhf, run.online, run.ppo), MEGATRON)
+    return train(as_resumption(run), "rlhf", rlhf_method, MEGATRON)
 
 
 def layout_of(run: MegatronRun, config: PretrainedConfig) -> Layout:
@@ -73,11 +68,11 @@ def locate(run: MegatronRun) -> tuple[MegatronRun, Path]:
     return with_accumulation(run, layout), directory
 
 
-def join(run: MegatronRun, ready: Prepared) -> tuple[Ranks, torch.device]:
+def join(ready: Prepared) -> tuple[Ranks, torch.device]:
     """Processes that share a model or its tokens are one data rank."""
-    timeout = run.parallel.ddp_timeout
-    ranks, device = join_ranks(pick_device(run.model.device), timeout)
-    return join_model_parallel(ranks, layout_of(run, ready.model_config), timeout), device
+    timeout = ready.run.parallel.ddp_timeout
+    ranks, device = join_ranks(pick_device(ready.run.model.device), timeout)
+    return join_model_parallel(ranks, layout_of(ready.run, ready.model_config), timeout), device
 
 
 def choose_dtype(run: MegatronRun, config: PretrainedConfig, device: torch.device) -> torch.dtype:
@@ -93,16 +88,10 @@ def choose_dtype(run: MegatronRun, config: PretrainedConfig, device: torch.devic
 
 
 def build(
-    run: MegatronRun,
-    method: Method,
-    ready: Prepared,
-    total_steps: int,
-    ranks: Ranks,
-    device: torch.device,
-    resumption: Resumption | None,
-    accumulation: int,  # noqa: ARG001 - as other engines are built
+    ready: Prepared, ranks: Ranks, device: torch.device, total_steps: int, _accumulation: int
 ) -> MegatronEngine:
     """Seeds everything, builds this rank's part of the model and reads its weights."""
+    run, method, resumption = ready.run, ready.method, ready.resumption
     hf, seed = ready.model_config, run.schedule.seed
     seed_everything(seed + ranks.rank)
     seed_model_parallel(seed)
@@ -117,11 +106,11 @@ def build(
     chosen = chosen_settings(flags, hf, has_adapters=run.tuner.train_type == "lora")
     settings = model_settings(hf, layout, dtype, head=head, **chosen)
     say(describe_implementation(settings.transformer_impl))
-    outline = outline_of(run, ready, settings, resumption)
-    teacher = teacher_settings(run, ready, dtype) if method.teaches and method.needs_reference else None
+    outline = outline_of(ready, settings)
+    teacher = teacher_settings(ready, dtype) if method.teaches and method.needs_reference else None
     is_judge = isinstance(run, MegatronRlhfRun) and method.foresees and method.num_labels
     start = ready.model_path if is_judge and run.rewards.reward_model else None
-    chunks = load_chunks(run, ready, settings, start)
+    chunks = load_chunks(ready, settings, start)
     if outline:
         add_adapters(chunks, hf, settings, outline)
     frozen = None
@@ -130,7 +119,7 @@ def build(
         assert ready.reference_path is not None
         Bridge(*teacher).load(frozen, ready.reference_path)
     elif method.needs_reference and run.tuner.train_type == "full":
-        frozen = load_chunks(run, ready, settings, ready.reference_path)
+        frozen = load_chunks(ready, settings, ready.reference_path)
     engine = MegatronEngine(
         chunks,
         settings,
@@ -147,7 +136,7 @@ def build(
         temperature=run.online.temperature if isinstance(run, MegatronRlhfRun) and method.samples else 1.0,
         verdict=verdict,
         files=Files(
-            describe(run, method, ready),
+            describe(ready),
             ready.model_path,
             hugging_face=flags.save_safetensors,
             adapter=outline and outline.config,
@@ -158,10 +147,9 @@ def build(
     return engine
 
 
-def teacher_settings(
-    run: MegatronRun, ready: Prepared, dtype: torch.dtype
-) -> tuple[PretrainedConfig, Settings]:
+def teacher_settings(ready: Prepared, dtype: torch.dtype) -> tuple[PretrainedConfig, Settings]:
     """The teacher's config and settings, on the layout of the model. ConfigError where it does not fit."""
+    run = ready.run
     assert isinstance(run, MegatronRlhfRun) and ready.reference_path is not None
     hf, own = load_config(ready.reference_path), ready.model_config
     about = f"--teacher_model {run.rlhf.teacher_model}"
@@ -182,10 +170,9 @@ def teacher_settings(
         raise ConfigError(f"{about}: {error.message}", hint=error.hint) from error
 
 
-def outline_of(
-    run: MegatronRun, ready: Prepared, settings: Settings, resumption: Resumption | None
-) -> Outline | None:
+def outline_of(ready: Prepared, settings: Settings) -> Outline | None:
     """The adapters that the flags ask for; ConfigError for those that cannot be."""
+    run, resumption = ready.run, ready.resumption
     if run.tuner.train_type == "full":
         return None
     outline = outline_adapters(
@@ -197,8 +184,9 @@ def outline_of(
     return outline
 
 
-def load_chunks(run: MegatronRun, ready: Prepared, settings: Settings, other: Path | None) -> list[nn.Module]:
+def load_chunks(ready: Prepared, settings: Settings, other: Path | None) -> list[nn.Module]:
     """This rank's chunks with the weights of --mcore_model, of --model, or of another HF directory."""
+    run = ready.run
     chunks, source = build_chunks(ready.model_config, settings), other or ready.model_path
     new_head = bool(settings.head) and count_labels(source) is None
     if new_head:
@@ -210,8 +198,9 @@ def load_chunks(run: MegatronRun, ready: Prepared, settings: Settings, other: Pa
     return chunks
 
 
-def describe(run: MegatronRun, method: Method, ready: Prepared) -> PretrainedConfig:
+def describe(ready: Prepared) -> PretrainedConfig:
     """config.json of what is trained."""
+    run, method = ready.run, ready.method
     if method.num_labels is None:
         return ready.model_config
     problem = run.task.problem_type if isinstance(run, MegatronSftRun) else None

@@ -5,12 +5,11 @@ called `checkpoint-N` is complete.
 """
 
 import errno
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -20,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from swift.config.option import ConfigError
 from swift.engines.protocol import Engine, Snapshot
 from swift.engines.ranks import Ranks
-from swift.models.directory import list_checkpoints
+from swift.models.directory import list_checkpoints, read_json
 from swift.train.state import TrainState
 from swift.train.stopping import FAILED
 from swift.utils.files import (
@@ -58,6 +57,7 @@ class Flight:
         return self.thread is not None and self.thread.is_alive()
 
 
+@dataclass
 class Saver:
     """Writes the checkpoints of one run beside its training, one at a time.
 
@@ -66,29 +66,18 @@ class Saver:
     end, which rank 0 waits for: threads take no part in exchanges between ranks.
     """
 
-    def __init__(
-        self,
-        run_directory: Path,
-        tokenizer: PreTrainedTokenizerBase,
-        args: dict[str, Any],
-        data: dict[str, Any],
-        *,
-        only_model: bool,
-        total_limit: int | None,
-        symlinks: bool,
-        ranks: Ranks,
-        iterations: bool = False,
-    ) -> None:
-        """`data`: fingerprint and sizes that a resumed run must match.
-
-        `iterations`: the run directory also names checkpoints as Megatron's tools look for them.
-        """
-        self.run_directory = run_directory
-        self.tokenizer, self.args, self.data = tokenizer, args, data
-        self.only_model, self.total_limit, self.symlinks = only_model, total_limit, symlinks
-        self.ranks, self.iterations = ranks, iterations
-        self.flight: Flight | None = None
-        self.whole: list[Path] = []  # written, and not yet asked for by `take_whole`
+    run_directory: Path
+    tokenizer: PreTrainedTokenizerBase
+    args: dict[str, Any]
+    data: dict[str, Any]  # fingerprint and sizes that a resumed run must match
+    _: KW_ONLY
+    only_model: bool
+    total_limit: int | None
+    symlinks: bool
+    ranks: Ranks
+    iterations: bool = False  # the run directory also names checkpoints as Megatron's tools look for them
+    flight: Flight | None = None
+    whole: list[Path] = field(default_factory=list)  # written, and not yet asked for by `take_whole`
 
     def save(self, engine: Engine, state: TrainState, metric: float | None, lower_is_better: bool) -> None:
         """Starts to write checkpoint-<step>. Called by every rank; raises what became of the one before."""
@@ -109,7 +98,7 @@ class Saver:
         self.ranks.collect(None)
         self.raise_failure()
         snapshot = engine.save(flight.temporary, resumable=not self.only_model)
-        self._check_space(sum(self.ranks.collect(snapshot.bytes)))
+        self._check_space(flight, sum(self.ranks.collect(snapshot.bytes)))
         work = lambda: self._write(flight, snapshot)  # noqa: E731
         flight.thread = Thread(target=self._try, args=(flight, work), name="checkpoint", daemon=True)
         flight.thread.start()
@@ -140,34 +129,33 @@ class Saver:
         """Raises where a rank could not write. Called by every rank, after an exchange."""
         if not self.ranks.flagged() & FAILED:
             return
-        assert self.flight
-        self.flight.cancelled.set()
-        if self.flight.thread:
-            self.flight.thread.join()
-        error = self.flight.error
+        flight = self.flight
+        assert flight
+        flight.cancelled.set()
+        if flight.thread:
+            flight.thread.join()
+        error = flight.error
         reasons = [r for r in self.ranks.collect(None if error is None else disk_reason(error)) if r]
         if self.ranks.is_main:
-            shutil.rmtree(self.flight.temporary, ignore_errors=True)
+            shutil.rmtree(flight.temporary, ignore_errors=True)
         if not reasons:
-            raise RuntimeError(f"{self.flight.final.name} could not be written") from error
+            raise RuntimeError(f"{flight.final.name} could not be written") from error
         free = f"{format_bytes(shutil.disk_usage(self.run_directory).free)} are free"
-        raise self._refuse(f"{reasons[0]} ({free}); {self.flight.temporary.name} was removed")
+        raise self._refuse(flight, f"{reasons[0]} ({free}); {flight.temporary.name} was removed")
 
-    def _check_space(self, size: int) -> None:
+    def _check_space(self, flight: Flight, size: int) -> None:
         """Refuses a checkpoint of `size` bytes that cannot fit, before a byte of it is written."""
         free = self.ranks.share(shutil.disk_usage(self.run_directory).free)
         if size > free:
-            assert self.flight
             if self.ranks.is_main:
-                shutil.rmtree(self.flight.temporary, ignore_errors=True)
-            raise self._refuse(f"it needs {format_bytes(size)}, and {format_bytes(free)} are free")
+                shutil.rmtree(flight.temporary, ignore_errors=True)
+            raise self._refuse(flight, f"it needs {format_bytes(size)}, and {format_bytes(free)} are free")
 
-    def _refuse(self, reason: str) -> ConfigError:
-        assert self.flight
+    def _refuse(self, flight: Flight, reason: str) -> ConfigError:
         others = [path.name for step, path in list_checkpoints(self.run_directory)]
         last = f"the last whole one is {others[-1]}" if others else "there is no whole one before it"
         return ConfigError(
-            f"{self.flight.final.name} cannot be written to {self.run_directory}: {reason}; {last}; "
+            f"{flight.final.name} cannot be written to {self.run_directory}: {reason}; {last}; "
             "training was stopped",
             hint=f"make room, then go on with --resume_from_checkpoint {self.run_directory}"
             if others
@@ -202,7 +190,7 @@ class Saver:
             while not done.exists():
                 if flight.cancelled.wait(POLL_SECONDS):
                     return
-            known |= json.loads(done.read_text(encoding="utf-8"))
+            known |= read_json(done)
             done.unlink()
         if snapshot.finish:
             snapshot.finish()
@@ -301,7 +289,7 @@ def find_checkpoint(path: Path) -> Path:
             raise ConfigError(f"--resume_from_checkpoint {path} is damaged: {damage}", hint=hint)
     else:
         path = find_whole(path)
-    if not json.loads((path / STATE).read_text(encoding="utf-8"))["resumable"]:
+    if not read_json(path / STATE)["resumable"]:
         raise ConfigError(
             f"--resume_from_checkpoint {path} has no optimizer state (saved with --save_only_model true)",
             hint="train from its weights instead",

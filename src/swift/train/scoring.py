@@ -5,9 +5,8 @@ Shapes: T = tokens of a batch, S = its segments, N = tokens of a data set.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -38,10 +37,8 @@ class Step:
     running: Sums  # sums of the whole run so far; a scorer may add to them
 
 
-class Scorer(Protocol):
-    """The batches with more columns. Called by every rank, also by one without batches."""
-
-    def __call__(self, engine: Engine, step: Step) -> list[Batch]: ...
+# Gives the batches with more columns. Called by every rank, also by one without batches.
+Scorer = Callable[[Engine, Step], list[Batch]]
 
 
 def score_nothing(_engine: Engine, step: Step) -> list[Batch]:

@@ -2,19 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from swift.config.runs import TrainRun
 from swift.data.feed import Feed
 from swift.engines.protocol import Engine, Sums
 from swift.engines.ranks import Ranks
 from swift.train import summary
 from swift.train.evaluation import Evaluation, RowEvaluation
-from swift.train.method import Method
 from swift.train.online import RolloutFeed
 from swift.train.preparing import Prepared, check_rows, make_feed, plan_steps
-from swift.train.resume import Resumption
 
 
 @dataclass(frozen=True)
@@ -27,53 +23,34 @@ class Opened:
     answers: Callable[[], tuple[dict[str, Any], ...]] = tuple
 
 
-class Stage(Protocol):
-    """Built by every rank, before the engine."""
+class RowStage:
+    """Rows that exist, at hand or as a stream. Built by every rank, before the engine."""
 
-    accumulation: int  # micro-batches of an optimizer step
+    def __init__(self, ready: Prepared, ranks: Ranks) -> None:
+        self.ready, self.ranks = ready, ranks
+        self.plan = plan_steps(ready, ranks)
+        check_rows(ready, self.plan)
+        self.feed = make_feed(self.plan, ready)
+        self.accumulation = self.plan.accumulation  # micro-batches of an optimizer step
+        schedule = ready.run.schedule
+        self.total_steps = self.plan.total_steps(schedule.num_train_epochs, schedule.max_steps)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same where a run goes on, and on every rank."""
-        ...
-
-    def total_steps(self, epochs: float, max_steps: int) -> int: ...
-
-    def tell(self, total_steps: int, *, flat: bool) -> None:
-        """Says what will be trained, once."""
-        ...
-
-    def open(self, engine: Engine, directory: Path) -> Opened: ...
-
-
-class RowStage:
-    """Rows that exist, at hand or as a stream."""
-
-    def __init__(
-        self, run: TrainRun, method: Method, ready: Prepared, ranks: Ranks, resumption: Resumption | None
-    ) -> None:
-        self.run, self.method, self.ready, self.ranks = run, method, ready, ranks
-        self.plan = plan_steps(run, ready.rows, ready.max_length, ranks, resumption)
-        check_rows(method, ready.rows, self.plan)
-        self.feed = make_feed(self.plan, ready.rows, ready.stream, resumption)
-        self.accumulation = self.plan.accumulation
-
-    def identity(self) -> dict[str, Any]:
         return self.feed.identity()
 
-    def total_steps(self, epochs: float, max_steps: int) -> int:
-        return self.plan.total_steps(epochs, max_steps)
-
-    def tell(self, total_steps: int, *, flat: bool) -> None:
+    def tell(self, *, flat: bool) -> None:
+        """Says what will be trained, once."""
         if self.plan.packs:
             summary.tell_packs(self.plan.packs, flat=flat)
         rows = self.ready.rows if self.ready.stream is None else None
-        summary.tell_steps(self.plan, total_steps, rows, world=self.ranks.world)
+        summary.tell_steps(self.plan, self.total_steps, rows, world=self.ranks.world)
 
-    def open(self, engine: Engine, _directory: Path) -> Opened:
-        ready, run = self.ready, self.run
+    def open(self, engine: Engine) -> Opened:
+        ready, run = self.ready, self.ready.run
         if ready.eval_rows is None or run.eval_limit == 0:
             return Opened(self.feed, None)
-        shown = summary.show_answers(ready.tokenizer, ready.eval_rows, self.method.shape)
+        shown = summary.show_answers(ready.tokenizer, ready.eval_rows, ready.method.shape)
         size = run.schedule.per_device_eval_batch_size
-        evaluation = RowEvaluation(engine, self.method, ready.eval_rows, size, run.eval_limit, shown)
+        evaluation = RowEvaluation(engine, ready.method, ready.eval_rows, size, run.eval_limit, shown)
         return Opened(self.feed, evaluation)

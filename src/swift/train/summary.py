@@ -1,7 +1,5 @@
 """What is about to be trained, told before the first step: rows, drops, steps, weights, one sample."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from rich.console import Group
 from rich.panel import Panel
@@ -72,14 +70,6 @@ def tell_steps(plan: StepPlan, total_steps: int, rows: EncodedDataset | None, *,
         say(f"tokens: about {rows.num_tokens / plan.steps_per_epoch:,.0f} a step")
 
 
-def sample_text(pieces: Sequence[tuple[str, float]]) -> Text:
-    """Trained text in bold green, the rest dim."""
-    text = Text()
-    for piece, weight in pieces:
-        text.append(piece, style="bold green" if weight > 0 else "dim")
-    return text
-
-
 def show_answers(
     tokenizer: PreTrainedTokenizerBase, rows: EncodedDataset | None, shape: str
 ) -> list[dict[str, str]]:
@@ -102,7 +92,9 @@ def tell_sample(tokenizer: PreTrainedTokenizerBase, rows: EncodedDataset, *, wai
     """One row as the model sees it: its sequences one below the other."""
     texts = []
     for sequence in rows.sequences(0):
-        text = sample_text(trained_segments(tokenizer, sequence))
+        text = Text()
+        for piece, weight in trained_segments(tokenizer, sequence):
+            text.append(piece, style="bold green" if weight > 0 else "dim")
         if len(sequence.input_ids) > SHOWN_TOKENS:
             text.truncate(4 * SHOWN_TOKENS, overflow="ellipsis")
         texts += [Rule(style="dim"), text]

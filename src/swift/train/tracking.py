@@ -4,7 +4,6 @@ Owns: which trackers there are, the callback that feeds one, the names by which 
 Not here: each tracker's own calls (sink_*.py), which are imported when they are asked for.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -13,6 +12,7 @@ from typing import Any
 
 from swift.config.option import ConfigError
 from swift.config.schedule import OutputConfig
+from swift.models.directory import read_json
 from swift.plugins.callbacks import Callback, EndEvent, EvalEvent, SaveEvent, StartEvent, StepEvent
 from swift.train.trackers import tagged
 from swift.utils.files import write_json
@@ -51,12 +51,12 @@ class TrackedRun:
     def identity(self, tracker: str) -> str | None:
         """The tracker's own name for this run, None before it has one."""
         path = self.directory / IDS
-        return json.loads(path.read_text(encoding="utf-8")).get(tracker) if path.exists() else None
+        return read_json(path).get(tracker) if path.exists() else None
 
     def keep_identity(self, tracker: str, identity: str) -> None:
         """Writes that name into the run directory, so that a resumed run goes on under it."""
         path = self.directory / IDS
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        known = read_json(path) if path.exists() else {}
         write_json(path, {**known, tracker: identity})
 
 
@@ -87,37 +87,30 @@ def show_messages(messages: Rows) -> str:
 
 
 class Tracking(Callback):
+    sink: Sink  # from the start of the run on
+
     def __init__(self, opener: Opener, run: TrackedRun) -> None:
         self.opener, self.run = opener, run
-        self.sink: Sink | None = None
 
     def on_start(self, event: StartEvent) -> None:
         self.sink = self.opener(replace(self.run, step=event.step))
 
-    def _write(self, step: int, row: dict[str, Any]) -> None:
-        assert self.sink is not None
-        self.sink.write(step, tagged(row))
-
     def on_step(self, event: StepEvent) -> None:
         if event.row:
-            self._write(event.step, event.row)
+            self.sink.write(event.step, tagged(event.row))
         if event.answers:
-            assert self.sink is not None
             rows = [{**answer, "prompt": show_messages(answer["prompt"])} for answer in event.answers]
             if self.run.flags.get("wandb_log_unique_prompts"):
                 rows = list({row["prompt"]: row for row in rows[::-1]}.values())[::-1]
             self.sink.write_table(ANSWERS_TAG, event.step, rows[:SHOWN])
 
     def on_eval(self, event: EvalEvent) -> None:
-        self._write(event.step, event.row)
+        self.sink.write(event.step, tagged(event.row))
         if event.samples:
-            assert self.sink is not None
             self.sink.write_table(SAMPLES_TAG, event.step, event.samples)
 
     def on_save(self, _: SaveEvent) -> None:
-        assert self.sink is not None
         self.sink.flush()
 
     def on_end(self, event: EndEvent) -> None:
-        assert self.sink is not None
         self.sink.close(event.finished)

@@ -101,7 +101,6 @@ def visible_gpus(devices: Path = Path("/dev")) -> list[str]:
 
 
 def count_gpus(devices: Path = Path("/dev")) -> int:
-    """How many `visible_gpus` there are."""
     return len(visible_gpus(devices))
 
 
