@@ -136,7 +136,6 @@ class MegatronTunerConfig(TunerConfig):
     merge_lora: bool = option(False, "write the model with adapters folded in beside the last checkpoint")
 
     def check(self) -> None:
-        """Raises ConfigError for a flag that would do nothing, or a text that is no pattern."""
         TunerConfig.check(self)
         if self.merge_lora and self.train_type == "full":
             raise ConfigError("--merge_lora true has no effect with --train_type full")

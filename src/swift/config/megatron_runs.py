@@ -11,7 +11,7 @@ from swift.config.megatron import (
     MegatronTunerConfig,
 )
 from swift.config.model import ModelConfig
-from swift.config.option import ConfigError
+from swift.config.option import Clash, ConfigError
 from swift.config.runs import RlhfRun, SftRun
 from swift.config.schedule import OutputConfig
 
@@ -71,7 +71,7 @@ class MegatronRlhfRun(OnMegatron, RlhfRun):
         far = self.rlhf.teacher_model_server and "--teacher_model_server"
         clash = "conversations of several turns" if self.turns.scheduler else far
         if clash and shared:
-            raise ConfigError(f"--{shared} does not go with {clash} yet", hint="leave one of them out")
+            raise Clash(f"--{shared} does not go with {clash} yet")
 
 
 MegatronRun = MegatronSftRun | MegatronRlhfRun

@@ -6,7 +6,7 @@ Owns: the knobs, which of them belong to which method, and the refusal of contra
 
 from dataclasses import dataclass
 
-from swift.config.option import ConfigError, changed, option, refuse
+from swift.config.option import Clash, ConfigError, changed, option, refuse, refuse_method
 
 # method -> the losses it knows, its default first; () = it has one loss without a name.
 LOSSES: dict[str, tuple[str, ...]] = {
@@ -150,12 +150,7 @@ class RlhfConfig:
         self._check_losses()
         given = changed(self)
         for name in given:
-            methods = METHODS_OF.get(name, RLHF_TYPES)
-            if self.rlhf_type not in methods:
-                raise ConfigError(
-                    f"--{name} has no effect with --rlhf_type {self.rlhf_type}",
-                    hint=f"it belongs to {', '.join(methods)}; leave it out",
-                )
+            refuse_method(self, (name,), self.rlhf_type, METHODS_OF.get(name, RLHF_TYPES))
             losses = [n for n in LOSSES_OF.get(name, self.losses) if n in LOSSES[self.rlhf_type]]
             if self.losses and not set(losses) & set(self.losses):
                 raise ConfigError(
@@ -163,9 +158,7 @@ class RlhfConfig:
                     hint=f"it belongs to {', '.join(losses)}",
                 )
             if name in REFERENCE_FLAGS and self.reference_free:
-                raise ConfigError(
-                    f"--{name} and --reference_free true contradict each other", hint="leave one of them out"
-                )
+                raise Clash(f"--{name} and --reference_free true contradict each other")
         self._check_companions(given)
         if len(self.ref_adapters) > 1:
             raise ConfigError("--ref_adapters takes one checkpoint", hint="merge the others first")

@@ -12,7 +12,7 @@ from swift.config.option import ConfigError, build
 from swift.config.runs import InferRun
 from swift.infer.engine import Completion
 from swift.infer.openai_answers import describe_logprobs
-from swift.infer.run import check_options, find_source, load_engine
+from swift.infer.run import find_source, load_engine
 from swift.rollout.types import Request
 from swift.template.types import Message
 
@@ -71,7 +71,6 @@ class InferEngine:
         named = {"adapters": (adapters,) if isinstance(adapters, str) else tuple(map(str, adapters))}
         run: InferRun = build(InferRun, flags | named | ({"model": str(model)} if model else {}))
         run.check()
-        check_options(run)
         source = find_source(run)
         self.run = source.run
         self.engine = load_engine(source)

@@ -256,13 +256,11 @@ def encode_questions(
         asked = question.sample
         try:
             yield number, engine.encode(asked.messages, tools=asked.tools)
-        except PromptTooLong:
+        except (PromptTooLong, RenderError) as error:
             done[number] = None
-            reason = f"longer than the context of {engine.context} tokens"
+            too_long = f"longer than the context of {engine.context} tokens"
+            reason = too_long if isinstance(error, PromptTooLong) else str(error)
             rejects.add(reason, place(asked.file, asked.line))
-        except RenderError as error:
-            done[number] = None
-            rejects.add(str(error), place(asked.file, asked.line))
 
 
 def result_row(

@@ -85,7 +85,7 @@ class Answering(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Continuous:
-    """Answering by our own decoder."""
+    """Implements Answering, by our own decoder."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
@@ -101,7 +101,6 @@ class Continuous:
     def answers(
         self, requests: Iterable[tuple[int, Request]], *, max_rows: int | None
     ) -> Iterator[tuple[int, list[rollout.Completion]]]:
-        """As Answering."""
         decoder = self._decoder(max_rows or ROWS)
         source, tickets, more = iter(requests), {}, True
         while more or tickets:
@@ -115,7 +114,6 @@ class Continuous:
                 yield number, tickets.pop(number).answers
 
     def events(self, request: Request) -> Generator[Token | End]:
-        """As Answering."""
         decoder, heard = self._decoder(1), list[Token | End]()
         decoder.submit(request, heard.append)
         more = True
@@ -205,17 +203,6 @@ class TransformersInferEngine:
         """What is asked of the model. Answers of equal seeds differ by `number`."""
         tail = min(PREFIX_TAIL, len(prompt.token_ids)) if prompt.prefix else 0
         return Request(prompt.token_ids, sampling, count, number, continued=tail)
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[Message]],
-        sampling: GenerationConfig,
-        *,
-        batch_size: int | None = None,
-    ) -> list[Completion]:
-        """Answers in the order of the prompts."""
-        encoded = ((i, self.encode(messages)) for i, messages in enumerate(prompts))
-        return [c for _, c in sorted(self.complete(encoded, sampling, batch_size=batch_size))]
 
     def complete(
         self,

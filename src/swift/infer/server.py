@@ -47,7 +47,6 @@ class Exchange:
     job: Job
     writer: Writer
     splitters: list[AnswerSplitter]
-    chat: bool
     conversation: dict[str, Any]  # what was asked, for --result_path
 
     def usage(self, generated: int) -> dict[str, int]:
@@ -170,7 +169,7 @@ class Server:
             created=int(time.time()), chat=chat, tokenizer=served.tokenizer,
             logprobs=logprobs is not None, token_ids=body.return_token_ids,
         )  # fmt: skip
-        return Exchange(job, writer, splitters, chat, conversation)
+        return Exchange(job, writer, splitters, conversation)
 
     async def answer(self, http: Request, body: SampledRequest, exchange: Exchange, prefix: str) -> Response:
         """The response; a client that leaves frees what it holds."""
@@ -204,7 +203,7 @@ class Server:
         whole = [Delta() for _ in splitters]
         parts = [splitter.push(prefix) for splitter in splitters]  # not sent yet
         try:
-            for index in range(len(splitters) if exchange.chat else 0):
+            for index in range(len(splitters) if writer.chat else 0):
                 yield event_of(writer.opening(index))
             async for index, event in answers_of(exchange.job):
                 part = parts[index]

@@ -34,18 +34,16 @@ WAITING = 1024  # requests that vLLM knows of at once; it runs as many as fit
 
 @dataclass(frozen=True, slots=True)
 class Vllm:
-    """Answering by vLLM; `local` is a VllmLocal."""
+    """Implements Answering, by vLLM; `local` is a VllmLocal."""
 
     local: Any
 
     def answers(
         self, requests: Iterable[tuple[int, Request]], *, max_rows: int | None
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """As Answering."""
         return self.local.complete(requests, max_rows=max_rows or WAITING)
 
     def events(self, request: Request) -> Generator[Token | End]:
-        """As Answering."""
         local, told = self.local, 0
         ends, top = local.terms.ends(request), request.sampling.top_logps
         writer = local.terms.writer(request)
