@@ -26,12 +26,10 @@ QUIET_SECONDS = 15
 
 
 def swift_main() -> None:
-    """Console entry of `swift`."""
     sys.exit(run(sys.argv[1:]))
 
 
 def megatron_main() -> None:
-    """Console entry of `megatron`."""
     sys.exit(run(sys.argv[1:], program="megatron"))
 
 

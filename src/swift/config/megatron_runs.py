@@ -16,10 +16,13 @@ from swift.config.runs import RlhfRun, SftRun
 from swift.config.schedule import OutputConfig
 
 
+@dataclass(frozen=True, kw_only=True)  # without slots, so that a run with its own can be a base beside it
 class OnMegatron:
     """What `megatron sft` and `megatron rlhf` have in common; comes before the run that it changes."""
 
-    __slots__ = ()  # fields are those of the runs
+    tuner: MegatronTunerConfig = field(default_factory=MegatronTunerConfig)
+    schedule: MegatronScheduleConfig = field(default_factory=MegatronScheduleConfig)
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
 
     @property
     def resumes(self: "MegatronRun") -> str | None:
@@ -46,18 +49,11 @@ class OnMegatron:
 class MegatronSftRun(OnMegatron, SftRun):
     """`megatron sft` and `megatron pt`."""
 
-    tuner: MegatronTunerConfig = field(default_factory=MegatronTunerConfig)
-    schedule: MegatronScheduleConfig = field(default_factory=MegatronScheduleConfig)
-    megatron: MegatronConfig = field(default_factory=MegatronConfig)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MegatronRlhfRun(OnMegatron, RlhfRun):
     """`megatron rlhf`."""
 
-    tuner: MegatronTunerConfig = field(default_factory=MegatronTunerConfig)
-    schedule: MegatronScheduleConfig = field(default_factory=MegatronScheduleConfig)
-    megatron: MegatronConfig = field(default_factory=MegatronConfig)
     online: MegatronOnlineConfig = field(default_factory=MegatronOnlineConfig)
 
     @property

@@ -118,15 +118,11 @@ class TrainRun:
                 "--streaming true needs --max_steps: how many rows there are is not known",
                 hint="for example --max_steps 1000",
             )
-        for flag, value in (
-            ("--save_strategy", self.schedule.save_strategy),
-            ("--eval_strategy", self.schedule.eval_strategy),
-            ("--logging_strategy", self.schedule.logging_strategy),
-        ):
-            if value == "epoch":
+        for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+            if getattr(self.schedule, name) == "epoch":
                 raise ConfigError(
-                    f"{flag} epoch: with --streaming true nobody knows when a pass will end",
-                    hint=f"{flag} steps",
+                    f"--{name} epoch: with --streaming true nobody knows when a pass will end",
+                    hint=f"--{name} steps",
                 )
 
     def _check_packing_length(self, length: int) -> None:
@@ -222,8 +218,6 @@ class RlhfRun(TrainRun):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InferRun:
-    """`swift infer`."""
-
     model: ModelConfig = field(default_factory=ModelConfig)
     infer: InferOptions = field(default_factory=InferOptions)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
@@ -248,8 +242,6 @@ class InferRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutRun:
-    """`swift rollout`."""
-
     model: ModelConfig = field(default_factory=ModelConfig)
     vllm: VllmConfig = field(default_factory=VllmConfig)
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
@@ -262,8 +254,6 @@ class RolloutRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeployRun:
-    """`swift deploy`."""
-
     model: ModelConfig = field(default_factory=ModelConfig)
     serve: ServeOptions = field(default_factory=ServeOptions)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
@@ -301,8 +291,6 @@ def _check_answering(run: InferRun | DeployRun, options: InferOptions | ServeOpt
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportRun:
-    """`swift export`."""
-
     model: ModelConfig = field(default_factory=ModelConfig)
     export: ExportOptions = field(default_factory=ExportOptions)
     quant: QuantizeOptions = field(default_factory=QuantizeOptions)
@@ -346,8 +334,6 @@ class WebUiRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetRun:
-    """`swift dataset`."""
-
     options: DatasetOptions = field(default_factory=DatasetOptions)
     model: ModelConfig = field(default_factory=ModelConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)

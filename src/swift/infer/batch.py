@@ -151,10 +151,8 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def leave_out_answered(
-    questions: Sequence[PromptSample], path: Path, stats: Stats
-) -> list[tuple[int, PromptSample]]:
-    """The questions that `path` has no answer to, by number; the answers there count for --metric."""
+def leave_out_answered(questions: Sequence[PromptSample], path: Path, stats: Stats) -> list[int]:
+    """Numbers of the questions that `path` has no answer to; the answers there count for --metric."""
     responses: dict[str, list[str]] = defaultdict(list)  # by question, in the order of the file
     for row in read_rows(path):
         if isinstance(row.get("messages"), list) and "response" in row:
@@ -165,7 +163,7 @@ def leave_out_answered(
         if given:
             stats.compare(given.pop(0), question.label)
         else:
-            left.append((number, question))
+            left.append(number)
     if len(left) < len(questions):
         say(f"{path} has answers to {len(questions) - len(left)} of {len(questions)} rows: they are left out")
     return left

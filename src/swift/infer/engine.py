@@ -76,11 +76,9 @@ class Answering(Protocol):
         self, requests: Iterable[tuple[int, Request]], *, max_rows: int | None
     ) -> Iterator[tuple[int, list[rollout.Completion]]]:
         """The answers to each request, by its number, as they finish; taken from the iterator with time."""
-        ...
 
     def events(self, request: Request) -> Generator[Token | End]:
         """One answer as it comes. Closing the generator stops the model."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

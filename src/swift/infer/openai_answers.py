@@ -51,7 +51,6 @@ class Delta:
         self.reason = other.reason
 
     def end(self, reason: str) -> None:
-        """Says why the model stopped."""
         self.reason = "tool_calls" if self.calls else reason
 
 
@@ -190,7 +189,6 @@ class Writer:
         return {**self._head(), "choices": [choice]}
 
     def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
-        """A chunk of a stream."""
         choice = self._choice(index, delta)
         if self.chat:
             parts = {

@@ -93,7 +93,7 @@ def run_infer(run: InferRun) -> int:
     stats, left, engine = Stats(), [], None
     if ranks.is_main:
         open_result_file(result_path)
-        left = [number for number, _ in leave_out_answered(questions, result_path, stats)]
+        left = leave_out_answered(questions, result_path, stats)
     left = ranks.share(left)
     if left:
         engine = load_engine(source, device, ranks)

@@ -49,10 +49,6 @@ class Exchange:
     splitters: list[AnswerSplitter]
     conversation: dict[str, Any]  # what was asked, for --result_path
 
-    def usage(self, generated: int) -> dict[str, int]:
-        prompt = sum(len(request.token_ids) for request in self.job.requests)
-        return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
-
 
 class Serving(Protocol):
     """What an app is built of."""
@@ -88,7 +84,6 @@ class Server:
         self.watchers: set[asyncio.Task[None]] = set()
 
     async def chat(self, http: Request, body: ChatRequest) -> Response:
-        """/v1/chat/completions"""
         served = find_model(self.models, body.model)
         body.check_stream()
         logprobs = body.count_logprobs(self.options.max_logprobs)
@@ -121,7 +116,6 @@ class Server:
         return await self.answer(http, body, exchange, prefix)
 
     async def text(self, http: Request, body: TextRequest) -> Response:
-        """/v1/completions"""
         served = find_model(self.models, body.model)
         body.check_stream()
         logprobs = body.count_logprobs(self.options.max_logprobs)
@@ -228,8 +222,10 @@ class Server:
     def finish(self, exchange: Exchange, whole: Sequence[Delta]) -> dict[str, Any]:
         """The whole response; what is kept and said of it."""
         job, writer = exchange.job, exchange.writer
-        response = writer.whole(whole, exchange.usage(sum(len(answer.tokens) for answer in whole)))
-        usage = response["usage"]
+        asked = sum(len(request.token_ids) for request in job.requests)
+        given = sum(len(answer.tokens) for answer in whole)
+        usage = {"prompt_tokens": asked, "completion_tokens": given, "total_tokens": asked + given}
+        response = writer.whole(whole, usage)
         if self.options.result_path:
             common = {"id": writer.id, "model": writer.model, **exchange.conversation, "usage": usage}
             append_jsonl(
@@ -239,8 +235,7 @@ class Server:
         if self.options.verbose:
             seconds = time.monotonic() - job.began
             say(
-                f"{writer.id} {writer.model}: {usage['prompt_tokens']} tokens asked, "
-                f"{usage['completion_tokens']} answered in {seconds:.2f} s, "
+                f"{writer.id} {writer.model}: {asked} tokens asked, {given} answered in {seconds:.2f} s, "
                 f"{' '.join(str(answer.reason) for answer in whole)}"
             )
         return response
@@ -341,7 +336,6 @@ def refusal(error: ApiError) -> Response:
 
 
 def build_app(server: Serving) -> Guard:
-    """The ASGI application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     about = {"object": "model", "created": int(time.time()), "owned_by": server.options.owned_by}
 

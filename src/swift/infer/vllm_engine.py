@@ -114,6 +114,7 @@ def load_vllm(
 def lora_rank(adapter_path: Path) -> int:
     """The size of adapters that vLLM has to be ready for; ConfigError for what is no plain LoRA."""
     saved = read_json(adapter_path / ADAPTER_CONFIG)
+    hint = "fold them in first: swift export --merge_lora true"
     for name, plain in (
         ("use_dora", False),
         ("bias", "none"),
@@ -121,14 +122,10 @@ def lora_rank(adapter_path: Path) -> int:
         ("target_parameters", None),
     ):
         if saved.get(name) not in (plain, None, []):
-            raise ConfigError(
-                f"--adapters {adapter_path}: vLLM cannot apply what {name} adds",
-                hint="fold them in first: swift export --merge_lora true",
-            )
+            raise ConfigError(f"--adapters {adapter_path}: vLLM cannot apply what {name} adds", hint=hint)
     wanted = max([saved["r"], *saved.get("rank_pattern", {}).values()])
     if wanted > LORA_RANKS[-1]:
         raise ConfigError(
-            f"--adapters {adapter_path} of rank {wanted}: vLLM takes up to {LORA_RANKS[-1]}",
-            hint="fold them in first: swift export --merge_lora true",
+            f"--adapters {adapter_path} of rank {wanted}: vLLM takes up to {LORA_RANKS[-1]}", hint=hint
         )
     return min(rank for rank in LORA_RANKS if rank >= wanted)
