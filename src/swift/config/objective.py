@@ -26,33 +26,22 @@ LOSSES: dict[str, tuple[str, ...]] = {
 RLHF_TYPES = tuple(LOSSES)
 
 # What has an effect only with some methods, or only with some losses.
-METHODS_OF: dict[str, tuple[str, ...]] = {
-    "beta": ("dpo", "cpo", "simpo", "kto", "orpo", "grpo", "gkd"),
-    "teacher_model": ("gkd",),
-    "teacher_model_server": ("gkd",),
-    "lmbda": ("gkd",),
-    "gkd_logits_topk": ("gkd",),
-    "sft_alpha": ("gkd",),
-    "loss_weights": ("dpo",),
-    "label_smoothing": ("dpo", "cpo", "simpo"),
-    "rpo_alpha": ("dpo",),
-    "ld_alpha": ("dpo",),
-    "discopop_tau": ("dpo",),
-    "reference_free": ("dpo",),
-    "f_divergence_type": ("dpo",),
-    "f_alpha_divergence_coef": ("dpo",),
-    "cpo_alpha": ("cpo", "simpo"),
-    "simpo_gamma": ("cpo", "simpo"),
-    "desirable_weight": ("kto",),
-    "undesirable_weight": ("kto",),
-    "center_rewards_coefficient": ("rm",),
-    "ref_model": ("dpo", "kto", "grpo", "ppo"),
-    "ref_adapters": ("dpo", "kto", "grpo", "ppo"),
-    "precompute_ref_log_probs": ("dpo", "kto"),
-    "sync_ref_model": ("dpo", "kto", "grpo"),
-    "ref_model_sync_steps": ("dpo", "kto", "grpo"),
-    "ref_model_mixup_alpha": ("dpo", "kto", "grpo"),
-}
+FLAGS_OF: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("dpo", "cpo", "simpo", "kto", "orpo", "grpo", "gkd"): ("beta",),
+    ("gkd",): ("teacher_model", "teacher_model_server", "lmbda", "gkd_logits_topk", "sft_alpha"),
+    ("dpo",): (
+        "loss_weights", "rpo_alpha", "ld_alpha", "discopop_tau", "reference_free", "f_divergence_type",
+        "f_alpha_divergence_coef",
+    ),
+    ("dpo", "cpo", "simpo"): ("label_smoothing",),
+    ("cpo", "simpo"): ("cpo_alpha", "simpo_gamma"),
+    ("kto",): ("desirable_weight", "undesirable_weight"),
+    ("rm",): ("center_rewards_coefficient",),
+    ("dpo", "kto", "grpo", "ppo"): ("ref_model", "ref_adapters"),
+    ("dpo", "kto"): ("precompute_ref_log_probs",),
+    ("dpo", "kto", "grpo"): ("sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha"),
+}  # fmt: skip
+METHODS_OF = {flag: methods for methods, flags in FLAGS_OF.items() for flag in flags}
 LOSSES_OF: dict[str, tuple[str, ...]] = {
     "label_smoothing": ("sigmoid", "robust", "exo_pair", "aot", "aot_pair", "simpo"),
     "discopop_tau": ("discopop",),

@@ -4,7 +4,7 @@ Not here: how they are computed (engine.py), how flags and checkpoints become an
 """
 
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from swift.config.generation import GenerationConfig
@@ -105,9 +105,9 @@ class InferEngine:
     def _generation(self, config: RequestConfig) -> GenerationConfig:
         flags = self.run.generation
         names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
-        chosen: dict[str, Any] = {name: getattr(flags, name) for name in names}
-        chosen |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-        return GenerationConfig(
+        chosen = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+        return replace(
+            flags,
             **chosen,
             max_new_tokens=config.max_tokens or flags.max_new_tokens,
             stop_words=flags.stop_words if config.stop is None else tuple(config.stop),
