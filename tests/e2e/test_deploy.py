@@ -221,8 +221,7 @@ def test_models_are_listed_and_need_the_key(server, client, adapters) -> None:
 
 def test_greedy_answers_are_those_of_infer(client, model) -> None:
     engine = TransformersInferEngine.load(model, model=ModelConfig(device="cpu", torch_dtype="float32"))
-    sampling = GenerationConfig(temperature=0, max_new_tokens=12)
-    _, expected = next(engine.complete([(0, engine.encode(QUESTION))], sampling, batch_size=1))
+    (expected,) = engine.generate([QUESTION], GenerationConfig(temperature=0, max_new_tokens=12))
     answer = ask(client)
     assert answer.choices[0].message.content == expected.text
     assert answer.choices[0].finish_reason == expected.finish_reason == "length"

@@ -94,8 +94,7 @@ def test_a_final_answer_becomes_the_label_and_is_not_shown_to_the_model(question
 
 def test_rows_come_in_order_with_every_batch_size_and_window(engine, questions_file, tmp_path) -> None:
     questions, rejects = load(questions_file)
-    prompts = [[(0, engine.encode(question.sample.messages))] for question in questions]
-    alone = [next(engine.complete(prompt, GREEDY, batch_size=1))[1].text for prompt in prompts]
+    alone = [engine.generate([q.sample.messages], GREEDY)[0].text for q in questions]
     assert len(set(alone)) > 2
     for number, (size, window) in enumerate([(1, 1), (2, 2), (5, 1000), (3, -1)]):
         path = tmp_path / f"{number}.jsonl"

@@ -15,7 +15,7 @@ from swift.config.generation import GenerationConfig
 from swift.config.model import ModelConfig
 from swift.config.template import TemplateConfig
 from swift.infer import engine as engine_module
-from swift.infer.engine import Completion, PromptTooLong, TransformersInferEngine
+from swift.infer.engine import PromptTooLong, TransformersInferEngine
 from swift.rollout.detokenize import TextStream, decode_text
 
 GREEDY = GenerationConfig(temperature=0, max_new_tokens=12)
@@ -32,12 +32,6 @@ QUESTIONS = [
 
 def user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
-
-
-def generate(engine, prompts, sampling, *, batch_size=None) -> list[Completion]:
-    """Answers in the order of the prompts."""
-    encoded = ((i, engine.encode(messages)) for i, messages in enumerate(prompts))
-    return [c for _, c in sorted(engine.complete(encoded, sampling, batch_size=batch_size))]
 
 
 @pytest.fixture(scope="module")
@@ -67,22 +61,22 @@ def engine(load) -> TransformersInferEngine:
 def test_batches_give_the_ids_of_single_prompts_in_the_order_asked(engine, repetition_penalty) -> None:
     sampling = replace(GREEDY, repetition_penalty=repetition_penalty)
     prompts = [user(q) for q in QUESTIONS]
-    alone = [generate(engine, [p], sampling)[0] for p in prompts]
+    alone = [engine.generate([p], sampling)[0] for p in prompts]
     assert len({tuple(c.token_ids) for c in alone}) > 3
     for batch_size in (2, 4, 6):
-        together = generate(engine, prompts, sampling, batch_size=batch_size)
+        together = engine.generate(prompts, sampling, batch_size=batch_size)
         assert [c.token_ids for c in together] == [c.token_ids for c in alone]
         assert [c.num_prompt_tokens for c in together] == [c.num_prompt_tokens for c in alone]
 
 
 def test_an_answer_ends_at_a_stop_token_which_is_counted_and_not_shown(engine) -> None:
-    free = [generate(engine, [user(q)], GREEDY)[0] for q in QUESTIONS[:3]]
+    free = [engine.generate([user(q)], GREEDY)[0] for q in QUESTIONS[:3]]
     assert {c.finish_reason for c in free} == {"length"}
     assert {c.num_generated_tokens for c in free} == {12}
     stop = free[0].token_ids[4]
     engine.stop_token_ids = [stop]
     ends = [(c.token_ids.index(stop) + 1 if stop in c.token_ids else 12) for c in free]
-    stopped = generate(engine, [user(q) for q in QUESTIONS[:3]], GREEDY, batch_size=3)
+    stopped = engine.generate([user(q) for q in QUESTIONS[:3]], GREEDY, batch_size=3)
     assert [c.token_ids for c in stopped] == [c.token_ids[:n] for c, n in zip(free, ends, strict=True)]
     assert stopped[0].finish_reason == "stop"
     assert stopped[0].text == decode_text(engine.tokenizer, free[0].token_ids[: ends[0] - 1])
@@ -102,7 +96,7 @@ def test_stop_tokens_come_from_template_tokenizer_and_generation_config(tmp_path
 @pytest.mark.parametrize("seed", range(4))
 def test_a_stream_is_the_generated_text_even_where_bytes_are_broken(engine, seed) -> None:
     sampling = replace(WILD, seed=seed)
-    whole = generate(engine, [user("Who are you?")], sampling)[0]
+    whole = engine.generate([user("Who are you?")], sampling)[0]
     stream = engine.stream(user("Who are you?"), sampling)
     pieces = []
     with pytest.raises(StopIteration) as end:
@@ -137,7 +131,7 @@ def test_a_response_prefix_starts_the_answer_and_is_unescaped(engine, load) -> N
     prefix = "<think>\n\n</think>\n\n"
     plain_ids, ids = (e.encode(user("Hi")).token_ids for e in (engine, prefixed))
     assert prefixed.tokenizer.decode(ids) == engine.tokenizer.decode(plain_ids) + prefix
-    completion = generate(prefixed, [user("Hi")], GREEDY)[0]
+    completion = prefixed.generate([user("Hi")], GREEDY)[0]
     assert completion.text == prefix + decode_text(prefixed.tokenizer, completion.token_ids)
     assert completion.num_generated_tokens == 12
     pieces = list(prefixed.stream(user("Hi"), GREEDY))
@@ -148,14 +142,14 @@ def test_a_response_prefix_starts_the_answer_and_is_unescaped(engine, load) -> N
 def test_every_row_gets_what_its_own_context_leaves(engine, load) -> None:
     lengths = [len(engine.encode(user(q)).token_ids) for q in QUESTIONS]
     limited = load(max_length=max(lengths) + 3)
-    answers = generate(limited, [user(q) for q in QUESTIONS], GenerationConfig(temperature=0), batch_size=6)
+    answers = limited.generate([user(q) for q in QUESTIONS], GenerationConfig(temperature=0), batch_size=6)
     assert [c.num_generated_tokens for c in answers] == [max(lengths) + 3 - n for n in lengths]
     assert engine.context == 512
 
 
 def test_a_prompt_without_room_is_refused_at_once(engine, load) -> None:
     length = len(engine.encode(user("Who are you?")).token_ids)
-    assert generate(load(max_length=length + 1), [user("Who are you?")], GREEDY)[0].num_generated_tokens == 1
+    assert load(max_length=length + 1).generate([user("Who are you?")], GREEDY)[0].num_generated_tokens == 1
     with pytest.raises(PromptTooLong, match=f"has {length} tokens, the context holds {length}"):
         load(max_length=length).stream(user("Who are you?"), GREEDY)
 
@@ -165,7 +159,7 @@ def test_sampling_follows_its_seed_and_leaves_the_random_state_alone(engine) -> 
     expected = torch.rand(3)
     torch.manual_seed(5)
     first, again, other = (
-        generate(engine, [user("Hi")], replace(WILD, seed=seed))[0].token_ids for seed in (1, 1, 2)
+        engine.generate([user("Hi")], replace(WILD, seed=seed))[0].token_ids for seed in (1, 1, 2)
     )
     assert first == again != other
     assert torch.equal(torch.rand(3), expected)
@@ -196,9 +190,9 @@ def test_without_sampling_in_the_file_answers_are_greedy_unless_a_flag_draws(eng
 
 
 def test_stop_words_end_answers(engine) -> None:
-    free = generate(engine, [user("Hi")], GREEDY)[0].text
+    free = engine.generate([user("Hi")], GREEDY)[0].text
     stopped, other = (
-        generate(engine, [user("Hi")], replace(GREEDY, stop_words=(w,)))[0] for w in (free[3:5], "@")
+        engine.generate([user("Hi")], replace(GREEDY, stop_words=(w,)))[0] for w in (free[3:5], "@")
     )
     assert (stopped.text, stopped.finish_reason) == (free[: free.index(free[3:5])], "stop")
     assert other.text == free
@@ -208,7 +202,7 @@ def test_closing_a_stream_stops_the_model(engine) -> None:
     stream = engine.stream(user("Hi"), GenerationConfig(temperature=0))
     list(itertools.islice(stream, 2))
     stream.close()
-    assert generate(engine, [user("Hi")], GREEDY)[0].num_generated_tokens == 12
+    assert engine.generate([user("Hi")], GREEDY)[0].num_generated_tokens == 12
 
 
 @pytest.fixture(scope="module")
@@ -221,9 +215,9 @@ def padded(model_dir) -> TransformersInferEngine:
 def test_generate_gives_the_answers_of_the_decoder(engine, padded, settings) -> None:
     assert engine.by_decoder and not padded.by_decoder
     sampling, prompts = replace(GREEDY, **settings), [user(q) for q in QUESTIONS]
-    expected = generate(engine, prompts, sampling)
+    expected = engine.generate(prompts, sampling)
     for batch_size in (1, 4):
-        answers = generate(padded, prompts, sampling, batch_size=batch_size)
+        answers = padded.generate(prompts, sampling, batch_size=batch_size)
         assert [replace(a, logps=[]) for a in expected] == answers
     assert [type(a.logps[0]) for a in expected] == [float] * len(QUESTIONS)
 
@@ -241,7 +235,7 @@ def test_streams_of_generate(engine, padded, monkeypatch, caplog) -> None:
         pieces = list(padded.stream(user("Hi"), GREEDY))
     logger.removeHandler(caplog.handler)
     assert caplog.messages == []
-    assert "".join(pieces) == generate(engine, [user("Hi")], GREEDY)[0].text
+    assert "".join(pieces) == engine.generate([user("Hi")], GREEDY)[0].text
     assert len(pieces) > 3
     state = torch.get_rng_state()
     stream = padded.stream(user("Hi"), WILD)

@@ -202,6 +202,17 @@ class TransformersInferEngine:
         tail = min(PREFIX_TAIL, len(prompt.token_ids)) if prompt.prefix else 0
         return Request(prompt.token_ids, sampling, count, number, continued=tail)
 
+    def generate(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        sampling: GenerationConfig,
+        *,
+        batch_size: int | None = None,
+    ) -> list[Completion]:
+        """Answers in the order of the prompts."""
+        encoded = ((i, self.encode(messages)) for i, messages in enumerate(prompts))
+        return [c for _, c in sorted(self.complete(encoded, sampling, batch_size=batch_size))]
+
     def complete(
         self,
         prompts: Iterable[tuple[int, Prompt]],
