@@ -44,7 +44,7 @@ def load(path: Path, **options) -> tuple[list[PromptSample], Rejects]:
 
 def run(engine, path: Path, questions, rejects, *, sampling=GREEDY, **options) -> Stats:
     stats = Stats()
-    left = leave_out_answered(questions, path, stats)
+    left = [(number, questions[number]) for number in leave_out_answered(questions, path, stats)]
     settings = InferOptions(**options)
     answer_rows(engine, left, rejects, stats, options=settings, sampling=sampling, result_path=path)
     return stats

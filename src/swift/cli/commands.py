@@ -19,14 +19,11 @@ class Command:
     config: str
     run: str | None
     help: str
-    how: str = "alone"  # in one process; or with ranks; spread = over all GPUs, where nothing says how many
+    # alone = in one process, ranks = in several; spread = over all GPUs, where nothing says how many; wraps =
+    # in one, and another command follows its own flags
+    how: str = "alone"
     defaults: tuple[tuple[str, Any], ...] = ()
     leading: tuple[str, ...] = ()  # flags that words before the first flag stand for; the last takes the rest
-
-    @property
-    def wraps(self) -> bool:
-        """Whether another command follows its own flags."""
-        return self.how == "wraps"
 
     @property
     def title(self) -> str:
@@ -38,7 +35,7 @@ class Command:
         own = "export" if self.name == "merge-lora" else self.name
         words = {own} | {group for group, names in GROUPS.items() if own in names}
         # No earlier tool has these commands: its scripts' flags mean nothing there, but for a few.
-        common = set() if self.wraps or self.name == "dataset" else {"both", self.program}
+        common = set() if self.how == "wraps" or self.name == "dataset" else {"both", self.program}
         return frozenset(common | words | {f"{self.program}:{word}" for word in words})
 
 

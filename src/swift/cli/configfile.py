@@ -71,7 +71,6 @@ def _dump_item(name: str, value: Any) -> str:
 
 
 def read_json_object(name: str, path: Path) -> dict[str, Any]:
-    """The object in the .json file given as the value of a flag."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

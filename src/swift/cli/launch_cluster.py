@@ -46,16 +46,13 @@ def _slurm() -> Place | None:
     if not listed or not nodes:
         return None
     tasks = _number("SLURM_STEP_NUM_TASKS") or nodes
+    fault = None
     if nodes > 1 and env.read("SLURM_STEP_ID") is None:
-        raise ConfigError(
-            f"the Slurm job has {nodes} nodes, and swift launch was started on the first of them alone",
-            hint="srun --ntasks-per-node=1 swift launch ...",
-        )
-    if tasks != nodes:
-        raise ConfigError(
-            f"srun started {tasks} tasks on {nodes} node(s): one on each starts all processes there",
-            hint="srun --ntasks-per-node=1 swift launch ...",
-        )
+        fault = f"the Slurm job has {nodes} nodes, and swift launch was started on the first of them alone"
+    elif tasks != nodes:
+        fault = f"srun started {tasks} tasks on {nodes} node(s): one on each starts all processes there"
+    if fault:
+        raise ConfigError(fault, hint="srun --ntasks-per-node=1 swift launch ...")
     return Place("Slurm", nodes, _number("SLURM_NODEID") or 0, next(expand_nodes(listed)))
 
 

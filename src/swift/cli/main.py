@@ -26,12 +26,10 @@ QUIET_SECONDS = 15
 
 
 def swift_main() -> None:
-    """Console entry of `swift`."""
     sys.exit(run(sys.argv[1:]))
 
 
 def megatron_main() -> None:
-    """Console entry of `megatron`."""
     sys.exit(run(sys.argv[1:], program="megatron"))
 
 
@@ -67,7 +65,7 @@ def dispatch(argv: list[str], program: str) -> int:
         argv = ["plan", *shlex.split(env.read("SWIFT_PLAN") or ""), program, *argv]
         command = find_command("swift", "plan")
     behind: list[str] = []
-    if command.wraps:
+    if command.how == "wraps":
         argv, behind = load("swift.cli.launch:split_command")(argv)
     if any(word in HELP for word in argv[1:]):
         return show(load("swift.cli.helptext:command_help")(command))

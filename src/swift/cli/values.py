@@ -124,7 +124,6 @@ def to_words(value: Any) -> tuple[str, ...]:
 
 
 def to_word(value: Any) -> str:
-    """One value as one word."""
     if value is None:
         return "null"
     if isinstance(value, bool):

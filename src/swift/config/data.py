@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from swift.config.option import ConfigError, option
+from swift.config.option import Clash, ConfigError, option
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,9 +61,8 @@ class DataConfig:
 
     def _check_stream(self) -> None:
         if self.cached_dataset:
-            raise ConfigError(
-                "--cached_dataset holds rows that are encoded already, --streaming true encodes them later",
-                hint="leave one of them out",
+            raise Clash(
+                "--cached_dataset holds rows that are encoded already, --streaming true encodes them later"
             )
         if self.split_dataset_ratio:
             raise ConfigError(

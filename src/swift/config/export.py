@@ -73,12 +73,10 @@ class ExportOptions:
             raise ConfigError(
                 "--to_hf needs --mcore_model", hint="name the directory that was converted or trained"
             )
-        if self.converts and self.adapters:
-            raise ConfigError(
-                "--adapters has no effect on a conversion",
-                hint="fold them in first: swift export --merge_lora true",
-            )
-        if not self.converts:
+        if self.converts:
+            hint = "fold them in first: swift export --merge_lora true"
+            refuse(self, ("adapters",), "on a conversion", hint=hint)
+        else:
             names = ("mcore_model", "mcore_adapters", "test_convert_precision")
             refuse(self, names, "without --to_hf or --to_mcore true")
         if not self.test_convert_precision:

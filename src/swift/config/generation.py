@@ -45,3 +45,13 @@ class InferOptions:
         None, "most likely tokens told beside each; needs --logprobs", unit="tokens", range=(1, 20)
     )
     metric: str | None = option(None, "compares answers with the rows' own", choices=("acc",))
+
+    def check(self) -> None:
+        if self.top_logprobs and not self.logprobs:
+            raise ConfigError("--top_logprobs has no effect without --logprobs true")
+        if self.logprobs and not (self.val_dataset or self.load_data_args):
+            raise ConfigError("--logprobs is written with rows", hint="name some with --val_dataset")
+        if self.merge_lora and not self.adapters:
+            raise ConfigError(
+                "--merge_lora needs --adapters", hint="name a checkpoint directory with adapters"
+            )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from swift.config.option import ConfigError, option
+from swift.config.option import Clash, ConfigError, option
 
 LOOPBACK = ("localhost", "127.", "::1", "0.0.0.0")
 
@@ -32,18 +32,13 @@ class LaunchRun:
     command: tuple[str, ...] = option((), "what to run, such as megatron sft ...; typed, it just follows")
 
     def check(self) -> None:
-        """Raises ConfigError where flags contradict each other or one is missing."""
-        if (
-            not self.command
-            or self.command[0] not in ("swift", "megatron")
-            or self.command[1:2] == ("launch",)
-        ):
+        if self.command[:1] not in (("swift",), ("megatron",)) or self.command[1:2] == ("launch",):
             raise ConfigError(
                 "swift launch needs a command to run on the nodes",
                 hint="put it behind the flags: swift launch --ips 10.0.0.1,10.0.0.2 megatron sft ...",
             )
         if self.ips and self.hostfile:
-            raise ConfigError("--ips and --hostfile both name the nodes", hint="leave one of them out")
+            raise Clash("--ips and --hostfile both name the nodes")
         for item in self.env:
             if not item.partition("=")[0].isidentifier() or "=" not in item:
                 raise ConfigError(f"--env expects NAME=VALUE, got {item!r}")

@@ -92,19 +92,15 @@ class MegatronConfig(LayoutConfig):
 
     def check(self) -> None:
         """Raises ConfigError where flags contradict each other; what depends on the model is in layout.py."""
-        full = self.recompute_granularity == "full"
-        if full and (self.recompute_method is None or self.recompute_num_layers is None):
-            missing = "recompute_method" if self.recompute_method is None else "recompute_num_layers"
+        names = ("recompute_method", "recompute_num_layers")
+        missing = next((name for name in names if getattr(self, name) is None), None)
+        if self.recompute_granularity != "full":
+            why = f"with --recompute_granularity {self.recompute_granularity}"
+            refuse(self, names, why, hint="add --recompute_granularity full, or leave it out")
+        elif missing:
             raise ConfigError(
                 f"--recompute_granularity full needs --{missing}",
                 hint="--recompute_method uniform --recompute_num_layers 1 saves the most memory",
-            )
-        if not full:
-            refuse(
-                self,
-                ("recompute_method", "recompute_num_layers"),
-                f"with --recompute_granularity {self.recompute_granularity}",
-                hint="add --recompute_granularity full, or leave it out",
             )
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
             raise ConfigError(
@@ -136,7 +132,6 @@ class MegatronTunerConfig(TunerConfig):
     merge_lora: bool = option(False, "write the model with adapters folded in beside the last checkpoint")
 
     def check(self) -> None:
-        """Raises ConfigError for a flag that would do nothing, or a text that is no pattern."""
         TunerConfig.check(self)
         if self.merge_lora and self.train_type == "full":
             raise ConfigError("--merge_lora true has no effect with --train_type full")

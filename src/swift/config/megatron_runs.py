@@ -11,15 +11,18 @@ from swift.config.megatron import (
     MegatronTunerConfig,
 )
 from swift.config.model import ModelConfig
-from swift.config.option import ConfigError
+from swift.config.option import Clash, ConfigError
 from swift.config.runs import RlhfRun, SftRun
 from swift.config.schedule import OutputConfig
 
 
+@dataclass(frozen=True, kw_only=True)  # without slots, so that a run with its own can be a base beside it
 class OnMegatron:
     """What `megatron sft` and `megatron rlhf` have in common; comes before the run that it changes."""
 
-    __slots__ = ()  # fields are those of the runs
+    tuner: MegatronTunerConfig = field(default_factory=MegatronTunerConfig)
+    schedule: MegatronScheduleConfig = field(default_factory=MegatronScheduleConfig)
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
 
     @property
     def resumes(self: "MegatronRun") -> str | None:
@@ -46,18 +49,11 @@ class OnMegatron:
 class MegatronSftRun(OnMegatron, SftRun):
     """`megatron sft` and `megatron pt`."""
 
-    tuner: MegatronTunerConfig = field(default_factory=MegatronTunerConfig)
-    schedule: MegatronScheduleConfig = field(default_factory=MegatronScheduleConfig)
-    megatron: MegatronConfig = field(default_factory=MegatronConfig)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MegatronRlhfRun(OnMegatron, RlhfRun):
     """`megatron rlhf`."""
 
-    tuner: MegatronTunerConfig = field(default_factory=MegatronTunerConfig)
-    schedule: MegatronScheduleConfig = field(default_factory=MegatronScheduleConfig)
-    megatron: MegatronConfig = field(default_factory=MegatronConfig)
     online: MegatronOnlineConfig = field(default_factory=MegatronOnlineConfig)
 
     @property
@@ -71,7 +67,7 @@ class MegatronRlhfRun(OnMegatron, RlhfRun):
         far = self.rlhf.teacher_model_server and "--teacher_model_server"
         clash = "conversations of several turns" if self.turns.scheduler else far
         if clash and shared:
-            raise ConfigError(f"--{shared} does not go with {clash} yet", hint="leave one of them out")
+            raise Clash(f"--{shared} does not go with {clash} yet")
 
 
 MegatronRun = MegatronSftRun | MegatronRlhfRun

@@ -6,7 +6,7 @@ Owns: the knobs, which of them belong to which method, and the refusal of contra
 
 from dataclasses import dataclass
 
-from swift.config.option import ConfigError, changed, option, refuse
+from swift.config.option import Clash, ConfigError, changed, option, refuse, refuse_method
 
 # method -> the losses it knows, its default first; () = it has one loss without a name.
 LOSSES: dict[str, tuple[str, ...]] = {
@@ -26,33 +26,22 @@ LOSSES: dict[str, tuple[str, ...]] = {
 RLHF_TYPES = tuple(LOSSES)
 
 # What has an effect only with some methods, or only with some losses.
-METHODS_OF: dict[str, tuple[str, ...]] = {
-    "beta": ("dpo", "cpo", "simpo", "kto", "orpo", "grpo", "gkd"),
-    "teacher_model": ("gkd",),
-    "teacher_model_server": ("gkd",),
-    "lmbda": ("gkd",),
-    "gkd_logits_topk": ("gkd",),
-    "sft_alpha": ("gkd",),
-    "loss_weights": ("dpo",),
-    "label_smoothing": ("dpo", "cpo", "simpo"),
-    "rpo_alpha": ("dpo",),
-    "ld_alpha": ("dpo",),
-    "discopop_tau": ("dpo",),
-    "reference_free": ("dpo",),
-    "f_divergence_type": ("dpo",),
-    "f_alpha_divergence_coef": ("dpo",),
-    "cpo_alpha": ("cpo", "simpo"),
-    "simpo_gamma": ("cpo", "simpo"),
-    "desirable_weight": ("kto",),
-    "undesirable_weight": ("kto",),
-    "center_rewards_coefficient": ("rm",),
-    "ref_model": ("dpo", "kto", "grpo", "ppo"),
-    "ref_adapters": ("dpo", "kto", "grpo", "ppo"),
-    "precompute_ref_log_probs": ("dpo", "kto"),
-    "sync_ref_model": ("dpo", "kto", "grpo"),
-    "ref_model_sync_steps": ("dpo", "kto", "grpo"),
-    "ref_model_mixup_alpha": ("dpo", "kto", "grpo"),
-}
+FLAGS_OF: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("dpo", "cpo", "simpo", "kto", "orpo", "grpo", "gkd"): ("beta",),
+    ("gkd",): ("teacher_model", "teacher_model_server", "lmbda", "gkd_logits_topk", "sft_alpha"),
+    ("dpo",): (
+        "loss_weights", "rpo_alpha", "ld_alpha", "discopop_tau", "reference_free", "f_divergence_type",
+        "f_alpha_divergence_coef",
+    ),
+    ("dpo", "cpo", "simpo"): ("label_smoothing",),
+    ("cpo", "simpo"): ("cpo_alpha", "simpo_gamma"),
+    ("kto",): ("desirable_weight", "undesirable_weight"),
+    ("rm",): ("center_rewards_coefficient",),
+    ("dpo", "kto", "grpo", "ppo"): ("ref_model", "ref_adapters"),
+    ("dpo", "kto"): ("precompute_ref_log_probs",),
+    ("dpo", "kto", "grpo"): ("sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha"),
+}  # fmt: skip
+METHODS_OF = {flag: methods for methods, flags in FLAGS_OF.items() for flag in flags}
 LOSSES_OF: dict[str, tuple[str, ...]] = {
     "label_smoothing": ("sigmoid", "robust", "exo_pair", "aot", "aot_pair", "simpo"),
     "discopop_tau": ("discopop",),
@@ -150,12 +139,7 @@ class RlhfConfig:
         self._check_losses()
         given = changed(self)
         for name in given:
-            methods = METHODS_OF.get(name, RLHF_TYPES)
-            if self.rlhf_type not in methods:
-                raise ConfigError(
-                    f"--{name} has no effect with --rlhf_type {self.rlhf_type}",
-                    hint=f"it belongs to {', '.join(methods)}; leave it out",
-                )
+            refuse_method(self, (name,), self.rlhf_type, METHODS_OF.get(name, RLHF_TYPES))
             losses = [n for n in LOSSES_OF.get(name, self.losses) if n in LOSSES[self.rlhf_type]]
             if self.losses and not set(losses) & set(self.losses):
                 raise ConfigError(
@@ -163,9 +147,7 @@ class RlhfConfig:
                     hint=f"it belongs to {', '.join(losses)}",
                 )
             if name in REFERENCE_FLAGS and self.reference_free:
-                raise ConfigError(
-                    f"--{name} and --reference_free true contradict each other", hint="leave one of them out"
-                )
+                raise Clash(f"--{name} and --reference_free true contradict each other")
         self._check_companions(given)
         if len(self.ref_adapters) > 1:
             raise ConfigError("--ref_adapters takes one checkpoint", hint="merge the others first")

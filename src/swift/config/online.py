@@ -7,7 +7,7 @@ Owns: the knobs, and the arithmetic of prompts, answers and optimizer steps. Not
 import math
 from dataclasses import dataclass
 
-from swift.config.option import ConfigError, changed, option
+from swift.config.option import Clash, ConfigError, changed, option, refuse_method
 
 SAMPLES = ("grpo", "ppo")  # methods that learn from rewards of such answers
 PPO_TOO = (
@@ -117,15 +117,10 @@ class OnlineConfig:
         return SCALES.get(self.scale_rewards, self.scale_rewards)
 
     def check(self, rlhf_type: str) -> None:
-        """Raises ConfigError where a flag has no effect or contradicts another."""
         given = changed(self)
         for name in given:
             methods = ANSWERS if name in SHARED else SAMPLES if name in PPO_TOO else ("grpo",)
-            if rlhf_type not in methods:
-                raise ConfigError(
-                    f"--{name} has no effect with --rlhf_type {rlhf_type}",
-                    hint=f"it belongs to {', '.join(methods)}; leave it out",
-                )
+            refuse_method(self, (name,), rlhf_type, methods)
         if self.wandb_log_unique_prompts and not self.log_completions:
             raise ConfigError("--wandb_log_unique_prompts has no effect without --log_completions true")
         if self.temperature == 0:
@@ -146,10 +141,7 @@ class OnlineConfig:
                 hint="--scale_rewards group",
             )
         if self.generation_batch_size and self.steps_per_generation:
-            raise ConfigError(
-                "--generation_batch_size and --steps_per_generation say the same thing twice",
-                hint="leave one of them out",
-            )
+            raise Clash("--generation_batch_size and --steps_per_generation say the same thing twice")
         if "max_resample_times" in given and not self.dynamic_sample:
             raise ConfigError("--max_resample_times has no effect without --dynamic_sample true")
         if self.top_entropy_quantile == 0:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from swift.config.option import ConfigError, option, require_package
+from swift.config.option import ConfigError, option, refuse, require_package
 
 SCHEDULES = (
     "cosine",
@@ -86,7 +86,6 @@ class OptimConfig:
         return 1e-4 if train_type == "lora" else 1e-5
 
     def check(self, *, train_type: str, slicer: str | None) -> None:
-        """Raises ConfigError where an optimizer cannot work as asked."""
         package = self.package
         flag = f"--{'optim' if self.name == self.optim else 'optimizer'} {self.name}"
         if package in INSTALL:
@@ -111,16 +110,12 @@ class OptimConfig:
             )
         if self.lr_scheduler_kwargs and self.lr_scheduler_type in LEVEL:
             raise ConfigError(f"--lr_scheduler_kwargs: {self.lr_scheduler_type} has no settings")
-        if self.min_lr and (self.lr_scheduler_type in LEVEL or "min_lr" in self.lr_scheduler_type):
-            raise ConfigError(
-                f"--min_lr has no effect with --lr_scheduler_type {self.lr_scheduler_type}",
-                hint="leave it out, or say cosine or linear",
-            )
+        if self.lr_scheduler_type in LEVEL or "min_lr" in self.lr_scheduler_type:
+            why = f"with --lr_scheduler_type {self.lr_scheduler_type}"
+            refuse(self, ("min_lr",), why, hint="leave it out, or say cosine or linear")
         if self.min_lr > self.peak(train_type):
             raise ConfigError(f"--min_lr {self.min_lr:g} is above --learning_rate {self.peak(train_type):g}")
         if self.optimizer == "lorap" and self.lorap_lr_ratio is None:
             raise ConfigError("--optimizer lorap needs --lorap_lr_ratio", hint="16 is the usual ratio")
-        if self.lorap_lr_ratio is not None and train_type == "full":
-            raise ConfigError(
-                "--lorap_lr_ratio has no effect with --train_type full", hint="leave it out, or use lora"
-            )
+        if train_type == "full":
+            refuse(self, ("lorap_lr_ratio",), "with --train_type full", hint="leave it out, or use lora")

@@ -1,7 +1,8 @@
 """One knob, declared once.
 
 Owns: `option()` (a dataclass field with help, unit, choices, bounds), `ConfigError` (a user's mistake), and
-the walk over nested config dataclasses. Not here: parsing of the command line (cli/flags.py).
+the walk over nested config dataclasses. `check` of a group or a run raises ConfigError where flags contradict
+each other or one is missing. Not here: parsing of the command line (cli/flags.py).
 """
 
 import dataclasses
@@ -22,6 +23,13 @@ class ConfigError(ValueError):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+
+class Clash(ConfigError):
+    """Two things that are asked for and cannot both be."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, hint="leave one of them out")
 
 
 def option(
@@ -142,6 +150,13 @@ def refuse(group: Any, names: Container[str], why: str, *, hint: str | None = No
             raise ConfigError(f"--{name} has no effect {why}", hint=hint)
 
 
+def refuse_method(group: Any, names: Container[str], rlhf_type: str, methods: tuple[str, ...]) -> None:
+    """As `refuse`, of flags that only `methods` have, where --rlhf_type is another one."""
+    if rlhf_type not in methods:
+        hint = f"it belongs to {', '.join(methods)}; leave it out"
+        refuse(group, names, f"with --rlhf_type {rlhf_type}", hint=hint)
+
+
 def flatten(config: Any) -> dict[str, Any]:
     """Flat {flag: value} of a nested config; the inverse of `build`."""
     flat: dict[str, Any] = {}
@@ -158,10 +173,6 @@ def fill_defaults(
     group: Group, saved: dict[str, Any], names: tuple[str, ...]
 ) -> tuple[Group, dict[str, Any]]:
     """The config group with saved values where it has its defaults, and those values by flag."""
-    defaults = {field.name: default_of(field) for field in dataclasses.fields(group)}  # type: ignore[arg-type]
-    taken = {
-        name: saved[name]
-        for name in names
-        if getattr(group, name) == defaults[name] and saved.get(name) not in (None, defaults[name])
-    }
+    free = [name for name in names if name not in changed(group)]
+    taken = {name: saved[name] for name in free if saved.get(name) not in (None, getattr(group, name))}
     return dataclasses.replace(group, **taken), taken  # type: ignore[type-var]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from swift.config.option import ConfigError, option, refuse
+from swift.config.option import Clash, option, refuse
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +39,7 @@ class ParallelConfig:
 
     def check(self) -> None:
         if self.fsdp and self.deepspeed:
-            raise ConfigError("--fsdp and --deepspeed both slice the model", hint="leave one of them out")
+            raise Clash("--fsdp and --deepspeed both slice the model")
         if self.fsdp or self.deepspeed:
             names = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb")
             other = f"with --{'fsdp' if self.fsdp else 'deepspeed'}"

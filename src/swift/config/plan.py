@@ -38,7 +38,6 @@ class PlanRun:
     command: tuple[str, ...] = option((), "what to plan, such as megatron sft ...; typed, it just follows")
 
     def check(self) -> None:
-        """Raises ConfigError where there is nothing to plan."""
         words = [word.replace("_", "-") for word in self.command[1:2]]
         if words != ["launch"] and words not in [[name] for name in TRAINING]:
             raise ConfigError(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from swift.config.option import changed, option, refuse
+from swift.config.option import changed, option, refuse_method
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,8 +18,4 @@ class PpoConfig:
     lam: float = option(0.95, "how far advantages look ahead: 0 = a token, 1 = to the end", range=(0, 1))
 
     def check(self, rlhf_type: str) -> None:
-        """Raises ConfigError where a flag is given for another method."""
-        if rlhf_type != "ppo":
-            refuse(
-                self, changed(self), f"with --rlhf_type {rlhf_type}", hint="it belongs to ppo; leave it out"
-            )
+        refuse_method(self, changed(self), rlhf_type, ("ppo",))

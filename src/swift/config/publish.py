@@ -15,7 +15,6 @@ class PublishOptions:
     hub_private_repo: bool = option(False, "a repository that is made anew is private")
 
     def check(self) -> None:
-        """Raises ConfigError for what has no effect, or lacks a name."""
         if self.push_to_hub and not self.hub_model_id:
             raise ConfigError("--push_to_hub needs --hub_model_id", hint="OWNER/NAME on the hub")
         if not self.push_to_hub:

@@ -33,7 +33,6 @@ class QuantConfig(BnbOptions):
     quant_bits: int | None = option(None, "bits of a weight; none = 4", choices=(4, 8))
 
     def check(self, *, train_type: str, slicer: str | None, init_weights: str) -> None:
-        """Raises ConfigError where the weights cannot be held in few bits."""
         if self.quant_method is None or self.quant_bits == 8:
             self.check_unused()
         if self.quant_method is None:

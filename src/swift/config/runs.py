@@ -11,7 +11,7 @@ from swift.config.model import ModelConfig
 from swift.config.objective import RlhfConfig
 from swift.config.online import ANSWERS, SAMPLES, OnlineConfig
 from swift.config.optim import OptimConfig
-from swift.config.option import ConfigError, changed, refuse
+from swift.config.option import Clash, ConfigError, changed, refuse, refuse_method
 from swift.config.parallel import ParallelConfig
 from swift.config.plugins import PluginConfig
 from swift.config.ppo import PpoConfig
@@ -68,10 +68,7 @@ class TrainRun:
         if not self.data.dataset and not self.data.cached_dataset:
             raise ConfigError("--dataset is missing", hint="name a file, for example --dataset data.jsonl")
         if self.data.val_dataset and self.data.split_dataset_ratio:
-            raise ConfigError(
-                "--val_dataset and --split_dataset_ratio both name evaluation rows",
-                hint="leave one of them out",
-            )
+            raise Clash("--val_dataset and --split_dataset_ratio both name evaluation rows")
         self.data.check()
         self.template.check()
         self.output.profiled  # noqa: B018 - raises ConfigError
@@ -121,22 +118,17 @@ class TrainRun:
                 "--streaming true needs --max_steps: how many rows there are is not known",
                 hint="for example --max_steps 1000",
             )
-        for flag, value in (
-            ("--save_strategy", self.schedule.save_strategy),
-            ("--eval_strategy", self.schedule.eval_strategy),
-            ("--logging_strategy", self.schedule.logging_strategy),
-        ):
-            if value == "epoch":
+        for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+            if getattr(self.schedule, name) == "epoch":
                 raise ConfigError(
-                    f"{flag} epoch: with --streaming true nobody knows when a pass will end",
-                    hint=f"{flag} steps",
+                    f"--{name} epoch: with --streaming true nobody knows when a pass will end",
+                    hint=f"--{name} steps",
                 )
 
     def _check_packing_length(self, length: int) -> None:
         if not self.data.packing:
-            raise ConfigError(
-                "--packing_length has no effect without --packing true", hint="add it, or leave both out"
-            )
+            names = ("packing_length",)
+            refuse(self.data, names, "without --packing true", hint="add it, or leave both out")
         if length < (self.template.max_length or 0):
             raise ConfigError(
                 f"--packing_length {length} is below --max_length {self.template.max_length}: "
@@ -179,10 +171,8 @@ class RlhfRun(TrainRun):
         self.rlhf.check()
         self.online.check(self.rlhf.rlhf_type)
         self.ppo.check(self.rlhf.rlhf_type)
-        if self.rlhf.rlhf_type not in REWARDED:
-            hint = f"it belongs to {', '.join(REWARDED)}; leave it out"
-            for group in (self.rewards, self.turns):
-                refuse(group, changed(group), f"with --rlhf_type {self.rlhf.rlhf_type}", hint=hint)
+        for group in (self.rewards, self.turns):
+            refuse_method(group, changed(group), self.rlhf.rlhf_type, REWARDED)
         self.turns.check()
         if self.turns.scheduler and self.parallel.sequence_parallel_size > 1:
             raise ConfigError(
@@ -228,8 +218,6 @@ class RlhfRun(TrainRun):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InferRun:
-    """`swift infer`."""
-
     model: ModelConfig = field(default_factory=ModelConfig)
     infer: InferOptions = field(default_factory=InferOptions)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
@@ -244,35 +232,21 @@ class InferRun:
         return self.generation.seed if self.infer.data_seed is None else self.infer.data_seed
 
     def check(self) -> None:
-        if not self.model.model and not self.infer.adapters:
-            raise ConfigError(
-                "--model or --adapters is missing",
-                hint="for example --model smollm2-135m, or --adapters CHECKPOINT",
-            )
-        self.generation.check()
-        self.quant.check(train_type="lora", slicer=None, init_weights="")
-        if self.infer.infer_backend != "vllm":
-            self.vllm.check_unused("--infer_backend vllm")
-            return
-        check_chosen_by_vllm(self.model, "--infer_backend vllm")
-        for flag, is_given, hint in (
-            ("--quant_method", self.quant.quant_method, "--vllm_quantization"),
-            ("--merge_lora", self.infer.merge_lora, "swift export --merge_lora true, or leave it out"),
-        ):
-            if is_given:
-                raise ConfigError(f"{flag} has no effect on --infer_backend vllm", hint=hint)
+        _check_answering(self, self.infer)
+        self.infer.check()
+        if self.infer.infer_backend == "vllm":
+            why, hint = "on --infer_backend vllm", "swift export --merge_lora true, or leave it out"
+            refuse(self.quant, ("quant_method",), why, hint="--vllm_quantization")
+            refuse(self.infer, ("merge_lora",), why, hint=hint)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutRun:
-    """`swift rollout`."""
-
     model: ModelConfig = field(default_factory=ModelConfig)
     vllm: VllmConfig = field(default_factory=VllmConfig)
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
 
     def check(self) -> None:
-        """Raises ConfigError where a flag is missing."""
         if not self.model.model:
             raise ConfigError("--model is missing", hint="name the model that the training starts from")
         check_chosen_by_vllm(self.model, "swift rollout")
@@ -280,8 +254,6 @@ class RolloutRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeployRun:
-    """`swift deploy`."""
-
     model: ModelConfig = field(default_factory=ModelConfig)
     serve: ServeOptions = field(default_factory=ServeOptions)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
@@ -291,39 +263,34 @@ class DeployRun:
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
     def check(self) -> None:
-        if not self.model.model and not self.serve.adapters:
-            raise ConfigError(
-                "--model or --adapters is missing",
-                hint="for example --model smollm2-135m, or --adapters CHECKPOINT",
-            )
-        if self.generation.stream is not None:
-            raise ConfigError(
-                "--stream has no effect on swift deploy: each request says whether it streams",
-                hint="leave it out",
-            )
-        self.generation.check()
+        _check_answering(self, self.serve)
         self.serve.check()
-        self.quant.check(train_type="lora", slicer=None, init_weights="")
-        if self.quant.quant_method and self.serve.merge_lora:
-            raise ConfigError(
-                "--merge_lora with --quant_method: few bits cannot hold the sum",
-                hint="leave one of them out",
-            )
-        if self.serve.infer_backend == "vllm":
-            check_chosen_by_vllm(self.model, "--infer_backend vllm")
-            return
-        self.vllm.check_unused("--infer_backend vllm")
-        if self.model.attn_impl:
-            raise ConfigError(
-                "--attn_impl has no effect on swift deploy, which has an attention of its own",
-                hint="leave it out",
-            )
+        why = "on swift deploy: each request says whether it streams"
+        refuse(self.generation, ("stream",), why, hint="leave it out")
+        if self.serve.infer_backend != "vllm":
+            why = "on swift deploy, which has an attention of its own"
+            refuse(self.model, ("attn_impl",), why, hint="leave it out")
+
+
+def _check_answering(run: InferRun | DeployRun, options: InferOptions | ServeOptions) -> None:
+    """What `swift infer` and `swift deploy` have in common. Raises ConfigError."""
+    if not run.model.model and not options.adapters:
+        raise ConfigError(
+            "--model or --adapters is missing",
+            hint="for example --model smollm2-135m, or --adapters CHECKPOINT",
+        )
+    run.generation.check()
+    run.quant.check(train_type="lora", slicer=None, init_weights="")
+    if run.quant.quant_method and options.merge_lora:
+        raise Clash("--merge_lora with --quant_method: few bits cannot hold the sum")
+    if options.infer_backend == "vllm":
+        check_chosen_by_vllm(run.model, "--infer_backend vllm")
+    else:
+        run.vllm.check_unused("--infer_backend vllm")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportRun:
-    """`swift export`."""
-
     model: ModelConfig = field(default_factory=ModelConfig)
     export: ExportOptions = field(default_factory=ExportOptions)
     quant: QuantizeOptions = field(default_factory=QuantizeOptions)
@@ -353,7 +320,6 @@ class ExportRun:
                 )
             self.data.check()
             self.template.check()
-            return
 
     @property
     def megatron(self) -> LayoutConfig:
@@ -368,8 +334,6 @@ class WebUiRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetRun:
-    """`swift dataset`."""
-
     options: DatasetOptions = field(default_factory=DatasetOptions)
     model: ModelConfig = field(default_factory=ModelConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from swift.config.option import ConfigError, option
+from swift.config.option import Clash, ConfigError, option
 
 STRATEGIES = ("no", "steps", "epoch")
 
@@ -74,7 +74,7 @@ class ScheduleConfig:
     def check_precision(self, torch_dtype: str | None) -> None:
         """Raises ConfigError where two flags ask for two half precisions."""
         if self.bf16 and self.fp16:
-            raise ConfigError("--bf16 and --fp16 contradict each other", hint="leave one of them out")
+            raise Clash("--bf16 and --fp16 contradict each other")
         if self.compute and torch_dtype not in (None, "float32", self.compute):
             flag = "--bf16" if self.bf16 else "--fp16"
             raise ConfigError(

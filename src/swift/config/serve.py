@@ -44,7 +44,6 @@ class ServeOptions:
         return {match.group(1) if match else None: match.group(2) if match else t for match, t in matches}
 
     def check(self) -> None:
-        """Raises ConfigError where flags contradict each other, or a package is missing."""
         if self.vllm_data_parallel_size > 1 and self.infer_backend != "vllm":
             raise ConfigError("--vllm_data_parallel_size has no effect without --infer_backend vllm")
         for package in ("fastapi", "uvicorn", "llguidance") if self.infer_backend != "vllm" else ():

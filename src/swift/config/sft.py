@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from swift.config.option import ConfigError, changed, option, refuse
+from swift.config.option import Clash, changed, option, refuse
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +24,4 @@ class SftConfig:
         if not learns_text:
             refuse(self, {*changed(self)} - {"neftune_noise_alpha"}, "without --task_type causal_lm")
         if self.enable_dft_loss and self.label_smoothing_factor:
-            raise ConfigError(
-                "--enable_dft_loss and --label_smoothing_factor are two targets for one token",
-                hint="leave one of them out",
-            )
+            raise Clash("--enable_dft_loss and --label_smoothing_factor are two targets for one token")

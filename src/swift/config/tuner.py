@@ -52,7 +52,6 @@ class TunerConfig:
     trainable_parameters_regex: str | None = option(None, "parameters with a match are trained all the same")
 
     def check(self) -> None:
-        """Raises ConfigError for a flag that would do nothing, or a text that is no pattern."""
         without = f"with --train_type {self.train_type}"
         if self.train_type == "full":
             refuse(self, ("adapters",), without, hint="merge adapters first: swift export --merge_lora true")

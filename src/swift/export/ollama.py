@@ -58,20 +58,18 @@ def write_modelfile(source: Path, output: Path, run_args: dict[str, Any]) -> Non
 
 def go_template(template: ChatTemplate) -> str:
     """The template in Go, for conversations without tools. ConfigError where it is no plain row of turns."""
-    plain = cut(template, USER, ANSWER, USER_2)
-    with_system = cut(template, SYSTEM, USER)
-    single = cut(template, USER)
+    opening, to_answer, to_user, prompt = cut(template, USER, ANSWER, USER_2)
+    before_system, after_system, last = cut(template, SYSTEM, USER)
     whole = cut(template, SYSTEM, USER, ANSWER, USER_2)
-    opening, to_answer, to_user, prompt = plain
-    before_system, after_system, _ = with_system
     expected = [before_system, after_system, to_answer, to_user, prompt]
-    if whole != expected or single != [opening, prompt] or with_system[-1] != prompt:
+    if whole != expected or cut(template, USER) != [opening, prompt] or last != prompt:
         raise ConfigError("--to_ollama: the model's chat template is no plain row of turns")
-    names = ("TO_USER", "BEFORE_SYSTEM", "AFTER_SYSTEM", "OPENING", "TO_ANSWER", "PROMPT")
+    pieces = {
+        "TO_USER": to_user, "BEFORE_SYSTEM": before_system, "AFTER_SYSTEM": after_system,
+        "OPENING": opening, "TO_ANSWER": to_answer, "PROMPT": prompt,
+    }  # fmt: skip
     text = GO_TEMPLATE
-    for name, words in zip(
-        names, (to_user, before_system, after_system, opening, to_answer, prompt), strict=True
-    ):
+    for name, words in pieces.items():
         text = text.replace(f"@{name}@", json.dumps(words, ensure_ascii=False))  # also a string of Go
     return text
 

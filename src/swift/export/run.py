@@ -114,18 +114,16 @@ def resolve_base(run: ExportRun, adapter: Path, run_args: dict[str, Any]) -> tup
 
     `--model` decides; otherwise the checkpoint does, with the hub and revision that its run used.
     """
-    token, revision = run.model.hub_token, run.model.model_revision
     if run.model.model:
-        path = resolve_model(run.model.model, use_hf=run.model.use_hf, revision=revision, token=token)
-        return run.model.model, path
+        return run.model.model, find_source(run)
     recorded = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     name = adapter_base(adapter) if run.export.load_args else recorded
     if not name:
         raise ConfigError(f"--adapters {adapter} do not name their model", hint="name it with --model")
-    use_hf = run.model.use_hf or bool(run_args.get("use_hf"))
-    revision = revision or run_args.get("model_revision")
+    hub = {**run.model.hub, "use_hf": run.model.use_hf or bool(run_args.get("use_hf"))}
+    revision = run.model.model_revision or run_args.get("model_revision")
     try:
-        return name, resolve_model(name, use_hf=use_hf, revision=revision, token=token)
+        return name, resolve_model(name, revision=revision, **hub)
     except ConfigError as error:
         hint = f"{adapter} names this model; --model names another"
         raise ConfigError(error.message, hint=hint) from error

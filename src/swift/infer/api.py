@@ -4,7 +4,7 @@ Not here: how they are computed (engine.py), how flags and checkpoints become an
 """
 
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from swift.config.generation import GenerationConfig
@@ -12,7 +12,7 @@ from swift.config.option import ConfigError, build
 from swift.config.runs import InferRun
 from swift.infer.engine import Completion
 from swift.infer.openai_answers import describe_logprobs
-from swift.infer.run import check_options, find_source, load_engine
+from swift.infer.run import find_source, load_engine
 from swift.rollout.types import Request
 from swift.template.types import Message
 
@@ -71,7 +71,6 @@ class InferEngine:
         named = {"adapters": (adapters,) if isinstance(adapters, str) else tuple(map(str, adapters))}
         run: InferRun = build(InferRun, flags | named | ({"model": str(model)} if model else {}))
         run.check()
-        check_options(run)
         source = find_source(run)
         self.run = source.run
         self.engine = load_engine(source)
@@ -106,9 +105,9 @@ class InferEngine:
     def _generation(self, config: RequestConfig) -> GenerationConfig:
         flags = self.run.generation
         names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
-        chosen: dict[str, Any] = {name: getattr(flags, name) for name in names}
-        chosen |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-        return GenerationConfig(
+        chosen = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+        return replace(
+            flags,
             **chosen,
             max_new_tokens=config.max_tokens or flags.max_new_tokens,
             stop_words=flags.stop_words if config.stop is None else tuple(config.stop),

@@ -151,10 +151,8 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def leave_out_answered(
-    questions: Sequence[PromptSample], path: Path, stats: Stats
-) -> list[tuple[int, PromptSample]]:
-    """The questions that `path` has no answer to, by number; the answers there count for --metric."""
+def leave_out_answered(questions: Sequence[PromptSample], path: Path, stats: Stats) -> list[int]:
+    """Numbers of the questions that `path` has no answer to; the answers there count for --metric."""
     responses: dict[str, list[str]] = defaultdict(list)  # by question, in the order of the file
     for row in read_rows(path):
         if isinstance(row.get("messages"), list) and "response" in row:
@@ -165,7 +163,7 @@ def leave_out_answered(
         if given:
             stats.compare(given.pop(0), question.label)
         else:
-            left.append((number, question))
+            left.append(number)
     if len(left) < len(questions):
         say(f"{path} has answers to {len(questions) - len(left)} of {len(questions)} rows: they are left out")
     return left
@@ -256,13 +254,11 @@ def encode_questions(
         asked = question.sample
         try:
             yield number, engine.encode(asked.messages, tools=asked.tools)
-        except PromptTooLong:
+        except (PromptTooLong, RenderError) as error:
             done[number] = None
-            reason = f"longer than the context of {engine.context} tokens"
+            too_long = f"longer than the context of {engine.context} tokens"
+            reason = too_long if isinstance(error, PromptTooLong) else str(error)
             rejects.add(reason, place(asked.file, asked.line))
-        except RenderError as error:
-            done[number] = None
-            rejects.add(str(error), place(asked.file, asked.line))
 
 
 def result_row(

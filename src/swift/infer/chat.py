@@ -5,7 +5,7 @@ Prompts and answers go to the output, everything else to the log, so that a pipe
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -28,28 +28,20 @@ END_OF_ENTRY = "#"  # closes an entry in multi-line mode
 TOOL = "tool:"  # an entry that starts so is a tool's answer
 
 
+@dataclass(slots=True)
 class Chat:
     """One session. `read` shows a prompt and returns a line, as `input` does; EOFError is the end."""
 
-    def __init__(
-        self,
-        engine: TransformersInferEngine,
-        sampling: GenerationConfig,
-        *,
-        read: Callable[[str], str],
-        output: TextIO,
-        result_path: Path | None = None,
-    ) -> None:
-        self.engine = engine
-        self.sampling = sampling
-        self.read = read
-        self.output = output
-        self.result_path = result_path
-        self.system: str | None = None  # None = the one that the run was started with
-        self.messages: list[Message] = []
-        self.num_answers = 0
-        self.multi_line = False
-        self.wants_system = False  # the next entry is a system prompt
+    engine: TransformersInferEngine
+    sampling: GenerationConfig
+    read: Callable[[str], str]
+    output: TextIO
+    result_path: Path | None = None
+    system: str | None = None  # None = the one that the run was started with
+    messages: list[Message] = field(default_factory=list)
+    num_answers: int = 0
+    multi_line: bool = False
+    wants_system: bool = False  # the next entry is a system prompt
 
     def run(self) -> None:
         """Until `exit`, `quit`, the end of the input, or Ctrl-C at the prompt."""

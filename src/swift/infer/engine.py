@@ -76,16 +76,14 @@ class Answering(Protocol):
         self, requests: Iterable[tuple[int, Request]], *, max_rows: int | None
     ) -> Iterator[tuple[int, list[rollout.Completion]]]:
         """The answers to each request, by its number, as they finish; taken from the iterator with time."""
-        ...
 
     def events(self, request: Request) -> Generator[Token | End]:
         """One answer as it comes. Closing the generator stops the model."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Continuous:
-    """Answering by our own decoder."""
+    """Implements Answering, by our own decoder."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
@@ -101,7 +99,6 @@ class Continuous:
     def answers(
         self, requests: Iterable[tuple[int, Request]], *, max_rows: int | None
     ) -> Iterator[tuple[int, list[rollout.Completion]]]:
-        """As Answering."""
         decoder = self._decoder(max_rows or ROWS)
         source, tickets, more = iter(requests), {}, True
         while more or tickets:
@@ -115,7 +112,6 @@ class Continuous:
                 yield number, tickets.pop(number).answers
 
     def events(self, request: Request) -> Generator[Token | End]:
-        """As Answering."""
         decoder, heard = self._decoder(1), list[Token | End]()
         decoder.submit(request, heard.append)
         more = True

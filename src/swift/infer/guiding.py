@@ -39,11 +39,10 @@ class Follower:
         self.matcher = matcher
 
     def allowed(self) -> Tensor:
-        """As Guide. At the end, only what ends an answer."""
+        """At the end, only what ends an answer."""
         return torch.frombuffer(bytearray(self.matcher.compute_logit_bias()), dtype=torch.uint8) > 0
 
     def take(self, token_id: int) -> None:
-        """As Guide."""
         self.matcher.consume_token(token_id)
 
 

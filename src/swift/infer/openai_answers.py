@@ -51,10 +51,10 @@ class Delta:
         self.reason = other.reason
 
     def end(self, reason: str) -> None:
-        """Says why the model stopped."""
         self.reason = "tool_calls" if self.calls else reason
 
 
+@dataclass(kw_only=True)
 class AnswerSplitter:
     """Tells the parts of one answer apart, whatever pieces it comes in.
 
@@ -63,21 +63,19 @@ class AnswerSplitter:
     `single`: only the first call is told. `plain`: all is words.
     """
 
-    def __init__(
-        self,
-        *,
-        plain: bool = False,
-        thinks: bool = False,
-        form: AgentFormat | None = None,
-        tools: Sequence[dict[str, Any]] = (),
-        single: bool = False,
-    ) -> None:
-        self.form, self.single = form, single
-        self.schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
-        self.mark = form.calls([(NAME, {})]).split(NAME)[0].split("\n")[0] if form else ""
-        self.mode = "content" if plain else "think" if thinks else "start"
+    plain: bool = False
+    thinks: bool = False
+    form: AgentFormat | None = None
+    tools: Sequence[dict[str, Any]] = ()
+    single: bool = False
+
+    def __post_init__(self) -> None:
+        functions = [tool["function"] for tool in self.tools]
+        self.schemas = {function["name"]: function.get("parameters") for function in functions}
+        self.mark = self.form.calls([(NAME, {})]).split(NAME)[0].split("\n")[0] if self.form else ""
+        self.mode = "content" if self.plain else "think" if self.thinks else "start"
         self.pending = ""
-        self.is_bare = thinks  # nothing of this part is out: spaces at its beginning belong to no one
+        self.is_bare = self.thinks  # nothing of this part is out: spaces at its beginning belong to no one
 
     def push(self, text: str, *, final: bool = False) -> Delta:
         """The piece that `text` completes."""
@@ -190,7 +188,6 @@ class Writer:
         return {**self._head(), "choices": [choice]}
 
     def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
-        """A chunk of a stream."""
         choice = self._choice(index, delta)
         if self.chat:
             parts = {

@@ -97,8 +97,6 @@ class Part(_Strict):
 
 
 class ChatMessage(_Strict):
-    """One message of a conversation."""
-
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] = ""
     name: str | None = None
@@ -138,8 +136,6 @@ def _read_call(function: Function, place: str) -> dict[str, Any]:
 
 
 class StreamOptions(_Strict):
-    """What a stream tells besides the answer."""
-
     include_usage: bool = False
 
 
@@ -153,8 +149,6 @@ class JsonSchema(_Strict):
 
 
 class ResponseFormat(_Strict):
-    """The form of the whole answer."""
-
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -173,8 +167,6 @@ class ResponseFormat(_Strict):
 
 
 class TemplateKwargs(_Strict):
-    """Settings of the chat template."""
-
     enable_thinking: bool | None = None
 
 
@@ -218,7 +210,6 @@ class SampledRequest(_Strict):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Texts that end an answer."""
         return tuple(filter(None, [self.stop] if isinstance(self.stop, str) else self.stop))
 
     def check_stream(self) -> None:
@@ -302,7 +293,6 @@ class TextRequest(SampledRequest):
         return prompts
 
     def count_logprobs(self, most: int) -> int | None:
-        """As ChatRequest's."""
         _check_logprobs("logprobs", self.logprobs or 0, most)
         return self.logprobs
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from swift.config.option import ConfigError, fill_defaults
+from swift.config.option import Clash, ConfigError, fill_defaults
 from swift.config.runs import InferRun
 from swift.data.datasets import use_plugins
 from swift.data.sources import open_rows
@@ -61,7 +61,6 @@ def run_infer(run: InferRun) -> int:
     run.check()
     if run.infer.infer_backend == "vllm":
         check_vllm("--infer_backend vllm")
-    check_options(run)
     use_plugins(run.plugins)
     build_weights(run.template.loss_scale)  # a wrong name is told before anything is downloaded
     source = find_source(run)
@@ -94,7 +93,7 @@ def run_infer(run: InferRun) -> int:
     stats, left, engine = Stats(), [], None
     if ranks.is_main:
         open_result_file(result_path)
-        left = [number for number, _ in leave_out_answered(questions, result_path, stats)]
+        left = leave_out_answered(questions, result_path, stats)
     left = ranks.share(left)
     if left:
         engine = load_engine(source, device, ranks)
@@ -157,20 +156,6 @@ def score_texts(source: Source, labels: int, specs: tuple[str, ...], columns: di
     return 0
 
 
-def check_options(run: InferRun) -> None:
-    """Raises ConfigError where flags of `swift infer` alone contradict each other."""
-    if run.infer.top_logprobs and not run.infer.logprobs:
-        raise ConfigError("--top_logprobs has no effect without --logprobs true")
-    if run.infer.logprobs and not (run.infer.val_dataset or run.infer.load_data_args):
-        raise ConfigError("--logprobs is written with rows", hint="name some with --val_dataset")
-    if run.infer.merge_lora and not run.infer.adapters:
-        raise ConfigError("--merge_lora needs --adapters", hint="name a checkpoint directory with adapters")
-    if run.infer.merge_lora and run.quant.quant_method:
-        raise ConfigError(
-            "--merge_lora with --quant_method: few bits cannot hold the sum", hint="leave one of them out"
-        )
-
-
 def check_logprobs(source: Source) -> None:
     """Raises ConfigError where --logprobs meets a model that transformers' generate has to run."""
     run = source.run
@@ -190,10 +175,7 @@ def check_logprobs(source: Source) -> None:
 def find_source(run: InferRun) -> Source:
     """Local directories of model and adapters, with the flags that args.json fills in."""
     if len(run.infer.adapters) > 1:
-        raise ConfigError(
-            f"--adapters names {len(run.infer.adapters)} directories, one can be used at a time",
-            hint="leave one of them out",
-        )
+        raise Clash(f"--adapters names {len(run.infer.adapters)} directories, one can be used at a time")
     adapter = None
     if run.infer.adapters:
         adapter = resolve_adapter(run.infer.adapters[0], **run.model.hub)

@@ -47,12 +47,7 @@ class Exchange:
     job: Job
     writer: Writer
     splitters: list[AnswerSplitter]
-    chat: bool
     conversation: dict[str, Any]  # what was asked, for --result_path
-
-    def usage(self, generated: int) -> dict[str, int]:
-        prompt = sum(len(request.token_ids) for request in self.job.requests)
-        return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
 
 class Serving(Protocol):
@@ -89,7 +84,6 @@ class Server:
         self.watchers: set[asyncio.Task[None]] = set()
 
     async def chat(self, http: Request, body: ChatRequest) -> Response:
-        """/v1/chat/completions"""
         served = find_model(self.models, body.model)
         body.check_stream()
         logprobs = body.count_logprobs(self.options.max_logprobs)
@@ -122,7 +116,6 @@ class Server:
         return await self.answer(http, body, exchange, prefix)
 
     async def text(self, http: Request, body: TextRequest) -> Response:
-        """/v1/completions"""
         served = find_model(self.models, body.model)
         body.check_stream()
         logprobs = body.count_logprobs(self.options.max_logprobs)
@@ -170,7 +163,7 @@ class Server:
             created=int(time.time()), chat=chat, tokenizer=served.tokenizer,
             logprobs=logprobs is not None, token_ids=body.return_token_ids,
         )  # fmt: skip
-        return Exchange(job, writer, splitters, chat, conversation)
+        return Exchange(job, writer, splitters, conversation)
 
     async def answer(self, http: Request, body: SampledRequest, exchange: Exchange, prefix: str) -> Response:
         """The response; a client that leaves frees what it holds."""
@@ -204,7 +197,7 @@ class Server:
         whole = [Delta() for _ in splitters]
         parts = [splitter.push(prefix) for splitter in splitters]  # not sent yet
         try:
-            for index in range(len(splitters) if exchange.chat else 0):
+            for index in range(len(splitters) if writer.chat else 0):
                 yield event_of(writer.opening(index))
             async for index, event in answers_of(exchange.job):
                 part = parts[index]
@@ -229,8 +222,10 @@ class Server:
     def finish(self, exchange: Exchange, whole: Sequence[Delta]) -> dict[str, Any]:
         """The whole response; what is kept and said of it."""
         job, writer = exchange.job, exchange.writer
-        response = writer.whole(whole, exchange.usage(sum(len(answer.tokens) for answer in whole)))
-        usage = response["usage"]
+        asked = sum(len(request.token_ids) for request in job.requests)
+        given = sum(len(answer.tokens) for answer in whole)
+        usage = {"prompt_tokens": asked, "completion_tokens": given, "total_tokens": asked + given}
+        response = writer.whole(whole, usage)
         if self.options.result_path:
             common = {"id": writer.id, "model": writer.model, **exchange.conversation, "usage": usage}
             append_jsonl(
@@ -240,8 +235,7 @@ class Server:
         if self.options.verbose:
             seconds = time.monotonic() - job.began
             say(
-                f"{writer.id} {writer.model}: {usage['prompt_tokens']} tokens asked, "
-                f"{usage['completion_tokens']} answered in {seconds:.2f} s, "
+                f"{writer.id} {writer.model}: {asked} tokens asked, {given} answered in {seconds:.2f} s, "
                 f"{' '.join(str(answer.reason) for answer in whole)}"
             )
         return response
@@ -342,7 +336,6 @@ def refusal(error: ApiError) -> Response:
 
 
 def build_app(server: Serving) -> Guard:
-    """The ASGI application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     about = {"object": "model", "created": int(time.time()), "owned_by": server.options.owned_by}
 

@@ -73,7 +73,6 @@ class Served:
 
     @cached_property
     def vocabulary(self) -> LLTokenizer:
-        """What grammars are matched against."""
         return load_vocabulary(self.tokenizer, self.ends)
 
     def guide(self, request: ChatRequest, template: ChatTemplate, prompt: str) -> Callable[[], Guide] | None:
@@ -191,7 +190,6 @@ def check_embedding(run: DeployRun) -> None:
 
 
 def load_scorer(plan: Plan) -> TextScorer:
-    """The model that reads texts."""
     [source] = plan.sources
     return TextScorer.load(
         plan.model, num_labels=None, model=plan.run.model, template=source.template, adapter=source.adapter
@@ -214,7 +212,6 @@ def check_answers(model: Path, adapters: list[Path], *, own_decoder: bool) -> No
 
 
 def load_models(plan: Plan) -> Loaded:
-    """Loads the weights, and the adapters on top of them."""
     run, options = plan.run, plan.run.serve
     device = pick_device(run.model.device)
     network: Any = load_model(

@@ -2,12 +2,11 @@
 
 import os
 import sys
-from dataclasses import fields
 from typing import Any
 
 import torch
 
-from swift.config.option import ConfigError, default_of
+from swift.config.option import ConfigError, changed
 from swift.config.runs import DeployRun
 from swift.infer.server_models import Plan, make_plan
 from swift.infer.vllm_engine import lora_rank
@@ -86,9 +85,8 @@ def check_known(plan: Plan) -> None:
         (run.template, ("max_length",)),
         *((source.template, TAKEN["template"]) for source in plan.sources),
     ):
-        defaults = {field.name: default_of(field) for field in fields(group)}  # type: ignore[arg-type]
         for name in names:
-            if getattr(group, name) != defaults[name]:
+            if name in changed(group):
                 raise ConfigError(
                     f"--{name} {getattr(group, name)} has no effect with --infer_backend vllm",
                     hint=HINTS.get(name, "leave it out, or use --infer_backend transformers"),

@@ -54,6 +54,7 @@ class Job:
         return index, event
 
 
+@dataclass(eq=False)
 class Service:
     """Runs on the event loop that creates it, with a thread of its own.
 
@@ -61,26 +62,20 @@ class Service:
     `fail(error)` is told when a step went wrong: every job is closed then, and nothing is taken any more.
     """
 
-    def __init__(
-        self,
-        decoders: Mapping[str, Decoder],
-        *,
-        limit: int,
-        activate: Callable[[str], None],
-        fail: Callable[[BaseException], None],
-    ) -> None:
-        self.decoders = decoders
-        self.limit = limit
-        self.activate = activate
-        self.fail = fail
-        self.is_open = True
-        self.jobs: set[Job] = set()
-        self.totals: defaultdict[str, float] = defaultdict(float)
-        self._loop = asyncio.get_running_loop()
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._outbox: list[tuple[Job, int, Event | None]] = []
-        self._busy: set[str] = set()
-        self._active = ""
+    decoders: Mapping[str, Decoder]
+    limit: int
+    activate: Callable[[str], None]
+    fail: Callable[[BaseException], None]
+    is_open: bool = True
+    jobs: set[Job] = field(default_factory=set)
+    totals: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    _inbox: queue.SimpleQueue[Callable[[], None] | None] = field(default_factory=queue.SimpleQueue)
+    _outbox: list[tuple[Job, int, Event | None]] = field(default_factory=list)
+    _busy: set[str] = field(default_factory=set)
+    _active: str = ""
+
+    def __post_init__(self) -> None:
         self._thread = threading.Thread(target=self._work, name="decode", daemon=True)
         self._thread.start()
 

@@ -34,18 +34,16 @@ WAITING = 1024  # requests that vLLM knows of at once; it runs as many as fit
 
 @dataclass(frozen=True, slots=True)
 class Vllm:
-    """Answering by vLLM; `local` is a VllmLocal."""
+    """Implements Answering, by vLLM; `local` is a VllmLocal."""
 
     local: Any
 
     def answers(
         self, requests: Iterable[tuple[int, Request]], *, max_rows: int | None
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """As Answering."""
         return self.local.complete(requests, max_rows=max_rows or WAITING)
 
     def events(self, request: Request) -> Generator[Token | End]:
-        """As Answering."""
         local, told = self.local, 0
         ends, top = local.terms.ends(request), request.sampling.top_logps
         writer = local.terms.writer(request)
@@ -116,6 +114,7 @@ def load_vllm(
 def lora_rank(adapter_path: Path) -> int:
     """The size of adapters that vLLM has to be ready for; ConfigError for what is no plain LoRA."""
     saved = read_json(adapter_path / ADAPTER_CONFIG)
+    hint = "fold them in first: swift export --merge_lora true"
     for name, plain in (
         ("use_dora", False),
         ("bias", "none"),
@@ -123,14 +122,10 @@ def lora_rank(adapter_path: Path) -> int:
         ("target_parameters", None),
     ):
         if saved.get(name) not in (plain, None, []):
-            raise ConfigError(
-                f"--adapters {adapter_path}: vLLM cannot apply what {name} adds",
-                hint="fold them in first: swift export --merge_lora true",
-            )
+            raise ConfigError(f"--adapters {adapter_path}: vLLM cannot apply what {name} adds", hint=hint)
     wanted = max([saved["r"], *saved.get("rank_pattern", {}).values()])
     if wanted > LORA_RANKS[-1]:
         raise ConfigError(
-            f"--adapters {adapter_path} of rank {wanted}: vLLM takes up to {LORA_RANKS[-1]}",
-            hint="fold them in first: swift export --merge_lora true",
+            f"--adapters {adapter_path} of rank {wanted}: vLLM takes up to {LORA_RANKS[-1]}", hint=hint
         )
     return min(rank for rank in LORA_RANKS if rank >= wanted)
