@@ -7,7 +7,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "swift"
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
-MAX_TOTAL_LINES = 37_000
+MAX_TOTAL_LINES = 36_700
 LONG_FILES: frozenset[str] = frozenset()  # "folder/file.py"
 LONG_FUNCTIONS: frozenset[str] = frozenset()  # "folder/file.py:function"
 

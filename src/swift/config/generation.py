@@ -38,7 +38,9 @@ class InferOptions:
     data_seed: int | None = option(None, "seed of #N; none = --seed")
     result_path: str | None = option(None, "JSONL of the answers; none = infer_result/ beside the checkpoint")
     write_batch_size: int = option(1000, "rows between writes; -1 = only at the end", unit="rows")
-    max_batch_size: int | None = option(None, "rows together; none = 64, or 8 padded", unit="rows", min=1)
+    max_batch_size: int | None = option(
+        None, "rows together; none = 64, on a GPU 256, or 8 padded", unit="rows", min=1
+    )
     merge_lora: bool = option(False, "fold the adapters into the weights in memory: faster answers")
     logprobs: bool = option(False, "write the log-probability of each token into the result rows")
     top_logprobs: int | None = option(

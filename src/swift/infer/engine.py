@@ -37,7 +37,7 @@ from swift.utils.log import say
 
 UNKNOWN_CONTEXT = 4096  # for a model whose config names no limit
 PREFIX_TAIL = 8  # prompt tokens kept as context for the first generated ones, see TextStream
-ROWS = 64  # answers computed together unless told otherwise
+ROWS, GPU_ROWS = 64, 256  # answers computed together unless told otherwise
 
 
 class PromptTooLong(ConfigError):
@@ -99,7 +99,8 @@ class Continuous:
     def answers(
         self, requests: Iterable[tuple[int, Request]], *, max_rows: int | None
     ) -> Iterator[tuple[int, list[rollout.Completion]]]:
-        decoder = self._decoder(max_rows or ROWS)
+        usual = GPU_ROWS if self.model.device.type == "cuda" else ROWS
+        decoder = self._decoder(max_rows or usual)
         source, tickets, more = iter(requests), {}, True
         while more or tickets:
             while more and len(tickets) < 2 * decoder.max_rows:  # some wait, so that no row ever does
