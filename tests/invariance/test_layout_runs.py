@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from test_processes import assert_same_curve, assert_same_weights, batch, read_curve, train, write_rows
 
-from swift.cli.main import may_take_all_gpus
+from swift.cli.main import may_take_all_gpus, quiet_deepspeed
 from swift.config.option import ConfigError
 from swift.engines import launch
 from swift.engines.sequence_parallel import SequenceRanks
@@ -139,6 +139,7 @@ def test_contradicting_deepspeed_configs_are_told(tmp_path, monkeypatch):
     from swift.engines.transformers.wrap import load_zero
 
     zero = load_zero()
+    quiet_deepspeed()
     logger = logging.getLogger("DeepSpeed")
     records = [logger.makeRecord("", level, "", 0, "", (), None) for level in (30, 40)]
     assert [bool(logger.filter(record)) for record in records] == [False, True]
