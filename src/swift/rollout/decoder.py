@@ -8,7 +8,9 @@ Shapes: R = rows in flight, N = flat tokens, S = prompts, V = vocabulary.
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,8 +29,6 @@ from swift.rollout.slots import Slots
 from swift.rollout.types import Completion, End, Guide, Request, Token
 
 PREFILL_TOKENS = 8192  # of prompts in one step, unless a single one is longer
-
-
 Listener = Callable[[Token | End], None]
 
 
@@ -103,7 +103,10 @@ class Decoder:
         self.version = version
         self.device = next(model.parameters()).device
         self.added_tokens = tokenizer.get_added_vocab()
-        paged = self.device.type == "cuda" and find_spec("triton") is not None
+        is_gpu = self.device.type == "cuda"
+        # Kernels and graphs go to the thread's own GPU, whichever that is.
+        self.on_device = partial(torch.cuda.device, self.device) if is_gpu else nullcontext
+        paged = is_gpu and find_spec("triton") is not None
         memory_bytes = memory_bytes or spare_bytes(self.device)
         self.cache = make_cache(model, max_rows, context, memory_bytes, paged=paged)
         self.waiting: deque[list[Row]] = deque()  # rows in one list have the same to read
@@ -150,13 +153,14 @@ class Decoder:
 
         False when nothing is in flight and nothing waits.
         """
-        if self.cancelling:
-            self._drop_cancelled()
-        joining = self._choose()
-        if joining:
-            self._prefill(joining)
-        if self.rows:
-            self._decode()
+        with self.on_device():
+            if self.cancelling:
+                self._drop_cancelled()
+            joining = self._choose()
+            if joining:
+                self._prefill(joining)
+            if self.rows:
+                self._decode()
         return bool(self.rows or self.waiting)
 
     def reset(self) -> None:
@@ -277,14 +281,8 @@ class Decoder:
 
     def _run(self, ids_N: Tensor, positions_N: Tensor, attending: object, **options: Tensor) -> Tensor:
         """The model on one flat row: logits of the positions kept, all unless told otherwise."""
-        output = self.model(
-            input_ids=ids_N[None],
-            position_ids=positions_N[None],
-            segments=attending,
-            use_cache=False,
-            **options,
-        )
-        logits: Tensor = output.logits[0]
+        flat = {"input_ids": ids_N[None], "position_ids": positions_N[None], "segments": attending}
+        logits: Tensor = self.model(**flat, use_cache=False, **options).logits[0]
         return logits
 
     def _take(self, logits: Tensor, shape: Shape, span: slice) -> None:
