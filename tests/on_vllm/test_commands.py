@@ -18,6 +18,7 @@ from swift.config.optim import OptimConfig
 from swift.config.tuner import TunerConfig
 from swift.engines.transformers.engine import TransformersEngine
 from swift.models.adapters import add_lora
+from swift.rollout.vllm_client import Server
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -171,6 +172,7 @@ def test_a_server_teaches_what_its_model_would_beside_the_student(checkpoint, se
     data.write_text("".join(json.dumps(row) + "\n" for row in chats))
     found = []
     url = ("--teacher_model_server", f"http://127.0.0.1:{server}")
+    Server(url[1], timeout_seconds=900).wait()  # a run does not wait for a teacher
     for name, teacher in (("near", ("--teacher_model", checkpoint[0])), ("far", url)):
         run(
             "rlhf", "--rlhf_type", "gkd", "--model", checkpoint[0], "--adapters", checkpoint[1], *teacher,
