@@ -85,8 +85,13 @@ class Link:
         program = inspect.getsource(launch_node).encode()
         with suppress(OSError):
             self._write(b"%d\n%s" % (len(program), program))
-        for target in (self._read, self._read_errors, self._ping):
-            threading.Thread(target=target, daemon=True).start()
+        self.listener = threading.Thread(target=self._read_errors, daemon=True)
+        for thread in (
+            self.listener,
+            threading.Thread(target=self._read, daemon=True),
+            threading.Thread(target=self._ping, daemon=True),
+        ):
+            thread.start()
 
     def ask(self, do: str, *, seconds: float = 30.0, **arguments: Any) -> Any:
         """The answer to one question. LinkError when there is none, or when it is that something failed."""
@@ -114,6 +119,7 @@ class Link:
         """Why the connection ended, in words."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(1.0)
+        self.listener.join(1.0)  # it hears what ssh said last after ssh has ended
         text = " ".join(self.said).lower()
         for words, meaning, mend in REASONS:
             if words in text:
