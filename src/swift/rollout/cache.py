@@ -71,6 +71,10 @@ class Buffers:
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values
 
+    @property
+    def is_sized(self) -> bool:
+        return bool(self.layers)
+
     def make(self, like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 

@@ -37,10 +37,6 @@ class Pages(Buffers):
         self.clear()
 
     @property
-    def is_sized(self) -> bool:
-        return bool(self.layers)
-
-    @property
     def most(self) -> int:
         return (self.count - 1) * PAGE
 

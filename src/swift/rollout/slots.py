@@ -32,10 +32,6 @@ class Slots(Buffers):
         self.size = 0  # rows in flight
 
     @property
-    def is_sized(self) -> bool:
-        return bool(self.layers)
-
-    @property
     def most(self) -> int:
         return self.context
 

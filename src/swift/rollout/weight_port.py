@@ -7,7 +7,6 @@ Not here: who is told to fetch (vllm_client.py). Nothing of this needs vLLM.
 import secrets
 import shutil
 import socket
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from urllib.request import ProxyHandler, build_opener
 from filelock import FileLock
 
 from swift.config.option import ConfigError
-from swift.rollout.weights import SHARED_MEMORY
+from swift.rollout.weights import roomy, roots
 
 SILENCE_SECONDS = 60.0
 PIECE_BYTES = 16 * 2**20
@@ -102,8 +101,7 @@ def fetch(urls: Sequence[str]) -> Iterator[Path]:
             if not have:
                 with opener.open(url, timeout=SILENCE_SECONDS) as content:
                     size = int(content.headers["Content-Length"])
-                    roomy = (f for f in folders[:-1] if shutil.disk_usage(f).free > 2 * size)
-                    path = next(roomy, folders[-1]) / name
+                    path = roomy(folders, size) / name
                     part = path.with_suffix(".part")
                     with part.open("wb") as file:
                         shutil.copyfileobj(content, file, PIECE_BYTES)
@@ -122,5 +120,4 @@ def drop(urls: Sequence[str]) -> None:
 def folders_of(urls: Sequence[str]) -> list[Path]:
     """Where files of these URLs are put, the best place first: the same in every process of a host."""
     name = "swift-fetched-" + sha256(urls[0].rpartition("/")[0].encode()).hexdigest()[:32]
-    roots = [SHARED_MEMORY] if SHARED_MEMORY.is_dir() else []
-    return [root / name for root in (*roots, Path(tempfile.gettempdir()))]
+    return [root / name for root in roots()]

@@ -5,7 +5,7 @@ Not here: where they come from (`Engine.weights`), who is told of the files (vll
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,11 +18,20 @@ SHARED_MEMORY = Path("/dev/shm")
 BUCKET_BYTES = 512 * 2**20
 
 
+def roots() -> list[Path]:
+    """Where such files may be, the best first."""
+    return [*([SHARED_MEMORY] if SHARED_MEMORY.is_dir() else []), Path(tempfile.gettempdir())]
+
+
+def roomy(folders: Sequence[Path], size: int) -> Path:
+    """The first folder that has room for two files of `size` bytes; else the last one, which takes all."""
+    return next((f for f in folders[:-1] if shutil.disk_usage(f).free > 2 * size), folders[-1])
+
+
 @contextmanager
 def folder_for_weights() -> Iterator[list[Path]]:
     """Directories that any process of this user on this host can read, the best first; gone afterwards."""
-    roots = [SHARED_MEMORY] if SHARED_MEMORY.is_dir() else []
-    folders = [Path(tempfile.mkdtemp(prefix="swift-weights-", dir=root)) for root in (*roots, None)]
+    folders = [Path(tempfile.mkdtemp(prefix="swift-weights-", dir=root)) for root in roots()]
     try:
         yield folders
     finally:
@@ -35,8 +44,7 @@ def write_buckets(
 ) -> list[Path]:
     """Safetensors files of about `limit` bytes, in the order of the weights.
 
-    A file goes into the first folder that has room for two; the last one takes all. Raises OSError where that
-    is full.
+    Each goes where it is `roomy`. Raises OSError where the last folder is full.
     """
     files: list[Path] = []
     bucket: dict[str, Tensor] = {}
@@ -45,8 +53,7 @@ def write_buckets(
     def flush() -> None:
         nonlocal bucket, size
         if bucket:
-            roomy = (f for f in folders[:-1] if shutil.disk_usage(f).free > 2 * size)
-            path = next(roomy, folders[-1]) / f"{len(files):05d}.safetensors"
+            path = roomy(folders, size) / f"{len(files):05d}.safetensors"
             files.append(write_tensors(path, bucket, {"format": "pt"}))
         bucket, size = {}, 0
 
